@@ -1,0 +1,298 @@
+"""Scenes on disk -> rays and pixels.
+
+A scene is a folder in the convention of IDR's authors: `image/` and `mask/` hold one picture per view each,
+paired by sorted name; `cameras.npz` holds per view i `world_mat_i` (4, 4), whose first three rows are the
+projection K [R | t] to pixels (x right, y down, z into the scene), and `scale_mat_i` (4, 4), which maps the
+unit sphere to the object's region of the world. Here everything is in the coordinates of that unit sphere,
+and pixel centres are at integers (u, v).
+"""
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import List, NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+from nnabla.utils.data_iterator import data_iterator_simple
+from tqdm import tqdm
+
+from helper import UserError, decompose_projection, pixel_rays
+
+SUFFIXES = (".png", ".jpg", ".jpeg")
+
+
+class Scene(NamedTuple):
+    images: np.ndarray      # (N, H, W, 3) uint8
+    masks: np.ndarray       # (N, H, W) bool, True on the object
+    intrinsics: np.ndarray  # (N, 3, 3) float64, pixels
+    poses: np.ndarray       # (N, 4, 4) float64, camera to the unit sphere's coordinates
+    scale_mat: np.ndarray   # (4, 4) float64, of the first view: the unit sphere's coordinates to the world's
+    names: List[str]        # N file names of the images, without suffix
+
+
+# --- loading ----------------------------------------------------------------------------------------------
+
+def load_scene(path, downscale=1):
+    """Load the scene in the folder `path`, shrunk by the whole factor `downscale`, as a Scene of N views.
+
+    Images are area-averaged, a mask's pixel is set where more than half of what it covers is, and the
+    intrinsics follow exactly. Rows at the bottom and columns at the right that fill no pixel are cut off.
+    Raises UserError for a file or folder that is missing, unreadable or does not fit the others, for a camera
+    that is none, for a mask without a set pixel and for a factor that leaves nothing of the images.
+    """
+    image_files, mask_files = scene_files(Path(path))
+    intrinsics, poses, scale_mat = load_cameras(Path(path) / "cameras.npz", len(image_files))
+    images, masks = load_pictures(image_files, mask_files, downscale)
+    intrinsics = shrink_intrinsics(intrinsics, downscale)
+    return Scene(images, masks, intrinsics, poses, scale_mat, [file.stem for file in image_files])
+
+
+def scene_files(path):
+    """Return a scene's image files and mask files, view by view; name on stderr what else is there."""
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder; a scene is a folder with image/, mask/ and cameras.npz")
+    image_files, strays = picture_files(path / "image")
+    mask_files, more = picture_files(path / "mask")
+    if strays + more:
+        names = [f"{file.parent.name}/{file.name}" for file in strays + more]
+        listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        print(f"notice: {path}: ignored {listed} (not {', '.join(SUFFIXES)})", file=sys.stderr)
+    for folder, files in ((path / "image", image_files), (path / "mask", mask_files)):
+        if not files:
+            raise UserError(f"{folder}: no images here; put one per view, as {', '.join(SUFFIXES)}")
+    if len(image_files) != len(mask_files):
+        raise UserError(f"{path}: {len(image_files)} files in image/ but {len(mask_files)} in mask/; "
+                        "each image needs one mask, paired by sorted name")
+    return image_files, mask_files
+
+
+def picture_files(folder):
+    """Return the pictures in a folder, by sorted name, and the strays: everything else that lies there."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; a scene holds image/, mask/ and cameras.npz")
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}); make it readable")
+    # Hidden files are strays whatever their suffix: macOS keeps a "._name.jpg" beside a name.jpg.
+    pictures = [entry for entry in entries
+                if entry.suffix.lower() in SUFFIXES and not entry.name.startswith(".") and not entry.is_dir()]
+    return pictures, [entry for entry in entries if entry not in pictures]
+
+
+def load_pictures(image_files, mask_files, downscale):
+    """Read and shrink the pictures one by one: images (N, H, W, 3) uint8 and masks (N, H, W) bool."""
+    count, size, images, masks = len(image_files), None, None, None
+    hidden = None if count >= 10 else True  # None: hidden unless stderr is a terminal
+    for view in tqdm(range(count), desc="loading images", unit="view", leave=False, disable=hidden):
+        image, mask = read_image(image_files[view]), read_mask(mask_files[view])
+        if size is None:
+            size = image.shape[:2]
+            check_downscale(size, downscale, image_files[0])
+            shrunk = (count, size[0] // downscale, size[1] // downscale)
+            images, masks = np.empty(shrunk + (3,), np.uint8), np.empty(shrunk, bool)
+        if image.shape[:2] != size:
+            raise UserError(f"{image_files[view]}: {says_size(image.shape)}, but {image_files[0].name} is "
+                            f"{says_size(size)}; all views must have one size")
+        if mask.shape != size:
+            raise UserError(f"{mask_files[view]}: {says_size(mask.shape)}, but its image "
+                            f"{image_files[view].name} is {says_size(size)}; a mask has its image's size")
+        images[view], masks[view] = shrink_image(image, downscale), shrink_mask(mask, downscale)
+        if not masks[view].any():
+            raise UserError(f"{mask_files[view]}: the mask of view {view} is empty"
+                            + (f" at a downscale of {downscale}" if mask.any() else "")
+                            + "; the object must be white, more than half of 255")
+    return images, masks
+
+
+def says_size(size):
+    """Return the words for an array's shape (H, W, ...), such as "1600x1200 pixels"."""
+    return f"{size[1]}x{size[0]} pixels"
+
+
+def read_image(path):
+    """Read a picture of any kind as (H, W, 3) uint8, RGB; an alpha channel is left out."""
+    return read_picture(path, "RGB")
+
+
+def read_mask(path):
+    """Read a picture of any kind as (H, W) bool: set where its grey value, and any alpha, exceeds half."""
+    grey_alpha = read_picture(path, "LA")
+    return (grey_alpha[..., 0] > 127) & (grey_alpha[..., 1] > 127)
+
+
+def read_picture(path, mode):
+    """Read a picture (grey, palette, RGB, RGBA; 1, 8 or 16 bits) as uint8 in Pillow's mode "RGB" or "LA"."""
+    try:
+        with Image.open(path) as picture:
+            if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
+                picture = Image.fromarray((np.asarray(picture) / 257.0 + 0.5).astype(np.uint8))
+            # By way of RGBA, as a palette may have transparent colours.
+            return np.asarray((picture.convert("RGBA") if mode == "LA" else picture).convert(mode))
+    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
+        reason = getattr(error, "strerror", None) or "truncated, or not of the format that its name says"
+        raise UserError(f"{path}: cannot be read as an image ({reason}); replace this file")
+
+
+def load_cameras(path, count):
+    """Read the cameras of `count` views from a cameras.npz.
+
+    Returns intrinsics (N, 3, 3), poses (N, 4, 4) and the first view's scale matrix (4, 4), all float64.
+    Raises UserError for a file that is no .npz of numbers, for a matrix that is missing, of another shape or
+    not finite, for a camera that is singular or has the unit sphere behind it, and for too many cameras.
+    """
+    matrices = read_matrices(path, count)
+    intrinsics, poses = np.empty((count, 3, 3)), np.empty((count, 4, 4))
+    for view in range(count):
+        where = f"{path}: the camera of view {view} (world_mat_{view} @ scale_mat_{view})"
+        try:
+            projection = matrices[f"world_mat_{view}"] @ matrices[f"scale_mat_{view}"]
+            intrinsics[view], poses[view] = decompose_projection(projection)
+        except ValueError as error:
+            raise UserError(f"{where} cannot be used: {error}; mend these two matrices")
+        # The sphere reaches 1 beyond its centre along the camera's axis: no ray of such a camera meets it.
+        if poses[view, :3, 2] @ poses[view, :3, 3] > 1.0:
+            raise UserError(f"{where} has the unit sphere behind it; z must point into the scene, and "
+                            "scale_mat map the unit sphere to the object")
+    return intrinsics, poses, matrices["scale_mat_0"]
+
+
+def read_matrices(path, count):
+    """Return {"world_mat_i" and "scale_mat_i": (4, 4) float64} of a cameras.npz with just `count` cameras."""
+    keys = [f"{kind}_mat_{view}" for view in range(count) for kind in ("world", "scale")]
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; a scene holds image/, mask/ and cameras.npz")
+    try:
+        with np.load(str(path), allow_pickle=False) as file:
+            found = {key: file[key] for key in keys if key in file.files}
+            more = f"world_mat_{count}" in file.files
+    except Exception:  # zipfile, zlib, pickle and numpy each raise their own; an .npy is no context manager
+        raise UserError(f"{path}: not a readable .npz of numbers; write it with numpy.savez")
+    for key in keys:
+        if key not in found:
+            raise UserError(f"{path}: the key {key} is missing; each of the {count} views in image/ has one")
+        if found[key].shape != (4, 4) or found[key].dtype.kind not in "fiu":
+            raise UserError(f"{path}: {key} is {found[key].dtype} of shape {found[key].shape}; it must be "
+                            "numbers of shape (4, 4)")
+        if not np.isfinite(found[key]).all():
+            raise UserError(f"{path}: {key} has values that are not finite; mend this matrix")
+    if more:
+        raise UserError(f"{path}: has more cameras than the {count} views in image/; camera i is that of the "
+                        "i-th image by sorted name, so restore the missing images or renumber the cameras")
+    return {key: matrix.astype(np.float64) for key, matrix in found.items()}
+
+
+# --- shrinking --------------------------------------------------------------------------------------------
+
+def check_downscale(shape, factor, source):
+    """Raise UserError where images (H, W, ...) shrunk by `factor` have no pixel; `source` says who asks."""
+    if min(shape[:2]) < factor:
+        raise UserError(f"{source}: a downscale of {factor} leaves nothing of {says_size(shape)}; "
+                        f"choose {min(shape[:2])} or less")
+
+
+def shrink_image(image, factor):
+    """Area-average an image (H, W, 3) uint8 by a whole factor, cropping what does not fill a pixel; uint8."""
+    if factor == 1:
+        return image
+    height, width = image.shape[0] // factor, image.shape[1] // factor
+    return cv2.resize(image[:height * factor, :width * factor], (width, height), interpolation=cv2.INTER_AREA)
+
+
+def shrink_mask(mask, factor):
+    """Shrink a mask (H, W) bool by a whole factor: set where more than half of what a pixel covers is set."""
+    if factor == 1:
+        return mask
+    height, width = mask.shape[0] // factor, mask.shape[1] // factor
+    blocks = mask[:height * factor, :width * factor].reshape(height, factor, width, factor)
+    return 2 * blocks.sum(axis=(1, 3)) > factor * factor
+
+
+def shrink_intrinsics(intrinsics, factor):
+    """Return the intrinsics (..., 3, 3) for images shrunk by `factor`: u' = (u - (factor - 1) / 2) / factor.
+
+    The shift, in v as in u, is there as a shrunk pixel's centre is the mean of the centres that it covers.
+    """
+    shift = (1.0 - factor) / (2.0 * factor)
+    return np.array([[1.0 / factor, 0.0, shift], [0.0, 1.0 / factor, shift], [0.0, 0.0, 1.0]]) @ intrinsics
+
+
+# --- choosing views ---------------------------------------------------------------------------------------
+
+def check_views(views, count, source):
+    """Raise UserError unless all `views` are indices of `count` views; `source` says where they stand."""
+    for view in views:
+        if not 0 <= view < count:
+            raise UserError(f"{source}: there is no view {view}; the scene's views are 0 to {count - 1}")
+
+
+def training_views(held_out, count, source):
+    """Return the indices of `count` views that are not held out; raise UserError where none is left."""
+    check_views(held_out, count, source)
+    views = [view for view in range(count) if view not in held_out]
+    if not views:
+        raise UserError(f"{source}: all {count} views are held out; leave at least one to train on")
+    return views
+
+
+def chosen_views(words, count, source):
+    """Return the views that a command line names, as in "all", "0 8" or "0,8"; raise UserError for others."""
+    words = ",".join(str(word) for word in words).split(",")
+    if words == ["all"]:
+        return list(range(count))
+    for word in words:
+        if not (word.isascii() and word.isdigit()):
+            raise UserError(f"{source}: {word!r} is no view; give indices from 0, such as 0 8 16, or all")
+    views = [int(word) for word in words]
+    check_views(views, count, source)
+    return views
+
+
+# --- rays and pixels --------------------------------------------------------------------------------------
+
+def view_rays(scene, view, uv):
+    """Return the rays of the pixels `uv` of a view, and what the view shows there.
+
+    uv: (N, 2), column and row, whole numbers. Returns origin (3,), unit directions (N, 3) and rgb (N, 3) in
+    [-1, 1], all float32, and mask (N,) bool.
+    """
+    origin, directions = pixel_rays(uv, scene.intrinsics[view], scene.poses[view])
+    u, v = np.asarray(uv).astype(np.int64).T
+    rgb = scene.images[view, v, u].astype(np.float32) / 127.5 - 1.0
+    return origin, directions, rgb, scene.masks[view, v, u]
+
+
+class Batch(NamedTuple):
+    view: int
+    origin: np.ndarray      # (3,) float32
+    directions: np.ndarray  # (R, 3) float32, unit length
+    rgb: np.ndarray         # (R, 3) float32 in [-1, 1]
+    mask: np.ndarray        # (R,) bool, True on the object
+
+
+def training_batches(scene, views, rays, seed):
+    """Yield Batches for ever: each is one view and `rays` random pixels of it. Ends when closed.
+
+    Each of `views` comes once in every epoch (len(views) batches), in an order shuffled anew for each. The
+    pixels are uniform over the whole image, object or not, and differ from one another unless the image has
+    fewer. The same seed gives the same batches.
+    """
+    height, width = scene.masks.shape[1:]
+    rng = np.random.default_rng([seed, 1])  # a stream of its own: a caller may use the seed for another
+    order = np.array(views)
+
+    def load(position):
+        if position == 0:  # here, as nnabla 1.22 shuffles once and not for every epoch
+            rng.shuffle(order)
+        # No shuffle: the order of the rays is of no use.
+        pixels = rng.choice(height * width, rays, replace=rays > height * width, shuffle=False)
+        uv = np.stack([pixels % width, pixels // width], axis=1)
+        return (order[position],) + view_rays(scene, order[position], uv)
+
+    # No thread: nnabla starts a new one for each batch, which takes about as long as it saves (0.4 ms for
+    # 2048 rays), and waits for ever where one ends in an error.
+    with closing(data_iterator_simple(load, len(order), batch_size=1, use_thread=False)) as iterator:
+        while True:
+            view, origin, directions, rgb, mask = (value[0] for value in iterator.next())
+            yield Batch(int(view), origin, directions, rgb, mask)

@@ -1,0 +1,372 @@
+"""What the scripts share: user errors, safe writing, the configuration, nnabla's context, cameras and rays, checkpoints.
+
+Imports nothing of the other scripts.
+"""
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import cv2
+import numpy as np
+import yaml
+
+
+# --- errors and files -------------------------------------------------------------------------------------------------
+
+class UserError(Exception):
+    """Bad input: the message is one line that names the file, key or value, and the mend."""
+
+
+def run(main):
+    """Call `main()` as a script's body: a UserError ends it with its one line and status 2, Ctrl-C with status 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def replacing(path):
+    """Yield a temporary path beside `path` (same suffix); rename it to `path` if the block succeeds, else remove it.
+
+    A reader therefore sees the old file or the whole new one. Raises UserError where the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(prefix="." + path.stem + "-", suffix=path.suffix, dir=str(path.parent))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder that you may write to")
+    os.close(handle)
+    try:
+        yield Path(temporary)
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; a user's results are ordinary ones
+        os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}); the earlier file, if any, is intact")
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+
+
+def write_image(path, image):
+    """Write `image` (H, W, 3) or (H, W), floats in [0, 1] or uint8, as a picture, replacing `path` whole."""
+    import imageio.v2 as imageio  # here: the tracer's and the networks' users need no image library
+    if image.dtype != np.uint8:
+        image = (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+    with replacing(path) as temporary:
+        imageio.imwrite(temporary, image)
+
+
+# --- configuration ----------------------------------------------------------------------------------------------------
+
+POSITIVE = (lambda v: v > 0, "more than 0")
+NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
+AT_LEAST_TWO = (lambda v: v >= 2, "2 or more")
+ASCENDING = (lambda v: all(e >= 0 for e in v) and v == sorted(v), "epochs in ascending order")
+
+# Every key of a configuration: its type and the values it may take. config/default.yaml says what each one means.
+SETTINGS = {
+    "data": {
+        "path": (str, (lambda v: v.strip() != "", "a folder")),
+        "downscale": (int, POSITIVE),
+        "held_out_views": ([int], (lambda v: all(i >= 0 for i in v), "indices of views, from 0")),
+    },
+    "network": {
+        "width": (int, (lambda v: v >= 64, "64 or more")),
+        "feature": (int, POSITIVE),
+        "layers": (int, AT_LEAST_TWO),
+        "radius": (float, (lambda v: 0 < v < 1, "between 0 and 1")),
+    },
+    "tracer": {
+        "sphere_tracing_steps": (int, NOT_NEGATIVE),
+        "tolerance": (float, POSITIVE),
+        "samples": (int, AT_LEAST_TWO),
+        "refinement": (str, (lambda v: v in ("secant", "bisection"), "secant or bisection")),
+        "refinement_steps": (int, NOT_NEGATIVE),
+    },
+    "train": {
+        "epochs": (int, POSITIVE),
+        "rays": (int, AT_LEAST_TWO),
+        "learning_rate": (float, POSITIVE),
+        "learning_rate_halved_after": ([int], ASCENDING),
+        "alpha": (float, POSITIVE),
+        "alpha_doubled_after": ([int], ASCENDING),
+        "mask_weight": (float, NOT_NEGATIVE),
+        "eikonal_weight": (float, NOT_NEGATIVE),
+        "seed": (int, NOT_NEGATIVE),
+        "save_every": (int, POSITIVE),
+        "validate_every": (int, POSITIVE),
+        "validation_view": (int, NOT_NEGATIVE),
+        "validation_downscale": (int, POSITIVE),
+    },
+    "extract": {
+        "coarse_resolution": (int, (lambda v: v >= 16, "16 or more")),
+        "resolution": (int, (lambda v: v >= 16, "16 or more")),
+    },
+}
+
+
+class ConfigLoader(yaml.SafeLoader):
+    """Safe YAML in which 1e-4 is a number, as in YAML 1.2 (YAML 1.1 wants 1.0e-4 and calls the short form a text), and
+    in which a key given twice is an error."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for index, (key_node, _) in enumerate(node.value):
+            if keys[index] in keys[:index]:
+                raise yaml.constructor.ConstructorError(problem=f"the key {keys[index]!r} is given twice",
+                                                        problem_mark=key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"),
+                                   list("-+0123456789"))
+
+
+def load_config(path):
+    """Read a configuration file into nested namespaces: `conf.train.rays`.
+
+    Raises UserError, naming the file and the key, for a file that cannot be read, a key that is unknown, missing, of
+    the wrong type or out of range.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text file"
+        raise UserError(f"{path}: cannot read the configuration ({reason})")
+    try:
+        tree = yaml.load(text, Loader=ConfigLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or 'cannot be parsed'})")
+    sections = check_keys(path, "", tree, SETTINGS)
+    for section, settings in SETTINGS.items():
+        values = check_keys(path, section, tree[section], settings)
+        for key, (kind, (allowed, says)) in settings.items():
+            values[key] = check_value(f"{path}: {section}.{key}", values[key], kind, allowed, says)
+        sections[section] = SimpleNamespace(**values)
+    return SimpleNamespace(**sections)
+
+
+def check_keys(path, section, found, wanted):
+    """Return `found` as a dict if it has just the keys `wanted`; raise UserError naming the first that differs."""
+    prefix = section + "." if section else ""
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: {section or 'the file'} must be a mapping with the keys {', '.join(wanted)}")
+    for key in found:
+        if key not in wanted:
+            named = f"{prefix}{key}" if isinstance(key, str) and key.isidentifier() else repr(key)
+            raise UserError(f"{path}: unknown key {named}; the keys here are {', '.join(wanted)}")
+    for key in wanted:
+        if key not in found:
+            raise UserError(f"{path}: the key {prefix}{key} is missing; see config/default.yaml")
+    return dict(found)
+
+
+def check_value(where, value, kind, allowed, says):
+    """Return `value` as `kind` (int, float, str, or [int] for a list of int); raise UserError otherwise."""
+    names = {int: "a whole number", float: "a number", str: "a text"}
+    if isinstance(kind, list):
+        fits, name = isinstance(value, list) and all(type(v) is kind[0] for v in value), "a list of whole numbers"
+    elif kind is float:
+        fits, name = type(value) in (int, float) and abs(value) < 1e300, names[kind]    # not infinite, not NaN
+    else:
+        fits, name = type(value) is kind, names[kind]
+    if not fits:
+        raise UserError(f"{where} must be {name}, not {value!r}")
+    value = float(value) if kind is float else value
+    if not allowed(value):
+        raise UserError(f"{where} must be {says}, not {value!r}")
+    return value
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+def argument_parser(description, config=True, model=False):
+    """Return the argument parser that the scripts share: --context, --device-id and, where asked for, the files."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    if config:
+        parser.add_argument("--config", required=True, help="the configuration, such as config/default.yaml")
+        parser.add_argument("--monitor-path", default=None if model else "results",
+                            help="the results land in {monitor_path}_{scan}"
+                                 + ("; by default beside the model" if model else ""))
+    if model:
+        parser.add_argument("--model-load-path", required=True,
+                            help="a model_*.h5 of a training run, or its folder for the newest one there")
+    parser.add_argument("--context", choices=("auto", "cpu", "cudnn"), default="auto",
+                        help="where to compute; auto takes the GPU where nnabla's CUDA extension and a device are there")
+    parser.add_argument("--device-id", default="0", help="which GPU")
+    return parser
+
+
+def set_context(context, device_id):
+    """Make `context` ("auto", "cpu" or "cudnn") nnabla's default and return its name, "cpu" or "cudnn".
+
+    Raises UserError where the GPU is asked for and not there.
+    """
+    import nnabla as nn
+    from nnabla.ext_utils import get_extension_context
+    chosen, why = "cpu", ""
+    if context != "cpu":
+        chosen, why = gpu_or_reason(device_id)
+        if context == "cudnn" and chosen == "cpu":
+            raise UserError(f"--context cudnn: {why}; use --context cpu or mend that")
+    nn.set_default_context(get_extension_context(chosen, device_id=str(device_id)))
+    print(f"computing on {'GPU ' + str(device_id) if chosen == 'cudnn' else 'the CPU'}" + (f" ({why})" if why else ""))
+    return chosen
+
+
+def gpu_or_reason(device_id):
+    """Return ("cudnn", "") where nnabla can use that GPU, else ("cpu", one line that says why not)."""
+    try:
+        import nnabla_ext.cudnn  # noqa: F401
+        from nnabla_ext.cuda import init as cuda
+    except ModuleNotFoundError:
+        return "cpu", "nnabla's CUDA extension is not installed"
+    except ImportError as error:
+        return "cpu", f"nnabla's CUDA extension does not load: {str(error).splitlines()[0]}"
+    try:
+        count = cuda.get_device_count()
+    except Exception as error:  # the extension raises what CUDA says, in a class of its own
+        return "cpu", f"no usable CUDA device: {str(error).splitlines()[-1]}"
+    if not str(device_id).isdigit() or int(device_id) >= count:
+        return "cpu", f"there is no CUDA device {device_id} (found {count})"
+    return "cudnn", ""
+
+
+def run_folder(conf, monitor_path):
+    """Return the folder of a run, `{monitor_path}_{scan}`, where scan is the name of the scene's folder."""
+    return Path(f"{monitor_path}_{Path(os.path.abspath(conf.data.path)).name}")
+
+
+def new_run_folder(conf, monitor_path):
+    """Make the folder of a new run and return it; an earlier run of that name is kept, under a name with a number."""
+    folder = run_folder(conf, monitor_path)
+    try:
+        if folder.exists():
+            number = 1
+            while Path(f"{folder}.{number}").exists():
+                number += 1
+            folder.rename(f"{folder}.{number}")
+            print(f"{folder} held an earlier run; it is now {folder}.{number}")
+        folder.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --monitor-path")
+    return folder
+
+
+def open_run(args, parameter_shapes):
+    """Load the configuration and the model that a script's `args` name; returns (conf, the folder for its results).
+
+    parameter_shapes: network.parameter_shapes. Sets the context. Raises UserError as the functions that it calls do.
+    """
+    conf = load_config(args.config)
+    model = model_file(args.model_load_path)
+    set_context(args.context, args.device_id)
+    load_model(model, parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers))
+    return conf, run_folder(conf, args.monitor_path) if args.monitor_path else model.parent
+
+
+def copy_config(path, folder):
+    """Copy a configuration file into the run's folder under its own name (unless it is that very file)."""
+    target = Path(folder) / Path(path).name
+    if not (target.exists() and target.samefile(path)):
+        with replacing(target) as temporary:
+            shutil.copyfile(path, temporary)
+
+
+# --- cameras and rays -------------------------------------------------------------------------------------------------
+
+def decompose_projection(projection):
+    """Decompose P = K [R | t] into intrinsics and pose.
+
+    projection: (3, 4) or (4, 4), x right, y down, z into the scene, pixels. Returns intrinsics (3, 3) with a 1 at its
+    end and pose (4, 4), camera to world, both float64. Raises ValueError for a matrix that is no camera.
+    """
+    projection = np.asarray(projection, np.float64)[:3, :4]
+    if not np.isfinite(projection).all():
+        raise ValueError("it has values that are not finite")
+    if np.linalg.cond(projection[:, :3]) > 1e12:
+        raise ValueError("it is singular")
+    intrinsics, rotation, centre = cv2.decomposeProjectionMatrix(projection)[:3]
+    pose = np.eye(4)
+    pose[:3, :3] = rotation.T
+    pose[:3, 3] = centre[:3, 0] / centre[3, 0]
+    return intrinsics / intrinsics[2, 2], pose
+
+
+def pixel_rays(uv, intrinsics, pose):
+    """Return the camera centre (3,) and the unit directions (N, 3) of the rays through pixels, float32.
+
+    uv: (N, 2), column and row, pixel centres at integers; intrinsics (3, 3) and pose (4, 4) as decompose_projection
+    gives them.
+    """
+    homogeneous = np.concatenate([np.asarray(uv, np.float64), np.ones((len(uv), 1))], axis=1)
+    directions = homogeneous @ np.linalg.inv(intrinsics).T @ pose[:3, :3].T
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    return pose[:3, 3].astype(np.float32), directions.astype(np.float32)
+
+
+def pixel_grid(height, width):
+    """Return the (height * width, 2) float32 pixel coordinates (column, row) of an image, row by row."""
+    v, u = np.mgrid[:height, :width]
+    return np.stack([u.ravel(), v.ravel()], axis=1).astype(np.float32)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+def save_model(path):
+    """Write nnabla's current parameters to `path` (.h5), replacing it whole."""
+    import nnabla as nn
+    with replacing(path) as temporary:
+        nn.save_parameters(str(temporary))
+
+
+def model_file(path):
+    """Return the checkpoint that --model-load-path names: the file itself, or the newest model of a run's folder."""
+    path = Path(path)
+    if path.is_dir():
+        models = sorted(path.glob("model_*.h5"))
+        if not models:
+            raise UserError(f"{path}: no model_*.h5 in this folder; train first, or name the model's file")
+        return models[-1]
+    if not path.is_file():
+        raise UserError(f"{path}: no such model; name a model_*.h5 of a training run, or the run's folder")
+    return path
+
+
+def load_model(path, shapes):
+    """Load the parameters of the checkpoint at `path` into nnabla's parameter scope.
+
+    shapes: {parameter name: shape} of the configured network. Raises UserError where the file is no checkpoint, or one
+    of another network.
+    """
+    import h5py
+    import nnabla as nn
+    try:
+        with h5py.File(str(path), "r") as file:
+            found = {}
+            file.visititems(lambda name, item: found.update({name: item.shape}) if hasattr(item, "shape") else None)
+    except OSError:
+        raise UserError(f"{path}: not a readable .h5 checkpoint (truncated, or another kind of file)")
+    for name, shape in shapes.items():
+        if name not in found:
+            raise UserError(f"{path}: has no parameter {name}; it was saved by another program or with other layers")
+        if tuple(found[name]) != tuple(shape):
+            raise UserError(f"{path}: {name} is {tuple(found[name])}, the configuration wants {tuple(shape)}; "
+                            "use the configuration that lies beside the model")
+    nn.load_parameters(str(path))

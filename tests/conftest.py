@@ -1,0 +1,36 @@
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """The numbers that the authors' code computed from a small trained network."""
+    path = SHARED / "reference" / "idr_reference.npz"
+    if not path.exists():
+        pytest.skip("the reference numbers (shared/reference/idr_reference.npz) are not there")
+    return dict(np.load(path))
+
+
+@pytest.fixture
+def reference_network(reference):
+    """nnabla's parameters, set to the reference network; yields the reference numbers."""
+    import nnabla as nn
+    nn.clear_parameters()
+    for name in ("implicit", "rendering"):
+        layer = 0
+        while f"{name}_network/{layer}/v" in reference:
+            v, g, b = (reference[f"{name}_network/{layer}/{part}"] for part in "vgb")
+            for part, value in (("v", v.T), ("g", g[:, 0]), ("b", b)):
+                variable = nn.Variable.from_numpy_array(np.ascontiguousarray(value), need_grad=True)
+                nn.parameter.set_parameter(f"{name}/{layer}/{part}", variable)
+            layer += 1
+    yield reference
+    nn.clear_parameters()

@@ -1,0 +1,525 @@
+"""Scenes on disk: what is read and what is refused, cameras against pixels, the training feed."""
+import shutil
+import threading
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import datasets
+import helper
+from conftest import SHARED
+
+WIDTH, HEIGHT, VIEWS = 24, 18, 3
+SCALE_MAT = np.array([[5.0, 0, 0, 1], [0, 5, 0, 2], [0, 0, 5, 3], [0, 0, 0, 1]])
+
+
+# --- tiny scenes ------------------------------------------------------------------------------------------
+
+def look_at_origin(centre):
+    """Return [R | t] (4, 4), world to camera, of a camera at `centre` (3,) that looks at the origin."""
+    z = -np.array(centre, float) / np.linalg.norm(centre)
+    x = np.cross(z, [0.2, 1.0, 0.1])
+    x /= np.linalg.norm(x)
+    rotation = np.stack([x, np.cross(z, x), z])
+    extrinsics = np.eye(4)
+    extrinsics[:3] = np.column_stack([rotation, -rotation @ centre])
+    return extrinsics
+
+
+def cameras():
+    """Return the arrays of a cameras.npz for VIEWS views around the sphere that SCALE_MAT makes."""
+    intrinsics = np.eye(4)
+    intrinsics[:3, :3] = [[30.0, 0.5, 11.0], [0, 32, 9], [0, 0, 1]]
+    arrays = {}
+    for view, centre in enumerate(((0, 0, -3.0), (2.5, 1, -1), (-1, 2, 2.2))):
+        arrays[f"world_mat_{view}"] = intrinsics @ look_at_origin(centre) @ np.linalg.inv(SCALE_MAT)
+        arrays[f"scale_mat_{view}"] = SCALE_MAT
+    return arrays
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The folder of a consistent scene; a test spoils one thing in it."""
+    rng = np.random.default_rng(0)
+    scene = tmp_path / "scene"
+    for view in range(VIEWS):
+        save(scene / "image" / f"{view:03d}.png", rng.integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+        mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+        mask[4:14, 5 + view:18] = 255
+        save(scene / "mask" / f"{view:03d}.png", mask)
+    np.savez(scene / "cameras.npz", **cameras())
+    return scene
+
+
+def change_cameras(folder, **changes):
+    """Rewrite cameras.npz with some arrays replaced, added or (None) left out."""
+    arrays = {**cameras(), **changes}
+    np.savez(folder / "cameras.npz", **{key: value for key, value in arrays.items() if value is not None})
+
+
+def refusal(function, *arguments):
+    """Call a function that must raise UserError; return its message, which must be one line."""
+    with pytest.raises(helper.UserError) as raised:
+        function(*arguments)
+    message = str(raised.value)
+    assert "\n" not in message
+    return message
+
+
+def refused(folder, *named, downscale=1):
+    """The scene in `folder` must be refused in one line with all the words `named`."""
+    message = refusal(datasets.load_scene, folder, downscale)
+    for word in named:
+        assert str(word) in message
+
+
+# --- what is read -----------------------------------------------------------------------------------------
+
+def test_loads_what_was_written(folder, capsys):
+    scene = datasets.load_scene(str(folder))
+    assert scene.images.shape == (VIEWS, HEIGHT, WIDTH, 3) and scene.images.dtype == np.uint8
+    assert scene.masks.shape == (VIEWS, HEIGHT, WIDTH) and scene.masks.dtype == bool
+    assert scene.intrinsics.shape == (VIEWS, 3, 3) and scene.poses.shape == (VIEWS, 4, 4)
+    assert scene.intrinsics.dtype == scene.poses.dtype == scene.scale_mat.dtype == np.float64
+    assert scene.names == ["000", "001", "002"]
+    np.testing.assert_array_equal(scene.scale_mat, SCALE_MAT)
+    for view in range(VIEWS):
+        image, mask = (np.asarray(Image.open(folder / kind / f"00{view}.png")) for kind in ("image", "mask"))
+        np.testing.assert_array_equal(scene.images[view], image)
+        np.testing.assert_array_equal(scene.masks[view], mask > 0)
+    assert capsys.readouterr().err == ""
+
+
+def test_cameras_are_those_of_the_unit_sphere(folder):
+    scene = datasets.load_scene(folder)
+    for view, centre in enumerate(((0, 0, -3.0), (2.5, 1, -1), (-1, 2, 2.2))):
+        np.testing.assert_allclose(scene.intrinsics[view], [[30, 0.5, 11], [0, 32, 9], [0, 0, 1]], atol=1e-8)
+        np.testing.assert_allclose(scene.poses[view], np.linalg.inv(look_at_origin(centre)), atol=1e-9)
+
+
+def test_scale_matrix_is_that_of_the_first_view(folder):
+    other = np.diag([2.0, 2, 2, 1])
+    change_cameras(folder, scale_mat_1=other)
+    np.testing.assert_array_equal(datasets.load_scene(folder).scale_mat, SCALE_MAT)
+
+
+def test_jpeg_and_upper_case_suffixes(folder):
+    for view, suffix in enumerate((".JPG", ".jpeg", ".PNG")):
+        smooth = np.repeat(np.linspace(0, 255, WIDTH)[None], HEIGHT, axis=0)
+        grey = smooth.astype(np.uint8)
+        (folder / f"image/00{view}.png").unlink()
+        Image.fromarray(np.stack([grey] * 3, axis=2)).save(folder / f"image/00{view}{suffix}", quality=97)
+        mask = Image.open(folder / f"mask/00{view}.png").copy()
+        (folder / f"mask/00{view}.png").unlink()
+        mask.save(folder / f"mask/00{view}{suffix}", quality=90)
+    scene = datasets.load_scene(folder)
+    assert np.abs(scene.images - smooth[None, :, :, None]).max() < 4
+    assert scene.masks[:, 4:14, 8:17].all() and not scene.masks[:, :3].any()
+    assert scene.names == ["000", "001", "002"]
+
+
+def test_files_are_paired_by_sorted_name(folder):
+    for view, name in enumerate(("c", "b", "a")):
+        (folder / f"image/00{view}.png").rename(folder / f"image/{name}.png")
+    before = [np.asarray(Image.open(folder / f"image/{name}.png")) for name in "abc"]
+    scene = datasets.load_scene(folder)
+    assert scene.names == ["a", "b", "c"]
+    np.testing.assert_array_equal(scene.images, before)
+    assert not scene.masks[2, :, 6].any() and scene.masks[0, 4:14, 6].all()  # the masks keep their own order
+
+
+@pytest.mark.parametrize("kind", ["1", "L", "LA", "P", "RGB", "RGBA", "16 bits"])
+def test_masks_of_every_kind(folder, kind):
+    grey = np.zeros((HEIGHT, WIDTH), np.uint8)
+    grey[3:9, 2:20], grey[9:12, 2:20] = 128, 127
+    if kind == "1":
+        picture = Image.fromarray(grey).point(lambda value: 255 * (value > 127)).convert("1")
+    elif kind == "16 bits":
+        picture = Image.fromarray(grey.astype(np.uint16) * 257)
+    else:
+        picture = Image.fromarray(grey).convert(kind)
+    picture.save(folder / "mask/001.png")
+    np.testing.assert_array_equal(datasets.load_scene(folder).masks[1], grey > 127)
+
+
+def test_mask_in_the_alpha_channel(folder):
+    rgba = np.full((HEIGHT, WIDTH, 4), 255, np.uint8)
+    rgba[:, :7, 3] = 0
+    save(folder / "mask/001.png", rgba)
+    mask = datasets.load_scene(folder).masks[1]
+    assert mask[:, 7:].all() and not mask[:, :7].any()
+
+
+def test_grey_image_becomes_rgb(folder):
+    grey = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH).astype(np.uint8)
+    save(folder / "image/001.png", grey)
+    np.testing.assert_array_equal(datasets.load_scene(folder).images[1], np.stack([grey] * 3, axis=2))
+
+
+def test_alpha_channel_of_an_image_is_left_out(folder):
+    rgba = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 4), dtype=np.uint8)
+    save(folder / "image/001.png", rgba)
+    np.testing.assert_array_equal(datasets.load_scene(folder).images[1], rgba[..., :3])
+
+
+def test_sixteen_bit_images_are_scaled(folder):
+    colours = np.random.default_rng(1).integers(0, 1 << 16, (HEIGHT, WIDTH, 3), dtype=np.uint16)
+    cv2.imwrite(str(folder / "image/001.png"), colours[..., ::-1])
+    cv2.imwrite(str(folder / "image/002.png"), colours[..., 0])
+    images = datasets.load_scene(folder).images
+    assert np.abs(images[1] - colours / 257).max() <= 1.0
+    assert np.abs(images[2, ..., 1] - colours[..., 0] / 257).max() <= 0.5001
+
+
+def test_stray_files_are_ignored_with_one_notice(folder, capsys):
+    expected = datasets.load_scene(folder)
+    shutil.copy(str(folder / "image/000.png"), str(folder / "image/._000.png"))
+    for name in ("image/Thumbs.db", "image/.DS_Store", "mask/notes.txt"):
+        (folder / name).write_text("stray")
+    (folder / "mask" / "old.png").mkdir()
+    scene = datasets.load_scene(folder)
+    np.testing.assert_array_equal(scene.images, expected.images)
+    np.testing.assert_array_equal(scene.masks, expected.masks)
+    notice = capsys.readouterr().err
+    assert notice.count("\n") == 1 and notice.startswith("notice:")
+    for name in ("image/._000.png", "image/Thumbs.db", "image/.DS_Store", "mask/notes.txt", "mask/old.png"):
+        assert name in notice
+
+
+# --- shrinking --------------------------------------------------------------------------------------------
+
+def test_downscale_averages_areas(folder):
+    full, small = datasets.load_scene(folder), datasets.load_scene(folder, 2)
+    assert small.images.shape == (VIEWS, 9, 12, 3) and small.images.dtype == np.uint8
+    averaged = full.images.reshape(VIEWS, 9, 2, 12, 2, 3).mean(axis=(2, 4))
+    assert np.abs(small.images - averaged).max() <= 0.5
+    covered = full.masks.reshape(VIEWS, 9, 2, 12, 2).mean(axis=(2, 4))
+    np.testing.assert_array_equal(small.masks, covered > 0.5)
+    assert (covered == 0.5).any()  # or the threshold would not be tested
+    np.testing.assert_array_equal(small.poses, full.poses)
+
+
+def test_downscale_cuts_off_what_fills_no_pixel(folder):
+    full, small = datasets.load_scene(folder), datasets.load_scene(folder, 5)
+    assert small.images.shape == (VIEWS, 3, 4, 3)
+    averaged = full.images[:, :15, :20].reshape(VIEWS, 3, 5, 4, 5, 3).mean(axis=(2, 4))
+    assert np.abs(small.images - averaged).max() <= 0.5
+    covered = full.masks[:, :15, :20].reshape(VIEWS, 3, 5, 4, 5).mean(axis=(2, 4))
+    np.testing.assert_array_equal(small.masks, covered > 0.5)
+
+
+@pytest.mark.parametrize("downscale", [1, 4])
+def test_points_lie_on_the_rays_of_their_pixels(folder, downscale):
+    scene = datasets.load_scene(folder, downscale)
+    points = np.random.default_rng(2).uniform(-0.5, 0.5, (50, 3))
+    for view in range(VIEWS):
+        arrays = cameras()
+        projection = (arrays[f"world_mat_{view}"] @ arrays[f"scale_mat_{view}"])[:3]
+        full = np.column_stack([points, np.ones(50)]) @ projection.T
+        full = full[:, :2] / full[:, 2:]
+        # Shrunk by 4, the pixel at 0 covers the centres 0 to 3, whose mean is 1.5.
+        uv = full if downscale == 1 else (full - 1.5) / 4
+        origin, directions = helper.pixel_rays(uv, scene.intrinsics[view], scene.poses[view])
+        along = ((points - origin) * directions).sum(axis=1, keepdims=True)
+        assert (along > 0).all()
+        assert np.abs(origin + along * directions - points).max() < 1e-5
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+def test_refuses_missing_folders_and_files(folder):
+    refused(folder.parent / "nowhere", folder.parent / "nowhere", "no such folder")
+    for name in ("cameras.npz", "mask", "image"):  # each goes with those before it, and is noticed first
+        path = folder / name
+        path.unlink() if path.is_file() else shutil.rmtree(str(path))
+        refused(folder, path, "no such")
+
+
+@pytest.mark.parametrize("name", ["image", "mask"])
+def test_refuses_a_folder_without_images(folder, name):
+    for file in (folder / name).iterdir():
+        file.rename(file.with_suffix(".tif"))
+    refused(folder, folder / name, "no images", ".png")
+
+
+def test_refuses_counts_that_differ(folder):
+    (folder / "mask/001.png").unlink()
+    refused(folder, folder, "3 files in image/", "2 in mask/")
+
+
+def test_refuses_cameras_that_are_too_many(folder):
+    for name in ("image", "mask"):
+        (folder / name / "001.png").unlink()
+    refused(folder, folder / "cameras.npz", "2 views")
+
+
+def test_refuses_sizes_that_differ(folder):
+    save(folder / "mask/001.png", np.full((HEIGHT, WIDTH - 1), 255, np.uint8))
+    refused(folder, folder / "mask/001.png", "23x18", "24x18")
+    save(folder / "image/001.png", np.zeros((HEIGHT, WIDTH - 1, 3), np.uint8))
+    refused(folder, folder / "image/001.png", "23x18", "24x18")
+
+
+@pytest.mark.parametrize("name", ["image/001.png", "mask/002.png"])
+def test_refuses_unreadable_pictures(folder, name):
+    whole = (folder / name).read_bytes()
+    for content in (b"", whole[:3], whole[:60], b"not a picture"):
+        (folder / name).write_bytes(content)
+        refused(folder, folder / name, "cannot be read")
+
+
+def test_refuses_a_truncated_jpeg(folder):
+    path = folder / "image/001.jpg"
+    (folder / "image/001.png").unlink()
+    save(path, np.random.default_rng(3).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
+    path.write_bytes(path.read_bytes()[:-100])
+    refused(folder, path, "truncated")
+
+
+@pytest.mark.parametrize("key", ["world_mat_1", "scale_mat_2"])
+def test_refuses_bad_cameras(folder, key):
+    path = folder / "cameras.npz"
+    change_cameras(folder, **{key: None})
+    refused(folder, path, key, "missing")
+    change_cameras(folder, **{key: np.eye(3)})
+    refused(folder, path, key, "(3, 3)")
+    change_cameras(folder, **{key: np.full((4, 4), "x")})
+    refused(folder, path, key, "numbers")
+    for value in (np.nan, np.inf):
+        broken = np.eye(4)
+        broken[1, 2] = value
+        change_cameras(folder, **{key: broken})
+        refused(folder, path, f"{key} has values that are not finite")
+    change_cameras(folder, **{key: np.zeros((4, 4))})
+    refused(folder, path, f"view {key[-1]}", "singular")
+
+
+def test_refuses_a_camera_that_looks_away(folder):
+    turned = np.diag([-1.0, 1, -1, 1]) @ look_at_origin((0, 0, -3.0)) @ np.linalg.inv(SCALE_MAT)
+    change_cameras(folder, world_mat_1=turned)
+    refused(folder, folder / "cameras.npz", "view 1", "behind")
+
+
+def test_refuses_what_is_no_npz(folder):
+    path = folder / "cameras.npz"
+    whole = path.read_bytes()
+    for content in (b"", b"text", whole[:len(whole) // 2]):
+        path.write_bytes(content)
+        refused(folder, path, "not a readable .npz")
+    with path.open("wb") as file:
+        np.save(file, np.eye(4))
+    refused(folder, path, "not a readable .npz")
+
+
+class Trap:
+    """Its pickle, when loaded, makes the file that it was told of."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return open, (str(self.file), "w")
+
+
+def test_unpickles_nothing(folder, tmp_path):
+    change_cameras(folder, world_mat_1=np.array([Trap(tmp_path / "sprung")], dtype=object))
+    refused(folder, folder / "cameras.npz", "not a readable .npz")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_refuses_an_empty_mask(folder):
+    mask = np.zeros((HEIGHT, WIDTH), np.uint8)
+    save(folder / "mask/001.png", mask)
+    refused(folder, folder / "mask/001.png", "view 1", "empty")
+    mask[8, 8] = 255
+    save(folder / "mask/001.png", mask)
+    datasets.load_scene(folder)
+    refused(folder, folder / "mask/001.png", "view 1", "downscale of 2", downscale=2)
+
+
+def test_refuses_a_downscale_that_leaves_nothing(folder):
+    datasets.check_downscale((HEIGHT, WIDTH), HEIGHT, "anyone")
+    refused(folder, "000.png", "24x18", "19", "18 or less", downscale=19)
+    message = refusal(datasets.check_downscale, (HEIGHT, WIDTH), 19, "train.validation_downscale")
+    assert "train.validation_downscale" in message and "24x18" in message
+
+
+def test_views_that_are_not_there():
+    datasets.check_views([0, 2], 3, "--views")
+    for view in (3, -1):
+        message = refusal(datasets.check_views, [0, view], 3, "data.held_out_views")
+        assert "data.held_out_views" in message and f"no view {view};" in message and "0 to 2" in message
+
+
+def test_training_views():
+    assert datasets.training_views([1, 3], 5, "a.yaml") == [0, 2, 4]
+    assert "a.yaml" in refusal(datasets.training_views, [0, 1, 2], 3, "a.yaml")
+    assert "no view 7" in refusal(datasets.training_views, [7], 3, "a.yaml")
+
+
+def test_chosen_views():
+    assert datasets.chosen_views(["all"], 3, "--views") == [0, 1, 2]
+    assert datasets.chosen_views([2], 3, "--views") == [2]
+    assert datasets.chosen_views(["2", "0"], 3, "--views") == [2, 0]
+    assert datasets.chosen_views(["2,0"], 3, "--views") == [2, 0]
+    for words in (["x"], ["1", "all"], ["-1"], [""], ["1.5"], ["3"]):
+        message = refusal(datasets.chosen_views, words, 3, "--views")
+        assert "--views" in message and words[-1] in message
+
+
+# --- rays and the training feed ---------------------------------------------------------------------------
+
+def test_view_rays(folder):
+    scene = datasets.load_scene(folder)
+    uv = np.array([[0, 0], [23, 17], [7, 4]], np.float32)
+    origin, directions, rgb, mask = datasets.view_rays(scene, 1, uv)
+    assert origin.shape == (3,) and {x.dtype for x in (origin, directions, rgb)} == {np.dtype(np.float32)}
+    expected = helper.pixel_rays(uv, scene.intrinsics[1], scene.poses[1])
+    np.testing.assert_array_equal(origin, expected[0])
+    np.testing.assert_array_equal(directions, expected[1])
+    np.testing.assert_array_equal(np.rint((rgb + 1) * 127.5), scene.images[1, [0, 17, 4], [0, 23, 7]])
+    assert rgb.min() >= -1 and rgb.max() <= 1
+    assert mask.tolist() == [False, False, True] and mask.dtype == bool
+
+
+def numbered_scene(height, width, views=3):
+    """A scene in memory whose colours number a view's pixels (256 red + green); half of them are masked."""
+    numbers = np.arange(height * width).reshape(height, width)
+    image = np.stack([numbers // 256, numbers % 256, 0 * numbers], axis=2).astype(np.uint8)
+    pose = np.linalg.inv(look_at_origin((0, 0, -3.0)))
+    intrinsics = np.array([[30.0, 0, 11], [0, 30, 9], [0, 0, 1]])
+    return datasets.Scene(np.stack([image] * views), np.stack([numbers % 2 == 0] * views),
+                          np.stack([intrinsics] * views), np.stack([pose] * views), np.eye(4), ["x"] * views)
+
+
+def pixel_numbers(batch):
+    red, green = np.rint((batch.rgb[:, :2] + 1) * 127.5).astype(int).T
+    return red * 256 + green
+
+
+def take(count, *arguments):
+    batches = datasets.training_batches(*arguments)
+    taken = [next(batches) for _ in range(count)]
+    batches.close()
+    return taken
+
+
+def test_every_view_once_in_each_epoch():
+    views = [0, 2, 3, 5, 6, 7]
+    order = [batch.view for batch in take(60, numbered_scene(4, 5, 8), views, 4, 0)]
+    epochs = [order[i:i + 6] for i in range(0, 60, 6)]
+    assert all(sorted(epoch) == views for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 3  # shuffled anew, not once
+
+
+def test_a_batch_is_of_one_view_and_its_pixels():
+    scene = numbered_scene(18, 24)
+    scene.poses[1, 0, 3] = 0.5
+    for batch in take(6, scene, [0, 1], 50, 0):
+        numbers = pixel_numbers(batch)
+        assert len(set(numbers)) == 50
+        uv = np.stack([numbers % 24, numbers // 24], axis=1)
+        for got, expected in zip(batch[1:], datasets.view_rays(scene, batch.view, uv)):
+            np.testing.assert_array_equal(got, expected)
+            assert got.dtype == expected.dtype and got.shape == expected.shape
+
+
+def test_the_same_seed_gives_the_same_batches():
+    scene = numbered_scene(18, 24)
+
+    def numbers(seed):
+        return [(batch.view, pixel_numbers(batch).tolist()) for batch in take(9, scene, [0, 1, 2], 20, seed)]
+
+    assert numbers(5) == numbers(5)
+    assert numbers(5) != numbers(6)
+
+
+@pytest.mark.parametrize("height, width, rays", [(10, 12, 40), (120, 125, 200)])  # numpy has two ways
+def test_pixels_are_uniform_over_the_whole_image(height, width, rays):
+    batches = take(200, numbered_scene(height, width), [0], rays, 1)
+    numbers = np.concatenate([pixel_numbers(batch) for batch in batches])
+    counts = np.histogram(numbers, bins=20, range=(0, height * width))[0]
+    expected = 200 * rays / 20
+    assert ((counts - expected) ** 2 / expected).sum() < 50  # chi-squared of 19 degrees: below 44 in 99.9 %
+    assert abs((numbers % 2).mean() - 0.5) < 0.02            # in the mask and outside alike
+
+
+def test_all_pixels_and_more_than_all():
+    scene = numbered_scene(4, 5)
+    assert sorted(pixel_numbers(take(1, scene, [0], 20, 0)[0])) == list(range(20))
+    assert len(take(1, scene, [0], 50, 0)[0].directions) == 50
+
+
+def test_closing_leaves_no_thread():
+    before = set(threading.enumerate())
+    batches = datasets.training_batches(numbered_scene(4, 5), [0, 1], 4, 0)
+    next(batches)
+    batches.close()
+    assert set(threading.enumerate()) == before
+    with pytest.raises(StopIteration):
+        next(batches)
+
+
+def test_an_error_in_the_feed_reaches_the_reader():
+    scene = numbered_scene(4, 5)
+    scene = scene._replace(poses=list(scene.poses))
+    batches = datasets.training_batches(scene, [0, 1], 10, 0)
+    next(batches)
+    scene.poses.clear()
+    with pytest.raises(IndexError):
+        next(batches)
+        next(batches)  # a feed that reads ahead would have the first one ready
+
+
+# --- the real thing ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def scan65(tmp_path_factory):
+    """Four views of DTU's scan 65 at 1/8 of its size."""
+    source = SHARED / "data" / "dtu_scan65"
+    if not source.is_dir():
+        pytest.skip("DTU's scan 65 (shared/data/dtu_scan65) is not there")
+    folder = tmp_path_factory.mktemp("data") / "dtu_scan65"
+    views, arrays = (0, 16, 32, 48), {}
+    with np.load(source / "cameras.npz") as stored:
+        for new, view in enumerate(views):
+            arrays.update({f"{kind}_mat_{new}": stored[f"{kind}_mat_{view}"] for kind in ("world", "scale")})
+    for name in ("image", "mask"):
+        (folder / name).mkdir(parents=True)
+        files = sorted((source / name).iterdir())
+        for view in views:
+            (folder / name / files[view].name).symlink_to(files[view])
+    np.savez(folder / "cameras.npz", **arrays)
+    return datasets.load_scene(folder, 8)
+
+
+def test_scan65_loads(scan65):
+    assert scan65.images.shape == (4, 150, 200, 3)
+    assert scan65.names == ["000000", "000016", "000032", "000048"]
+    assert all(0.03 < mask.mean() < 0.6 for mask in scan65.masks)
+    on_object = scan65.images[scan65.masks].mean()
+    assert 20 < on_object < 235
+
+
+def test_scan65_cameras_look_at_the_origin(scan65):
+    for intrinsics, pose in zip(scan65.intrinsics, scan65.poses):
+        centre, axis = pose[:3, 3], pose[:3, 2]
+        assert 1.5 < np.linalg.norm(centre) < 6
+        assert axis @ -centre / np.linalg.norm(centre) > 0.9
+        np.testing.assert_allclose(pose[:3, :3] @ pose[:3, :3].T, np.eye(3), atol=1e-9)
+        assert 350 < intrinsics[0, 0] < 370 and abs(intrinsics[0, 1]) < 0.1
+
+
+def test_scan65_masks_lie_in_the_unit_sphere(scan65):
+    for view, mask in enumerate(scan65.masks):
+        v, u = np.nonzero(mask)
+        origin, directions, _, _ = datasets.view_rays(scan65, view, np.stack([u, v], axis=1))
+        nearest = np.linalg.norm(np.cross(np.broadcast_to(origin, directions.shape), directions), axis=1)
+        assert (nearest < 1.0).mean() > 0.999

@@ -1,0 +1,266 @@
+"""What the scripts share: refusals of the configuration, cameras and rays, files that are replaced whole."""
+import copy
+import os
+import stat
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import yaml
+
+import helper
+from conftest import ROOT
+
+DEFAULT = ROOT / "config" / "default.yaml"
+KEYS = [(section, key) for section, settings in helper.SETTINGS.items() for key in settings]
+
+
+# --- configuration ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def tree():
+    """The default configuration as plain dicts; a test spoils one thing in it."""
+    return copy.deepcopy(yaml.load(DEFAULT.read_text(encoding="utf-8"), Loader=helper.ConfigLoader))
+
+
+def refusal_of_text(tmp_path, text):
+    """Write `text` as a configuration, which must be refused; return the one line without the file's name."""
+    path = tmp_path / "spoilt.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
+    with pytest.raises(helper.UserError) as raised:
+        helper.load_config(path)
+    message = str(raised.value)
+    assert message.startswith(str(path)) and "\n" not in message
+    return message[len(str(path)):]
+
+
+def refusal(tmp_path, tree):
+    return refusal_of_text(tmp_path, yaml.safe_dump(tree))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
+def test_our_configurations_are_accepted(path):
+    conf = helper.load_config(path)
+    assert type(conf.train.rays) is int and type(conf.train.alpha) is float
+
+
+def test_values_arrive_as_written(tmp_path, tree):
+    tree["train"].update(alpha=7, learning_rate_halved_after=[], seed=12)
+    tree["data"]["path"] = "a scene"
+    path = tmp_path / "fine.yaml"
+    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    conf = helper.load_config(path)
+    assert conf.train.alpha == 7.0 and type(conf.train.alpha) is float
+    assert conf.train.learning_rate_halved_after == [] and conf.train.seed == 12
+    assert conf.data.path == "a scene"
+
+
+@pytest.mark.parametrize("written, value",
+                         [("1e-4", 1e-4), ("5E-3", 5e-3), ("2.5e+1", 25.0), (".5", 0.5), ("3", 3.0)])
+def test_every_way_to_write_a_number(tmp_path, tree, written, value):
+    tree["train"]["learning_rate"] = "NUMBER"
+    path = tmp_path / "fine.yaml"
+    path.write_text(yaml.safe_dump(tree).replace("NUMBER", written), encoding="utf-8")
+    assert helper.load_config(path).train.learning_rate == value
+
+
+@pytest.mark.parametrize("section", helper.SETTINGS)
+def test_refuses_unknown_keys(tmp_path, tree, section):
+    tree[section]["lerning_rate"] = 1
+    assert f"unknown key {section}.lerning_rate" in refusal(tmp_path, tree)
+
+
+def test_refuses_an_unknown_section(tmp_path, tree):
+    tree["trian"] = {}
+    assert "unknown key trian" in refusal(tmp_path, tree)
+
+
+@pytest.mark.parametrize("section, key", KEYS)
+def test_refuses_missing_keys(tmp_path, tree, section, key):
+    del tree[section][key]
+    assert f"{section}.{key} is missing" in refusal(tmp_path, tree)
+
+
+@pytest.mark.parametrize("section", helper.SETTINGS)
+def test_refuses_missing_or_misshapen_sections(tmp_path, tree, section):
+    for value in (None, 3, [1], "text"):
+        assert f"{section} must be a mapping" in refusal(tmp_path, {**tree, section: value})
+    del tree[section]
+    assert f"the key {section} is missing" in refusal(tmp_path, tree)
+
+
+@pytest.mark.parametrize("section, key", KEYS)
+def test_refuses_wrong_types(tmp_path, tree, section, key):
+    kind = helper.SETTINGS[section][key][0]
+    wrong = [None, True, {"a": 1}]
+    if kind is str:
+        wrong += [5, ["text"]]
+    elif isinstance(kind, list):
+        wrong += [3, ["1"], [1.5], [True], "1, 2"]
+    else:
+        wrong += ["text", "3", [3]] + ([2.5, 1e3] if kind is int else [float("nan"), float("inf")])
+    for value in wrong:
+        tree[section][key] = value
+        assert f"{section}.{key} must be" in refusal(tmp_path, tree)
+
+
+@pytest.mark.parametrize("name, values", [
+    ("data.path", ["", "  "]),
+    ("data.downscale", [0, -1]),
+    ("data.held_out_views", [[-1], [3, -2]]),
+    ("network.width", [0, 63]),
+    ("network.feature", [0]),
+    ("network.layers", [0, 1]),
+    ("network.radius", [0, 1.0, -0.5]),
+    ("tracer.sphere_tracing_steps", [-1]),
+    ("tracer.tolerance", [0, -1e-5]),
+    ("tracer.samples", [1]),
+    ("tracer.refinement", ["Secant", "newton"]),
+    ("tracer.refinement_steps", [-1]),
+    ("train.epochs", [0]),
+    ("train.rays", [1]),
+    ("train.learning_rate", [0, -1e-4]),
+    ("train.learning_rate_halved_after", [[5, 3], [-1, 2]]),
+    ("train.alpha", [0]),
+    ("train.alpha_doubled_after", [[5, 3]]),
+    ("train.mask_weight", [-1]),
+    ("train.eikonal_weight", [-0.1]),
+    ("train.seed", [-1]),
+    ("train.save_every", [0]),
+    ("train.validate_every", [0]),
+    ("train.validation_view", [-1]),
+    ("train.validation_downscale", [0]),
+    ("extract.coarse_resolution", [8]),
+    ("extract.resolution", [8]),
+])
+def test_refuses_values_out_of_range(tmp_path, tree, name, values):
+    section, key = name.split(".")
+    for value in values:
+        tree[section][key] = value
+        message = refusal(tmp_path, tree)
+        assert f"{name} must be" in message and str(value) in message
+
+
+def test_refuses_broken_yaml(tmp_path):
+    assert "line 2" in refusal_of_text(tmp_path, "data:\n  path: [1, 2}\n")
+    assert "line 3" in refusal_of_text(tmp_path, "data:\n  path: a\n path: b\n")
+    for text in ("", "- 1\n- 2\n", "just text", "3"):
+        assert "must be a mapping" in refusal_of_text(tmp_path, text)
+    for text in ("a: b: c", "&a [*b]", "? [1]\n: 2", "!!python/object/apply:os.abort []", "[" * 5000, "a\0b"):
+        assert "not valid YAML" in refusal_of_text(tmp_path, text)
+    assert "not a text file" in refusal_of_text(tmp_path, b"\xff\xfe\xfa")
+
+
+def test_refuses_a_configuration_that_is_not_there(tmp_path):
+    for path in (tmp_path / "none.yaml", tmp_path):
+        with pytest.raises(helper.UserError) as raised:
+            helper.load_config(path)
+        assert str(path) in str(raised.value)
+
+
+# --- cameras and rays -------------------------------------------------------------------------------------
+
+def random_camera(rng):
+    """Return intrinsics (3, 3), a rotation, world to camera (3, 3), and a centre (3,)."""
+    rotation = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    rotation *= np.sign(np.linalg.det(rotation))
+    u, v = rng.uniform(-500, 1500, 2)
+    intrinsics = np.array([[rng.uniform(5, 3000), rng.normal(), u], [0, rng.uniform(5, 3000), v], [0, 0, 1]])
+    return intrinsics, rotation, rng.uniform(-5, 5, 3)
+
+
+def test_decompose_projection_inverts_composition():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        intrinsics, rotation, centre = random_camera(rng)
+        projection = rng.uniform(0.01, 300) * intrinsics @ np.column_stack([rotation, -rotation @ centre])
+        for matrix in (projection, np.vstack([projection, [0, 0, 0, 1]])):
+            found, pose = helper.decompose_projection(matrix)
+            assert found.dtype == pose.dtype == np.float64
+            np.testing.assert_allclose(found, intrinsics, rtol=1e-6, atol=1e-6)
+            np.testing.assert_allclose(pose[:3, :3], rotation.T, atol=1e-7)
+            np.testing.assert_allclose(pose[:3, 3], centre, atol=1e-6)
+            np.testing.assert_array_equal(pose[3], [0, 0, 0, 1])
+
+
+def test_decompose_projection_refuses_what_is_no_camera():
+    fine = np.column_stack([np.eye(3), [0.0, 0.0, 3.0]])
+    helper.decompose_projection(fine)
+    flat = fine.copy()
+    flat[1] = flat[0]
+    for matrix, reason in ((flat, "singular"), (np.zeros((3, 4)), "singular"), (fine * np.nan, "not finite"),
+                           (fine + [0, 0, 0, np.inf], "not finite")):
+        with pytest.raises(ValueError, match=reason):
+            helper.decompose_projection(matrix)
+
+
+def test_pixel_rays_pass_through_what_the_pixels_show():
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        intrinsics, rotation, centre = random_camera(rng)
+        in_camera = rng.uniform([-1, -1, 1], [1, 1, 4], (30, 3))
+        points = in_camera @ rotation + centre
+        uv = in_camera @ intrinsics.T
+        pose = np.eye(4)
+        pose[:3, :3], pose[:3, 3] = rotation.T, centre
+        origin, directions = helper.pixel_rays(uv[:, :2] / uv[:, 2:], intrinsics, pose)
+        assert origin.dtype == directions.dtype == np.float32 and origin.shape == (3,)
+        np.testing.assert_allclose(np.linalg.norm(directions, axis=1), 1, atol=1e-6)
+        distances = np.linalg.norm(points - centre, axis=1, keepdims=True)
+        np.testing.assert_allclose(origin + distances * directions, points, atol=1e-5)
+
+
+def test_pixel_grid_is_row_by_row():
+    grid = helper.pixel_grid(2, 3)
+    assert grid.tolist() == [[0, 0], [1, 0], [2, 0], [0, 1], [1, 1], [2, 1]] and grid.dtype == np.float32
+
+
+# --- files and errors -------------------------------------------------------------------------------------
+
+def test_replacing_writes_beside_and_renames(tmp_path):
+    path = tmp_path / "new" / "result.txt"
+    with helper.replacing(path) as temporary:
+        temporary.write_text("whole")
+        assert temporary.parent == path.parent and temporary.suffix == ".txt" and not path.exists()
+    assert path.read_text() == "whole"
+    assert os.listdir(str(path.parent)) == ["result.txt"]
+    umask = os.umask(0o022)
+    try:
+        with helper.replacing(path) as temporary:
+            temporary.write_text("again")
+    finally:
+        os.umask(umask)
+    assert path.read_text() == "again" and stat.S_IMODE(path.stat().st_mode) == 0o644
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_replacing_keeps_the_old_file_when_it_fails(tmp_path, error):
+    path = tmp_path / "result.txt"
+    path.write_text("old")
+    with pytest.raises(error):
+        with helper.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise error()
+    assert path.read_text() == "old" and os.listdir(str(tmp_path)) == ["result.txt"]
+
+
+def test_replacing_refuses_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.txt").mkdir()
+    for path in (tmp_path / "file" / "result.txt", tmp_path / "folder.txt"):
+        with pytest.raises(helper.UserError) as raised:
+            with helper.replacing(path) as temporary:
+                temporary.write_text("")
+        assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+    assert sorted(os.listdir(str(tmp_path))) == ["file", "folder.txt"]
+
+
+@pytest.mark.parametrize("error, status, said", [
+    ("helper.UserError('a.yaml: mend it')", 2, "error: a.yaml: mend it\n"),
+    ("KeyboardInterrupt()", 130, "interrupted\n"),
+])
+def test_run_ends_with_one_line(error, status, said):
+    script = f"import helper\ndef main():\n    raise {error}\nhelper.run(main)"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=str(ROOT), stderr=subprocess.PIPE)
+    assert ended.returncode == status and ended.stderr.decode() == said
