@@ -1,0 +1,464 @@
+"""IDR's networks, the differentiable hit and the losses, as nnabla graphs (Yariv et al., NeurIPS 2020).
+
+The sdf reaches the tracer and the extraction as a plain callable: SdfOnCpu or SdfOnGpu, by sdf_evaluator().
+As a script: the zero contour of the initial sdf as a picture, `python network.py -Ds 512 -R 0.75`.
+"""
+import nnabla as nn
+import nnabla.functions as F
+import numpy as np
+from nnabla.function import PythonFunction
+
+import numpy_network
+from numpy_network import SKIP_LAYER, SOFTPLUS_BETA, frequencies, has_skip  # noqa: F401
+
+POSITION_BANDS = 6      # of the implicit network's encoding: 39 values
+VIEW_BANDS = 4          # of the view direction's: 27 values
+RENDERING_LAYERS = 5
+
+
+# --- parameters -------------------------------------------------------------------------------------------------------
+
+def layer_sizes(width, feature, layers):
+    """Return {parameter scope: (in, out)} of every affine layer: implicit/0, ..., rendering/4 (section 5.1)."""
+    encoded, sizes = 3 + 6 * POSITION_BANDS, {}
+    for layer in range(layers):
+        inputs = encoded if layer == 0 else width
+        outputs = 1 + feature if layer == layers - 1 else width
+        sizes[f"implicit/{layer}"] = (inputs, outputs - encoded if has_skip(layer + 1, layers) else outputs)
+    for layer in range(RENDERING_LAYERS):
+        inputs = 3 + (3 + 6 * VIEW_BANDS) + 3 + feature if layer == 0 else width
+        sizes[f"rendering/{layer}"] = (inputs, 3 if layer == RENDERING_LAYERS - 1 else width)
+    return sizes
+
+
+def parameter_shapes(width, feature, layers):
+    """Return {name: shape} of all parameters; a layer has v (in, out), its scale g (out,) and bias b (out,)."""
+    shapes = {}
+    for scope, (inputs, outputs) in layer_sizes(width, feature, layers).items():
+        shapes.update({f"{scope}/v": (inputs, outputs), f"{scope}/g": (outputs,), f"{scope}/b": (outputs,)})
+    return shapes
+
+
+def initialize(width, feature, layers, radius, rng):
+    """Set nnabla's parameters to fresh networks, the implicit one by the geometric initialisation (SAL, theorem 1).
+
+    The sdf starts close to that of the sphere of `radius`; rng is a numpy Generator. Earlier parameters are dropped.
+    """
+    nn.clear_parameters()
+    encoded = 3 + 6 * POSITION_BANDS
+    for scope, (inputs, outputs) in layer_sizes(width, feature, layers).items():
+        network, layer = scope.split("/")
+        if network == "rendering":
+            bound = inputs ** -0.5
+            v, b = rng.uniform(-bound, bound, (inputs, outputs)), rng.uniform(-bound, bound, outputs)
+        elif int(layer) == layers - 1:
+            v, b = rng.normal(np.sqrt(np.pi / inputs), 1e-4, (inputs, outputs)), np.full(outputs, -radius)
+        else:
+            v, b = rng.normal(0.0, np.sqrt(2.0 / outputs), (inputs, outputs)), np.zeros(outputs)
+            if int(layer) == 0:
+                v[3:] = 0.0                     # only the raw coordinates count at first
+            elif has_skip(int(layer), layers):
+                v[3 - encoded:] = 0.0           # likewise for the encoding that joins here
+        for name, value in (("v", v), ("g", np.linalg.norm(v, axis=0)), ("b", b)):
+            variable = nn.Variable.from_numpy_array(value.astype(np.float32), need_grad=True)
+            nn.parameter.set_parameter(f"{scope}/{name}", variable)
+
+
+def folded_weights(network):
+    """Return [(W, b)] of "implicit" or "rendering": graph Variables, W = g v / |v| (weight normalisation, per output)."""
+    parameters, weights = nn.get_parameters(grad_only=False), []
+    while f"{network}/{len(weights)}/v" in parameters:
+        v, g, b = (parameters[f"{network}/{len(weights)}/{name}"] for name in "vgb")
+        weights.append((F.weight_normalization(v, g, dim=1), b))
+    return weights
+
+
+def folded_arrays(network):
+    """The same as NumPy arrays, a copy of the parameters as they are now."""
+    parameters, weights = nn.get_parameters(grad_only=False), []
+    while f"{network}/{len(weights)}/v" in parameters:
+        v, g, b = (parameters[f"{network}/{len(weights)}/{name}"].d for name in "vgb")
+        weights.append((v * (g / np.sqrt(np.einsum("io,io->o", v, v))), b.copy()))
+    return weights
+
+
+# --- the networks -----------------------------------------------------------------------------------------------------
+
+def on_cpu():
+    """Whether nnabla computes on the CPU, where NumPy takes over the heavy functions."""
+    return nn.get_current_context().backend[0].startswith("cpu")
+
+
+def constant(array):
+    """A graph input that holds `array` and takes no gradient."""
+    return nn.Variable.from_numpy_array(np.asarray(array, np.float32))
+
+
+def row_sums(x):
+    """Sum each row of x (N, C): (N, 1)."""
+    return F.affine(x, constant(np.ones((x.shape[1], 1))))
+
+
+def positional_encoding(x, bands):
+    """gamma(x) (N, 3 + 6 bands) and the derivative of each of its columns by the coordinate it depends on.
+
+    In one sine: cos a = sin(a + pi/2), and the derivative of sin a is sin(a + pi/2).
+    """
+    freq = frequencies(3 + 6 * bands)[3:]
+    quarter = np.tile(np.repeat([0.0, np.pi / 2], 3), bands)
+    spread = constant(np.tile(np.eye(3), (1, 2 * bands)) * freq)
+    encoded = F.concatenate(x, F.sin(F.affine(x, spread, constant(quarter))), axis=1)
+    slopes = F.sin(F.affine(x, spread, constant(quarter + np.pi / 2))) * constant(freq[None])
+    return encoded, F.concatenate(constant(np.ones(x.shape)), slopes, axis=1)
+
+
+def implicit(x, weights):
+    """The implicit network with the gradient of its sdf, differentiable in x and in the weights.
+
+    x: (N, 3) Variable; weights: folded_weights("implicit").
+    Returns sdf (N, 1), positive outside, feature (N, F) and gradient (N, 3).
+    """
+    if on_cpu():
+        return ImplicitOnCpu()(x, *(variable for layer in weights for variable in layer))
+    return implicit_graph(x, weights)
+
+
+def implicit_graph(x, weights):
+    """What `implicit` does, in nnabla's functions. The gradient is the backward pass written out, so that nnabla
+    differentiates it like everything else and it costs one affine per layer."""
+    encoded, derivative = positional_encoding(x, POSITION_BANDS)
+    columns, count = encoded.shape[1], len(weights)
+    h, slopes = encoded, []
+    for layer, (w, b) in enumerate(weights):
+        if has_skip(layer, count):
+            h = F.concatenate(h, encoded, axis=1) * 0.5 ** 0.5
+        z = F.affine(h, w, b)
+        if layer < count - 1:
+            slopes.append(F.sigmoid(z * SOFTPLUS_BETA))
+            h = F.softplus(z, beta=SOFTPLUS_BETA)
+    back, from_skip = F.transpose(weights[-1][0][:, :1], (1, 0)), None
+    for layer in range(count - 2, -1, -1):
+        back = F.affine(slopes[layer] * back, F.transpose(weights[layer][0], (1, 0)))
+        if has_skip(layer, count):
+            back = back * 0.5 ** 0.5
+            back, from_skip = back[:, :-columns], back[:, -columns:]
+    to_encoded = back if from_skip is None else back + from_skip
+    gradient = F.affine(to_encoded * derivative, constant(np.tile(np.eye(3), (columns // 3, 1))))
+    return z[:, :1], z[:, 1:], gradient
+
+
+def rendering(x, normal, view, feature, weights):
+    """The renderer: rgb (N, 3) in [-1, 1] of surface points.
+
+    x, normal, view: (N, 3) Variables; view is the unit vector from the surface to the camera, the normal is the
+    gradient of the sdf as it is; feature (N, F); weights: folded_weights("rendering").
+    """
+    h = F.concatenate(x, positional_encoding(view, VIEW_BANDS)[0], normal, feature, axis=1)
+    for layer, (w, b) in enumerate(weights):
+        h = affine(h, w, b)
+        h = F.relu(h) if layer < len(weights) - 1 else F.tanh(h)
+    return h
+
+
+def affine(x, w, b):
+    """x w + b, on the CPU by NumPy's matrix product."""
+    return AffineOnCpu()(x, w, b) if on_cpu() else F.affine(x, w, b)
+
+
+class NumpyFunction(PythonFunction):
+    """A nnabla function whose forward and backward passes run in NumPy, in the current context."""
+
+    def __init__(self):
+        super().__init__(nn.get_current_context())
+
+    @property
+    def name(self):
+        return type(self).__name__
+
+    def grad_depends_output_data(self, i, o):
+        return False
+
+    def grad_depends_input_data(self, i, j):
+        return True
+
+    @staticmethod
+    def hand_back(inputs, gradients, propagate_down, accum):
+        """Write or add each gradient where nnabla wants it."""
+        for variable, gradient, wanted, add in zip(inputs, gradients, propagate_down, accum):
+            if wanted:
+                target = variable.grad.data if add else variable.grad.cast(np.float32)[...]
+                target[...] = target + gradient if add else gradient
+
+
+class AffineOnCpu(NumpyFunction):
+    """x w + b."""
+
+    def min_outputs(self):
+        return 1
+
+    def setup_impl(self, inputs, outputs):
+        outputs[0].reset_shape((inputs[0].shape[0], inputs[1].shape[1]), True)
+
+    def forward_impl(self, inputs, outputs):
+        x, w, b = (i.data.data for i in inputs)
+        np.matmul(x, w, out=outputs[0].data.data)
+        outputs[0].data.data[...] += b
+
+    def backward_impl(self, inputs, outputs, propagate_down, accum):
+        x, w, _ = (i.data.data for i in inputs)
+        by_y = outputs[0].grad.data
+        by_x = by_y @ w.T if propagate_down[0] else None
+        self.hand_back(inputs, (by_x, x.T @ by_y, by_y.sum(axis=0)), propagate_down, accum)
+
+
+class ImplicitOnCpu(NumpyFunction):
+    """Inputs x, W, b, W, b, ...; outputs sdf, feature and gradient (numpy_network has the formulas)."""
+
+    def min_outputs(self):
+        return 3
+
+    def setup_impl(self, inputs, outputs):
+        rows = inputs[0].shape[0]
+        for output, columns in zip(outputs, (1, inputs[-1].shape[0] - 1, 3)):
+            output.reset_shape((rows, columns), True)
+
+    @staticmethod
+    def arrays(inputs):
+        arrays = [i.data.data for i in inputs]
+        return arrays[0], list(zip(arrays[1::2], arrays[2::2]))
+
+    def forward_impl(self, inputs, outputs):
+        *results, self.saved = numpy_network.implicit_forward(*self.arrays(inputs))
+        for output, result in zip(outputs, results):
+            output.data.data[...] = result
+
+    def backward_impl(self, inputs, outputs, propagate_down, accum):
+        by_sdf, by_feature, by_gradient = (o.grad.data for o in outputs)
+        by_x, by_w, by_b = numpy_network.implicit_backward(
+            self.saved, self.arrays(inputs)[1], np.concatenate([by_sdf, by_feature], axis=1), by_gradient)
+        self.saved = None
+        gradients = [by_x] + [gradient for layer in zip(by_w, by_b) for gradient in layer]
+        self.hand_back(inputs, gradients, propagate_down, accum)
+
+
+# --- the differentiable hit and the losses ----------------------------------------------------------------------------
+
+def differentiable_hit(points, directions, sdf, gradient):
+    """The surface point as a function of the weights: its value is `points`, its derivative the true intersection's.
+
+    points: (N, 3) traced hits x0; directions: (N, 3) unit ray directions; sdf (N, 1) and gradient (N, 3) at x0.
+    Returns x0 - (sdf - sdf0) / (gradient0 . direction) direction, with sdf0 and gradient0 held constant (equation 3).
+    """
+    sdf0, gradient0 = (F.identity(v).apply(need_grad=False) for v in (sdf, gradient))
+    slope = row_sums(gradient0 * directions)
+    grazing = F.less_scalar(F.abs(slope), 1e-2)     # a ray along the surface would get an unbounded derivative
+    slope = F.where(grazing, constant(np.full(slope.shape, -1e-2)), slope).apply(need_grad=False)
+    return points - (sdf - sdf0) / slope * directions
+
+
+def total(x):
+    """The sum of all of x (N, C), as a scalar."""
+    return F.reshape(F.affine(F.reshape(x, (1, -1)), constant(np.ones((x.size, 1)))), ())
+
+
+def color_loss(rgb, rgb_true, counts, rays):
+    """(1 / rays) sum of |rgb - rgb_true|_1 over the rows where counts (N, 1) is 1 (equation 6)."""
+    return total(F.absolute_error(rgb, rgb_true) * counts) * (1.0 / rays)
+
+
+def mask_loss(sdf, object_mask, counts, alpha, rays):
+    """(1 / (alpha rays)) sum of CE(object_mask, sigmoid(-alpha sdf)) where counts (N, 1) is 1 (equation 7).
+
+    sdf, object_mask, counts: (N, 1); alpha: (1, 1) Variable.
+    """
+    return total(F.sigmoid_cross_entropy(sdf * alpha * -1.0, object_mask) * counts / alpha) * (1.0 / rays)
+
+
+def eikonal_loss(gradient):
+    """Mean of (|gradient| - 1)^2 over the rows of gradient (N, 3) (equation 8)."""
+    norm = (row_sums(gradient * gradient) + 1e-12) ** 0.5       # the derivative of a root ends where its value is 0
+    return total((norm - 1.0) ** 2.0) * (1.0 / gradient.shape[0])
+
+
+def training_graph(rays, surface, mask_weight, eikonal_weight):
+    """The losses of one step over `rays` rays, of which the first `surface` may show the surface.
+
+    Returns a dict of Variables. To be set: points (rays + rays // 2, 3), the rays' points followed by the uniform ones;
+    directions and rgb (surface, 3); colored (surface, 1), 1 where the ray hits in the object mask; object_mask and
+    masked (rays, 1), masked being 1 for the other rays; alpha (1, 1). To be read: loss, color, mask, eikonal.
+    """
+    g = {"points": nn.Variable((rays + rays // 2, 3)), "directions": nn.Variable((surface, 3)),
+         "rgb": nn.Variable((surface, 3)), "colored": nn.Variable((surface, 1)),
+         "object_mask": nn.Variable((rays, 1)), "masked": nn.Variable((rays, 1)), "alpha": nn.Variable((1, 1))}
+    weights = folded_weights("implicit")
+    sdf, _, gradient = implicit(g["points"], weights)
+    g["mask"] = mask_loss(sdf[:rays], g["object_mask"], g["masked"], g["alpha"], rays)
+    g["eikonal"] = eikonal_loss(gradient)
+    g["color"] = constant(0.0)
+    if surface:
+        hits = differentiable_hit(g["points"][:surface], g["directions"], sdf[:surface], gradient[:surface])
+        _, feature, normal = implicit(hits, weights)
+        rgb = rendering(hits, normal, g["directions"] * -1.0, feature, folded_weights("rendering"))
+        g["color"] = color_loss(rgb, g["rgb"], g["colored"], rays)
+    g["loss"] = g["color"] + g["mask"] * mask_weight + g["eikonal"] * eikonal_weight
+    for name in ("color", "mask", "eikonal"):
+        g[name].persistent = True
+    return g
+
+
+# --- evaluation without gradient --------------------------------------------------------------------------------------
+
+def sdf_evaluator():
+    """Return the sdf of the current parameters as a callable, points (N, 3) float32 -> (N,) float32.
+
+    Its refresh() takes over parameters that have changed since.
+    """
+    return SdfOnCpu() if on_cpu() else SdfOnGpu()
+
+
+class SdfOnCpu:
+    """The sdf through NumPy."""
+
+    def __init__(self):
+        self.refresh()
+
+    def refresh(self):
+        self.weights = folded_arrays("implicit")
+
+    def __call__(self, points):
+        return numpy_network.implicit_sdf(points, self.weights)
+
+
+class SdfOnGpu:
+    """The sdf through static graphs of a few sizes, so that a call costs launches and no graph building."""
+
+    SIZES = (256, 1024, 4096, 16384, 65536)
+
+    def __init__(self):
+        self.folding = folded_weights("implicit")
+        self.weights = [(nn.Variable(w.shape), nn.Variable(b.shape)) for w, b in self.folding]
+        self.graphs = {}
+        self.refresh()
+
+    def refresh(self):
+        folded = [w for w, _ in self.folding]
+        F.sink(*folded).forward()
+        for (w, b), (w_now, b_now) in zip(self.weights, self.folding):
+            w.data.copy_from(w_now.data)
+            b.data.copy_from(b_now.data)
+
+    def graph(self, rows):
+        if rows not in self.graphs:
+            x = nn.Variable((rows, 3))
+            encoded = positional_encoding(x, POSITION_BANDS)[0]
+            h = encoded
+            for layer, (w, b) in enumerate(self.weights[:-1]):
+                if has_skip(layer, len(self.weights)):
+                    h = F.concatenate(h, encoded, axis=1) * 0.5 ** 0.5
+                h = F.softplus(F.affine(h, w, b), beta=SOFTPLUS_BETA)
+            w, b = self.weights[-1]
+            self.graphs[rows] = x, F.affine(h, w[:, :1], b[:1])
+        return self.graphs[rows]
+
+    def __call__(self, points):
+        out = np.empty(len(points), np.float32)
+        for start in range(0, len(points), self.SIZES[-1]):
+            part = points[start:start + self.SIZES[-1]]
+            x, sdf = self.graph(next(size for size in self.SIZES if size >= len(part)))
+            x.d[:len(part)] = part          # the rows behind are left over and not read
+            sdf.forward(clear_buffer=True)
+            out[start:start + len(part)] = sdf.d[:len(part), 0]
+        return out
+
+
+def shade(points, directions, chunk=4096):
+    """Colour and normal of surface points with the current parameters.
+
+    points, directions: (N, 3) float32, the latter the unit ray directions. Returns rgb (N, 3) in [0, 1] and the
+    gradient of the sdf (N, 3), float32.
+    """
+    rows = min(chunk, len(points))
+    rgb, normals = np.empty((len(points), 3), np.float32), np.empty((len(points), 3), np.float32)
+    if rows == 0:
+        return rgb, normals
+    x, view = nn.Variable((rows, 3)), nn.Variable((rows, 3))
+    with nn.no_grad():
+        _, feature, normal = implicit(x, folded_weights("implicit"))
+        color = rendering(x, normal, view, feature, folded_weights("rendering"))
+    both = F.sink(color, normal)
+    for start in range(0, len(points), rows):
+        part = slice(start, min(start + rows, len(points)))
+        count = part.stop - start
+        x.d[:count], view.d[:count] = points[part], -directions[part]
+        both.forward(clear_no_need_grad=False)
+        rgb[part], normals[part] = color.d[:count] * 0.5 + 0.5, normal.d[:count]
+    return rgb, normals
+
+
+# --- the initial sdf as a picture -------------------------------------------------------------------------------------
+
+def main():
+    import helper
+    parser = helper.argument_parser("Draw the zero contour of the initial sdf and measure it against the exact sphere; "
+                                    "with several widths, plot the error over the width.", config=False)
+    parser.add_argument("-Ds", type=int, nargs="+", default=[512], metavar="D", help="layer widths")
+    parser.add_argument("-L", type=int, default=9, help="affine layers")
+    parser.add_argument("-R", type=float, default=0.6, help="radius of the sphere")
+    args = parser.parse_args()
+    if min(args.Ds) < 64 or args.L < 2 or not 0 < args.R < 1:
+        raise helper.UserError("-Ds must be 64 or more, -L 2 or more and -R between 0 and 1")
+    helper.set_context(args.context, args.device_id)
+    errors = []
+    for width in args.Ds:
+        initialize(width, 256, args.L, args.R, np.random.default_rng(0))
+        sdf = sdf_evaluator()
+        points = np.random.default_rng(1).uniform(-1, 1, (100000, 3)).astype(np.float32)
+        errors.append(np.abs(sdf(points) - (np.linalg.norm(points, axis=1) - args.R)).mean())
+        path = f"sdf_contour_D{width:03d}_L{args.L:03d}.png"
+        draw_contour(sdf, args.R, f"initial sdf, width {width}, {args.L} layers", path)
+        print(f"width {width}: mean absolute error {errors[-1]:.4f} against the sphere of radius {args.R} in [-1, 1]^3, {path}")
+    if len(args.Ds) > 1:
+        path = f"sdf_error_L{args.L:03d}.png"
+        draw_errors(args.Ds, errors, path)
+        print(f"error over width: {path}")
+
+
+def draw_contour(sdf, radius, title, path):
+    """Draw the sdf on the plane z = 0 with its zero contour, and the exact circle of `radius`, to `path`."""
+    import helper
+    from matplotlib.figure import Figure
+    line = np.linspace(-1, 1, 201, dtype=np.float32)
+    grid = np.stack(np.broadcast_arrays(line[None], line[:, None], np.float32(0)), axis=-1)
+    values = sdf(grid.reshape(-1, 3)).reshape(201, 201)
+    figure = Figure(figsize=(5.4, 4.6), dpi=120, layout="constrained")
+    axes = figure.add_subplot(aspect="equal", title=title, xlabel="x", ylabel="y")
+    levels = np.linspace(-1, 1, 21)
+    filled = axes.contourf(line, line, values, levels, cmap="RdBu", extend="both")
+    axes.contour(line, line, values, [0.0], colors="black", linewidths=2)
+    angle = np.linspace(0, 2 * np.pi, 200)
+    axes.plot(radius * np.cos(angle), radius * np.sin(angle), "--", color="orange", label=f"circle of radius {radius}")
+    axes.plot([], [], color="black", linewidth=2, label="sdf = 0")
+    figure.legend(loc="outside lower center", ncols=2)
+    figure.colorbar(filled, label="sdf")
+    with helper.replacing(path) as temporary:
+        figure.savefig(temporary)
+
+
+def draw_errors(widths, errors, path):
+    """Plot the mean absolute error over the layer width to `path`."""
+    import helper
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(5, 3.6), dpi=120, layout="constrained")
+    axes = figure.add_subplot(title="initial sdf against the exact sphere", xlabel="layer width",
+                              ylabel="mean absolute error", xscale="log")
+    axes.plot(widths, errors, "o-")
+    axes.set_xticks(widths, [str(width) for width in widths])
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    with helper.replacing(path) as temporary:
+        figure.savefig(temporary)
+
+
+if __name__ == "__main__":
+    import helper
+    helper.run(main)
