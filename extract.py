@@ -62,7 +62,7 @@ def grid_mesh(sdf, axes, low, high, cell):
     if not (values.min() < 0 < values.max()):
         raise helper.UserError("the sdf has no zero set in the unit sphere, so there is no surface to extract; "
                                "look at the training's renders: masks and cameras are the usual causes")
-    vertices, faces = marching_cubes(values, 0.0, gradient_direction="ascent")[:2]
+    vertices, faces = marching_cubes(values, 0.0)[:2]
     return trimesh.Trimesh((vertices * cell + low) @ axes, faces, process=False)
 
 

@@ -69,7 +69,7 @@ def folded_weights(network):
     parameters, weights = nn.get_parameters(grad_only=False), []
     while f"{network}/{len(weights)}/v" in parameters:
         v, g, b = (parameters[f"{network}/{len(weights)}/{name}"] for name in "vgb")
-        weights.append((F.weight_normalization(v, g, dim=1), b))
+        weights.append((WeightsOnCpu()(v, g) if on_cpu() else F.weight_normalization(v, g, dim=1), b))
     return weights
 
 
@@ -78,7 +78,7 @@ def folded_arrays(network):
     parameters, weights = nn.get_parameters(grad_only=False), []
     while f"{network}/{len(weights)}/v" in parameters:
         v, g, b = (parameters[f"{network}/{len(weights)}/{name}"].d for name in "vgb")
-        weights.append((v * (g / np.sqrt(np.einsum("io,io->o", v, v))), b.copy()))
+        weights.append((v * (g / np.linalg.norm(v, axis=0)), b.copy()))
     return weights
 
 
@@ -190,6 +190,27 @@ class NumpyFunction(PythonFunction):
                 target[...] = target + gradient if add else gradient
 
 
+class WeightsOnCpu(NumpyFunction):
+    """g v / |v|, per column of v."""
+
+    def min_outputs(self):
+        return 1
+
+    def setup_impl(self, inputs, outputs):
+        outputs[0].reset_shape(inputs[0].shape, True)
+
+    def forward_impl(self, inputs, outputs):
+        v, g = (i.data.data for i in inputs)
+        np.multiply(v, g / np.linalg.norm(v, axis=0), out=outputs[0].data.data)
+
+    def backward_impl(self, inputs, outputs, propagate_down, accum):
+        v, g = (i.data.data for i in inputs)
+        by_w = outputs[0].grad.data
+        norm = np.linalg.norm(v, axis=0)
+        by_g = np.einsum("io,io->o", by_w, v) / norm
+        self.hand_back(inputs, ((by_w - v * (by_g / norm)) * (g / norm), by_g), propagate_down, accum)
+
+
 class AffineOnCpu(NumpyFunction):
     """x w + b."""
 
@@ -200,15 +221,11 @@ class AffineOnCpu(NumpyFunction):
         outputs[0].reset_shape((inputs[0].shape[0], inputs[1].shape[1]), True)
 
     def forward_impl(self, inputs, outputs):
-        x, w, b = (i.data.data for i in inputs)
-        np.matmul(x, w, out=outputs[0].data.data)
-        outputs[0].data.data[...] += b
+        outputs[0].data.data[...] = numpy_network.affine(*(i.data.data for i in inputs))
 
     def backward_impl(self, inputs, outputs, propagate_down, accum):
         x, w, _ = (i.data.data for i in inputs)
-        by_y = outputs[0].grad.data
-        by_x = by_y @ w.T if propagate_down[0] else None
-        self.hand_back(inputs, (by_x, x.T @ by_y, by_y.sum(axis=0)), propagate_down, accum)
+        self.hand_back(inputs, numpy_network.affine_backward(x, w, outputs[0].grad.data), propagate_down, accum)
 
 
 class ImplicitOnCpu(NumpyFunction):

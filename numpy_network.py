@@ -4,11 +4,32 @@ The formulas are network.py's; tests/test_network.py holds the two against each 
 per affine layer, W (in, out) with its weight normalisation folded in, b (out,). All arrays are float32.
 Imports nothing of the other scripts.
 """
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 SOFTPLUS_BETA = 100.0
 SKIP_LAYER = 4        # its input is [h, gamma(x)] / sqrt(2)
-BLOCK = 1024          # rows evaluated together: their activations stay in the cache
+BLOCK = 512           # rows worked on together, so that their activations stay in the cache
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+# Blocks of rows go to the cores as a whole. The matrix library's own threads are off: they would help with the products
+# alone, and between products they spin on the cores that the blocks need.
+pool = ThreadPoolExecutor(CORES)
+threadpool_limits(1, user_api="blas")
+
+
+def blocks(rows):
+    """Cut that many rows into slices, enough of them for all cores."""
+    block = min(BLOCK, max(64, -(-rows // CORES)))
+    return [slice(start, min(start + block, rows)) for start in range(0, rows, block)]
+
+
+def on_all_cores(function, items):
+    """[function(item) for item in items], each item on one core."""
+    return list(pool.map(function, items)) if len(items) > 1 else [function(item) for item in items]
 
 
 def has_skip(layer, layers):
@@ -24,22 +45,21 @@ def frequencies(columns):
 
 def encode(x, bands):
     """gamma(x) (N, 3 + 6 bands) of x (N, 3): x, then sin and cos of 2^k x for k < bands, as in NeRF."""
-    out = np.empty((len(x), 3 + 6 * bands), np.float32)
-    out[:, :3] = x
+    out = np.empty((3 + 6 * bands, len(x)), np.float32)     # by columns: sine and cosine want their values in a row
+    out[:3] = x.T
     for k in range(bands):
-        phase = x * np.float32(2 ** k)
-        np.sin(phase, out=out[:, 3 + 6 * k:6 + 6 * k])
-        np.cos(phase, out=out[:, 6 + 6 * k:9 + 6 * k])
-    return out
+        phase = out[:3] * np.float32(2 ** k)
+        np.sin(phase, out=out[3 + 6 * k:6 + 6 * k])
+        np.cos(phase, out=out[6 + 6 * k:9 + 6 * k])
+    return out.T
 
 
 def encode_derivative(encoded):
     """The derivative (N, columns) of each column of gamma(x) by the one coordinate that it depends on."""
     out = np.ones_like(encoded)
-    freq = frequencies(encoded.shape[1])
-    for s in range(3, encoded.shape[1], 6):
-        np.multiply(encoded[:, s + 3:s + 6], freq[s], out=out[:, s:s + 3])      # sin' = cos
-        np.multiply(encoded[:, s:s + 3], -freq[s], out=out[:, s + 3:s + 6])     # cos' = -sin
+    for s, freq in zip(range(3, encoded.shape[1], 6), frequencies(encoded.shape[1])[3::6]):
+        np.multiply(encoded[:, s + 3:s + 6], freq, out=out[:, s:s + 3])      # sin' = cos
+        np.multiply(encoded[:, s:s + 3], -freq, out=out[:, s + 3:s + 6])     # cos' = -sin
     return out
 
 
@@ -48,42 +68,44 @@ def per_coordinate(columns):
     return columns.reshape(len(columns), -1, 3).sum(axis=1)
 
 
-def softplus(z):
-    """Softplus with beta = 100 of z, which is overwritten; log and exp of few values, in few passes."""
-    rest = np.abs(z)
-    rest *= -SOFTPLUS_BETA
+def softplus(z, slope=None):
+    """Softplus with beta = 100 of z, which is overwritten; with `slope`, an array like z, its derivative goes there."""
+    z *= SOFTPLUS_BETA
+    rest = np.minimum(z, 30.0, out=slope)       # beyond 30, softplus is z in float32
     np.exp(rest, out=rest)
-    np.log1p(rest, out=rest)
-    rest *= 1.0 / SOFTPLUS_BETA
-    np.maximum(z, 0.0, out=z)
-    z += rest
+    one_more = rest + 1.0
+    if slope is not None:
+        np.divide(rest, one_more, out=slope)
+    np.log(one_more, out=one_more)
+    np.maximum(z, one_more, out=z)
+    z *= 1.0 / SOFTPLUS_BETA
     return z
 
 
-def sigmoid(z):
-    """The derivative of softplus: sigmoid(beta z), as a new array."""
-    slope = z * (0.5 * SOFTPLUS_BETA)
-    np.tanh(slope, out=slope)
-    slope += 1.0
-    slope *= 0.5
-    return slope
+def layer_input(layer, count, h, encoded):
+    """The input of an affine layer: h, or at the skip layer [h, encoded] / sqrt(2)."""
+    if not has_skip(layer, count):
+        return h
+    joined = np.concatenate([h, encoded], axis=1)
+    joined *= 0.5 ** 0.5
+    return joined
 
 
 def implicit_sdf(x, weights):
-    """The sdf (N,) at x (N, 3), in blocks, without what only a gradient would need."""
-    last_w, last_b = weights[-1]
-    last_w, last_b = np.ascontiguousarray(last_w[:, 0]), last_b[0]
+    """The sdf (N,) at x (N, 3), without what only a feature or a gradient would need."""
+    last_w, last_b = np.ascontiguousarray(weights[-1][0][:, 0]), weights[-1][1][0]
     out = np.empty(len(x), np.float32)
-    for start in range(0, len(x), BLOCK):
-        encoded = encode(x[start:start + BLOCK], (len(weights[0][0]) - 3) // 6)
-        h = encoded
+
+    def evaluate(rows):
+        h = encoded = encode(x[rows], (len(weights[0][0]) - 3) // 6)
         for layer, (w, b) in enumerate(weights[:-1]):
-            if has_skip(layer, len(weights)):
-                h = np.concatenate([h, encoded], axis=1) * np.float32(0.5 ** 0.5)
-            h = h @ w
+            h = layer_input(layer, len(weights), h, encoded) @ w
             h += b
-            h = softplus(h)
-        out[start:start + BLOCK] = h @ last_w + last_b
+            softplus(h)
+        np.matmul(h, last_w, out=out[rows])
+        out[rows] += last_b
+
+    on_all_cores(evaluate, blocks(len(x)))
     return out
 
 
@@ -92,20 +114,29 @@ def implicit_forward(x, weights):
 
     Returns sdf (N, 1), feature (N, F), gradient of the sdf (N, 3), and what implicit_backward wants to be given.
     """
+    output = np.empty((len(x), weights[-1][0].shape[1]), np.float32)
+    gradient = np.empty((len(x), 3), np.float32)
+
+    def evaluate(rows):
+        output[rows], gradient[rows], saved = forward_block(x[rows], weights)
+        return rows, saved
+
+    return output[:, :1], output[:, 1:], gradient, on_all_cores(evaluate, blocks(len(x)))
+
+
+def forward_block(x, weights):
     count = len(weights)
     encoded = encode(x, (len(weights[0][0]) - 3) // 6)
     inputs, slopes = [], []
     h = encoded
     for layer, (w, b) in enumerate(weights):
-        if has_skip(layer, count):
-            h = np.concatenate([h, encoded], axis=1) * np.float32(0.5 ** 0.5)
-        inputs.append(h)
-        z = h @ w
-        z += b
+        inputs.append(layer_input(layer, count, h, encoded))
+        h = inputs[-1] @ w
+        h += b
         if layer < count - 1:
-            slopes.append(sigmoid(z))
-            h = softplus(z)
-    # The chain of d sdf / d z, from the last layer down: deltas[l] (N, out of l).
+            slopes.append(np.empty_like(h))
+            softplus(h, slopes[-1])
+    # d sdf / d z of each layer but the last, from the last down.
     deltas = [None] * (count - 1)
     back, to_encoded = weights[-1][0][:, 0], np.float32(0.0)
     for layer in range(count - 2, -1, -1):
@@ -115,8 +146,30 @@ def implicit_forward(x, weights):
             back, to_encoded = split_skip(back, encoded.shape[1])
     to_encoded = to_encoded + back
     derivative = encode_derivative(encoded)
-    gradient = per_coordinate(to_encoded * derivative)
-    return z[:, :1], z[:, 1:], gradient, (inputs, slopes, deltas, derivative, to_encoded)
+    return h, per_coordinate(to_encoded * derivative), (inputs, slopes, deltas, derivative, to_encoded)
+
+
+def affine(x, w, b):
+    """x w + b."""
+    out = np.empty((len(x), w.shape[1]), np.float32)
+
+    def evaluate(rows):
+        np.matmul(x[rows], w, out=out[rows])
+        out[rows] += b
+
+    on_all_cores(evaluate, blocks(len(x)))
+    return out
+
+
+def affine_backward(x, w, by_y):
+    """The derivatives by x, w and b of a loss whose derivative by affine's result is by_y."""
+    by_x = np.empty_like(x)
+
+    def evaluate(rows):
+        np.matmul(by_y[rows], w.T, out=by_x[rows])
+        return x[rows].T @ by_y[rows]
+
+    return by_x, sum(on_all_cores(evaluate, blocks(len(x)))), by_y.sum(axis=0)
 
 
 def split_skip(back, columns):
@@ -130,29 +183,37 @@ def implicit_backward(saved, weights, by_output, by_gradient):
 
     by_output: (N, 1 + F), by sdf and feature; by_gradient: (N, 3), by the gradient of the sdf.
     Returns the derivatives by x (N, 3) and, as lists over the layers, by each W and each b.
-
-    sum(by_gradient * gradient) is the derivative of the sdf along by_gradient, so its own derivative is the backward
-    pass of a forward (tangent) pass, in which d sdf / d z, known already, is the derivative by every tangent of z.
     """
+    by_x = np.empty_like(by_gradient)
+
+    def evaluate(saved_block):
+        rows, block = saved_block
+        by_x[rows], by_w, by_b = backward_block(block, weights, by_output[rows], by_gradient[rows])
+        return by_w, by_b
+
+    by_w, by_b = zip(*on_all_cores(evaluate, saved))
+    return by_x, [sum(layer) for layer in zip(*by_w)], [sum(layer) for layer in zip(*by_b)]
+
+
+def backward_block(saved, weights, by_output, by_gradient):
+    """sum(by_gradient * gradient) is the derivative of the sdf along by_gradient, so its own derivative is the backward
+    pass of a forward (tangent) pass, in which d sdf / d z, known already, is the derivative by every tangent of z."""
     inputs, slopes, deltas, derivative, to_encoded = saved
     count, columns = len(weights), derivative.shape[1]
-    # Tangents of each layer's input and of z along by_gradient.
+    # Tangents of each layer's input along by_gradient, and what they add to the derivative by z.
     direction = np.tile(by_gradient, (1, columns // 3))
     tangent_encoded = derivative * direction
     tangents, bends = [], []
     tangent = tangent_encoded
     for layer, (w, _) in enumerate(weights):
-        if has_skip(layer, count):
-            tangent = np.concatenate([tangent, tangent_encoded], axis=1) * np.float32(0.5 ** 0.5)
-        tangents.append(tangent)
+        tangents.append(layer_input(layer, count, tangent, tangent_encoded))
         if layer < count - 1:
-            tangent_z = tangent @ w
+            tangent_z = tangents[-1] @ w
             tangent = slopes[layer] * tangent_z
-            bend = (1.0 - slopes[layer])          # slope' = beta slope (1 - slope); delta holds one slope already
-            bend *= SOFTPLUS_BETA
-            bend *= tangent_z
-            bend *= deltas[layer]
-            bends.append(bend)
+            tangent_z -= tangent                    # slope' = beta slope (1 - slope), with one slope in delta already
+            tangent_z *= deltas[layer]
+            tangent_z *= SOFTPLUS_BETA
+            bends.append(tangent_z)
     # The ordinary backward pass, from the last layer down.
     by_w, by_b = [None] * count, [None] * count
     by_z, by_encoded = by_output, np.float32(0.0)
@@ -167,11 +228,9 @@ def implicit_backward(saved, weights, by_output, by_gradient):
         if has_skip(layer, count):
             back, by_encoded = split_skip(back, columns)
         if layer > 0:
-            by_z = back
-            by_z *= slopes[layer - 1]
+            by_z = back * slopes[layer - 1]
             by_z += bends[layer - 1]
     by_encoded = by_encoded + back
-    curvature = frequencies(columns)
-    encoded = inputs[0]
-    by_x = per_coordinate(by_encoded * derivative - (curvature * curvature) * encoded * to_encoded * direction)
+    curvature = frequencies(columns) ** 2           # gamma'' = -frequency^2 gamma
+    by_x = per_coordinate(by_encoded * derivative - curvature * inputs[0] * to_encoded * direction)
     return by_x, by_w, by_b
