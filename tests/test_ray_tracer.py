@@ -1,0 +1,555 @@
+"""The tracer on exact shapes, against closed forms and a dense march in double precision, which share none of
+its code."""
+
+import numpy as np
+import pytest
+
+import ray_tracer
+
+TOLERANCE = 5e-5
+# A ray that only just touches or clears a surface is neither hit nor miss. The tests leave out the rays whose
+# sdf has an extremum, or begins or ends on the unit sphere, within this distance of zero.
+GRAZING = 3e-4
+ALONG_X = np.array([[1, 0, 0]], np.float32)
+
+
+# Shapes: points (N, 3) of either precision -> sdf (N,) of the same, exact or, for cut shapes, a lower bound.
+
+def length(x):
+    return np.sqrt((x * x).sum(-1))
+
+
+def ball(x, radius=0.6, centre=(0, 0, 0)):
+    return length(x - np.asarray(centre, x.dtype)) - x.dtype.type(radius)
+
+
+def box(x, half=(0.5, 0.35, 0.6)):
+    q = np.abs(x) - np.asarray(half, x.dtype)
+    return length(np.maximum(q, 0)) + np.minimum(q.max(-1), 0)
+
+
+def torus(x):
+    ring = length(x[:, :2]) - x.dtype.type(0.55)
+    return np.sqrt(ring * ring + x[:, 2] * x[:, 2]) - x.dtype.type(0.2)
+
+
+def two_balls(x):
+    return np.minimum(ball(x, 0.35, (0.45, 0, 0)), ball(x, 0.25, (-0.5, 0.1, 0.1)))
+
+
+def shell(x, half=0.0025):
+    """A hollow ball. Its wall, by default 0.005, is a quarter of the gap between 100 samples of a chord."""
+    return np.abs(length(x) - x.dtype.type(0.6)) - x.dtype.type(half)
+
+
+def half_ball(x):
+    return np.maximum(ball(x, 0.7), x[:, 0] - x.dtype.type(0.1))
+
+
+def protruding(x):
+    """A ball and a bar that leave the unit sphere, which cuts them open."""
+    return np.minimum(ball(x, 0.5, (0.8, 0, 0)), box(x, (0.2, 1.5, 0.15)))
+
+
+def bumpy(x):
+    """Like an sdf only roughly: its slope reaches 1.6."""
+    return ball(x, 0.5) + x.dtype.type(0.03) * np.sin(20 * x).prod(-1)
+
+
+SHAPES = [ball, box, torus, two_balls, shell, half_ball, protruding]
+
+
+def make_rays(seed=0, outside=1200, inside=300, away=50):
+    """Rays from 3 units away (some miss the sphere), from inside the sphere, and looking away from it."""
+    rng = np.random.default_rng(seed)
+
+    def unit(n):
+        x = rng.normal(size=(n, 3))
+        return x / length(x)[:, None]
+
+    within = 0.95 * unit(inside) * rng.random((inside, 1))
+    origins = np.concatenate([3 * unit(outside), within, 2 * unit(away)])
+    targets = 1.1 * unit(len(origins)) * rng.random((len(origins), 1))
+    targets[-away:] = 3 * origins[-away:]
+    directions = targets - origins
+    directions /= length(directions)[:, None]
+    return origins.astype(np.float32), directions.astype(np.float32)
+
+
+def first_below(sdf, level, origins, directions, t, values):
+    """Where values, the sdf at the sorted t (R, S), first go below level, by bisection; NaN for nowhere."""
+    below = (values[:, :-1] > level) & (values[:, 1:] <= level)
+    rays, first = np.arange(len(t)), below.argmax(1)
+    low, high = t[rays, first], t[rays, first + 1]
+    for _ in range(40):
+        middle = 0.5 * (low + high)
+        outside = sdf(origins + middle[:, None] * directions) > level
+        low, high = np.where(outside, middle, low), np.where(outside, high, middle)
+    return np.where(below.any(1), low, np.nan)
+
+
+def chords(origins, directions):
+    """near, far (R,), equal for a ray that misses the unit sphere."""
+    middle = -(origins * directions).sum(1)
+    half = np.sqrt(np.maximum(1 - length(origins + middle[:, None] * directions) ** 2, 0))
+    return np.maximum(middle - half, 0), np.maximum(middle + half, 0)
+
+
+def find_truth(sdf, origins, directions, samples=2000):
+    """hit (R,) bool; earliest, latest (R,), t at sdf = +- TOLERANCE; clear (R,) bool, not grazing."""
+    origins, directions = origins.astype(float), directions.astype(float)
+    near, far = chords(origins, directions)
+    rays = np.flatnonzero(far > near)
+    o, d = origins[rays], directions[rays]
+    t = near[rays, None] + (far - near)[rays, None] * np.linspace(0, 1, samples)
+    values = np.stack([sdf(o + column[:, None] * d) for column in t.T], 1)
+    turns = (values[:, 1:-1] - values[:, :-2]) * (values[:, 2:] - values[:, 1:-1]) <= 0
+    close = np.abs(values) < GRAZING
+    grazes = (turns & close[:, 1:-1]).any(1) | close[:, 0] | close[:, -1]
+
+    crossing, earliest, latest = np.full((3, len(origins)), np.nan)
+    for out, level in ((crossing, 0), (earliest, 1.02 * TOLERANCE), (latest, -1.02 * TOLERANCE)):
+        out[rays] = first_below(sdf, level, o, d, t, values)
+    clear = np.ones(len(origins), bool)
+    clear[rays[grazes]] = False
+    return ~np.isnan(crossing), earliest - 2e-6, latest + 2e-6, clear
+
+
+def sdf_at(sdf, origins, directions, t):
+    return sdf(origins + t[:, None] * directions)
+
+
+def trace(sdf, **settings):
+    """One ray along +x from x = -3."""
+    t, hit = ray_tracer.trace(sdf, np.float32([-3, 0, 0]), ALONG_X, tolerance=TOLERANCE, **settings)
+    return float(t[0]), bool(hit[0])
+
+
+def counted(sdf):
+    """The sdf, and a list to which each of its calls adds the points."""
+    calls = []
+
+    def seen(points):
+        assert points.dtype == np.float32 and points.ndim == 2 and points.shape[1] == 3 and len(points)
+        calls.append(points.copy())
+        return sdf(points)
+
+    return seen, calls
+
+
+@pytest.fixture(scope="module")
+def rays():
+    return make_rays()
+
+
+@pytest.fixture(scope="module")
+def truths(rays):
+    return {sdf: find_truth(sdf, *rays) for sdf in SHAPES + [bumpy]}
+
+
+# Every ray.
+
+@pytest.mark.parametrize("refinement", ["secant", "bisection"])
+@pytest.mark.parametrize("sdf", SHAPES + [bumpy])
+def test_every_ray_is_right(sdf, refinement, rays, truths):
+    true_hit, earliest, latest, clear = truths[sdf]
+    assert clear.mean() > 0.99 and 300 < true_hit.sum() < 1300
+    t, hit = ray_tracer.trace(sdf, *rays, tolerance=TOLERANCE, refinement=refinement)
+    assert t.dtype == np.float32 and hit.dtype == bool and t.shape == hit.shape == (len(rays[1]),)
+    assert np.flatnonzero((hit != true_hit) & clear).tolist() == []
+    assert np.abs(sdf_at(sdf, *rays, t))[hit].max() <= TOLERANCE
+    sure = hit & clear
+    assert (t >= earliest)[sure].all() and (t <= latest)[sure].all()
+    assert (t[~hit] == 0).all()
+
+
+def test_truth_agrees_with_closed_forms(rays, truths):
+    """The ball's and the box's truth once more, from their equations."""
+    origins, directions = np.float64(rays[0]), np.float64(rays[1])
+    b = (origins * directions).sum(1)
+    discriminant = b * b - (origins * origins).sum(1) + 0.36
+    entry = -b - np.sqrt(np.maximum(discriminant, 0))
+    check_closed_form(truths[ball], (discriminant > 0) & (entry > 0), entry)
+
+    half = np.array([0.5, 0.35, 0.6])
+    planes = np.sort([(-half - origins) / directions, (half - origins) / directions], axis=0)
+    entry, leave = planes[0].max(1), planes[1].min(1)
+    check_closed_form(truths[box], (entry < leave) & (entry > 0), entry)
+
+
+def check_closed_form(truth, closed_hit, closed_t):
+    hit, earliest, latest, clear = truth
+    assert (hit == closed_hit)[clear].all()
+    assert ((earliest <= closed_t) & (closed_t <= latest))[hit & clear].all()
+
+
+@pytest.mark.parametrize("sdf", [ball, torus, two_balls, half_ball])
+def test_every_ray_is_right_by_march_alone(sdf, rays, truths):
+    true_hit, earliest, latest, clear = truths[sdf]
+    t, hit = ray_tracer.trace(sdf, *rays, tolerance=TOLERANCE, sphere_tracing_steps=0, samples=400)
+    assert np.flatnonzero((hit != true_hit) & clear).tolist() == []
+    sure = hit & clear
+    assert (t >= earliest)[sure].all() and (t <= latest)[sure].all()
+
+
+@pytest.mark.parametrize("half", [0.001, 0.0002])
+def test_thinner_shell_is_not_lost_between_samples(half, rays):
+    """Sphere tracing stalls in front of these walls, and all samples of the march may lie beside them."""
+    def thin(x):
+        return shell(x, half)
+
+    def outline(x):
+        return ball(x, 0.6 + half)
+
+    true_hit, earliest, latest, clear = find_truth(outline, *rays)
+    clear &= length(rays[0]) > 1
+    t, hit = ray_tracer.trace(thin, *rays, tolerance=TOLERANCE)
+    assert np.flatnonzero((hit != true_hit) & clear).tolist() == []
+    sure = hit & clear
+    assert (t >= earliest)[sure].all() and (t <= latest)[sure].all()
+
+
+@pytest.mark.parametrize("batch", [1, 7])
+def test_batch_size_changes_nothing(batch, rays):
+    origins, directions = rays[0][::5], rays[1][::5]
+    t, hit = ray_tracer.trace(torus, origins, directions)
+    points = ray_tracer.least_sdf_points(torus, origins, directions, 20)
+    for start in range(0, len(t), batch):
+        part = slice(start, start + batch)
+        part_t, part_hit = ray_tracer.trace(torus, origins[part], directions[part])
+        assert (part_t == t[part]).all() and (part_hit == hit[part]).all()
+        part_points = ray_tracer.least_sdf_points(torus, origins[part], directions[part], 20)
+        assert (part_points == points[part]).all()
+
+
+# Single rays: where they start, and which crossing comes first.
+
+def test_ray_and_unit_sphere():
+    origins = np.float32([[-3, 0, 0], [0.5, 0, 0], [3, 0, 0], [-3, 0.6, 0], [-3, 2, 0], [3, 2, 0], [1, 0, 0]])
+    near, far, meets = ray_tracer.intersect_unit_sphere(origins, np.tile(ALONG_X, (7, 1)))
+    assert near.dtype == far.dtype == np.float32 and meets.dtype == bool
+    assert meets.tolist() == [True, True, False, True, False, False, False]
+    assert np.allclose(near, [2, 0, 0, 2.2, 3, 0, 0], rtol=0, atol=1e-6)
+    assert np.allclose(far, [4, 0.5, 0, 3.8, 3, 0, 0], rtol=0, atol=1e-6)
+
+
+def test_ends_of_the_chord_lie_on_the_unit_sphere(rays):
+    origins, directions = rays
+    near, far, meets = ray_tracer.intersect_unit_sphere(origins, directions)
+    true_near, true_far = chords(np.float64(origins), np.float64(directions))
+    assert (meets == (true_far > true_near)).all() and 1200 < meets.sum() < 1500
+    outside = meets & (length(origins) > 1)
+    for t in (near[outside], far[meets]):
+        which = outside if len(t) == outside.sum() else meets
+        assert np.abs(length(origins[which] + t[:, None] * directions[which]) - 1).max() < 1e-6
+
+
+def test_chord_of_a_grazing_ray_is_exact():
+    """In float32 arithmetic the end of this chord is wrong by 1e-4."""
+    height = np.float32(1 - 3e-6)
+    angle = 0.7
+    turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+    origin, direction = np.float32(turn @ [-3, height]), np.float32(turn @ [1, 0])
+    o, d = np.float32([[*origin, 0]]), np.float32([[*direction, 0]])
+    near, _, _ = ray_tracer.intersect_unit_sphere(o, d)
+    o, d = o[0].astype(float), d[0].astype(float)
+    roots = np.roots([d @ d, 2 * o @ d, o @ o - 1])
+    assert abs(near[0] - roots.real.min()) < 1e-6
+
+
+def test_first_of_several_crossings():
+    """Four balls in a row, seen along it and by a camera among them."""
+    def row(x):
+        return np.min([ball(x, 0.1, (centre, 0, 0)) for centre in (-0.75, -0.25, 0.25, 0.75)], 0)
+
+    origins = np.zeros((5, 3), np.float32)
+    origins[:, 0] = [-3, -0.75, -0.5, 0.3, 0.75]  # outside, in the 1st ball, between, in the 3rd, in the 4th
+    directions = np.tile(ALONG_X, (5, 1))
+    for steps in (0, 1, 2, 10):
+        t, hit = ray_tracer.trace(row, origins, directions, tolerance=TOLERANCE, sphere_tracing_steps=steps)
+        assert hit.tolist() == [True, True, True, True, False]
+        assert np.allclose(origins[:4, 0] + t[:4], [-0.85, -0.35, -0.35, 0.65], rtol=0, atol=2 * TOLERANCE)
+
+
+def test_start_inside_the_object_is_no_hit():
+    t, hit = ray_tracer.trace(ball, np.zeros(3, np.float32), make_rays()[1])
+    assert not hit.any() and not t.any()
+
+
+def test_start_on_the_surface_is_a_hit():
+    origins = np.float32([[-0.6 - 2e-5, 0, 0], [-0.6 + 2e-5, 0, 0]])
+    t, hit = ray_tracer.trace(ball, origins, ALONG_X.repeat(2, 0))
+    assert hit.all() and not t.any()
+
+
+def test_near_end_that_steps_inside_keeps_the_bracket():
+    """Too long strides: the first lands inside, and the march samples from the last point outside to there."""
+    seen, calls = counted(lambda x: np.float32(1.7) * ball(x, 0.6))
+    t, hit = trace(seen)
+    assert hit and abs(t - 2.4) <= TOLERANCE
+    assert np.isclose(calls[1][0, 0], -1 + 1.7 * 0.4, atol=1e-6)
+    assert np.allclose(calls[2][:, 0], -1 + np.arange(1, 26) * (1.7 * 0.4 / 99), rtol=0, atol=1e-6)
+
+
+def test_near_end_that_steps_inside_at_first_of_two():
+    """The first step, too long, lands in the second of two plates."""
+    def plates(x):
+        nearest = np.minimum(np.abs(x[:, 0] + np.float32(0.8)), np.abs(x[:, 0] + np.float32(0.7)))
+        return np.minimum(np.float32(1.6) * nearest - np.float32(0.02), np.float32(0.31))
+
+    t, hit = trace(plates)
+    assert hit and abs(t - 2.1875) <= TOLERANCE
+
+
+@pytest.mark.parametrize("slope", [1.5, 3, 20])
+def test_stride_past_an_end_inside_is_no_miss(slope):
+    """The object reaches through the far side of the sphere: there is a surface, however long the strides."""
+    t, hit = trace(lambda x: np.float32(slope) * ball(x, 0.5, (1, 0, 0)))
+    assert hit and abs(t - 3.5) <= TOLERANCE
+
+
+@pytest.mark.parametrize("slope", [1, 1.2])
+def test_no_wall_is_lost_between_samples(slope):
+    """Wherever it lies to the samples; at the greater slope the search of the gap steps inside the wall."""
+    half = 0.0005 if slope == 1 else 0.002
+    for x in np.linspace(-0.55, -0.52, 61):
+        def wall(points):
+            return np.float32(slope) * (np.abs(points[:, 0] - np.float32(x)) - np.float32(half))
+
+        t, hit = trace(wall, sphere_tracing_steps=0)
+        assert hit and abs(t - (3 + x - half)) <= 1.1 * TOLERANCE
+
+
+def test_stalled_near_end_goes_on_by_march():
+    """In so few steps nothing arrives; the rest of the way is sampled."""
+    t, hit = trace(lambda x: np.float32(0.05) * ball(x, 0.6), sphere_tracing_steps=3)
+    assert hit and abs(t - 2.4) <= 20 * TOLERANCE
+
+
+def test_nan_is_a_miss():
+    t, hit = trace(lambda x: np.full(len(x), np.nan, np.float32))
+    assert not hit and t == 0
+
+
+def test_noise_moves_hits_by_no_more_than_itself(rays, truths):
+    """An sdf as rough as a half-trained network's, its slope anything up to 3: the ball is still found."""
+    def noisy(x):
+        return ball(x) + np.float32(0.002) * np.sin(np.float32(1000) * x).prod(-1)
+
+    true_hit = truths[ball][0]
+    origins, directions = np.float64(rays[0]), np.float64(rays[1])
+    passes_at = length(origins - (origins * directions).sum(1)[:, None] * directions)
+    sure = (np.abs(passes_at - 0.6) > 0.004) & (ball(origins) > 0.004)
+    assert sure.mean() > 0.85
+    t, hit = ray_tracer.trace(noisy, *rays, tolerance=TOLERANCE)
+    assert np.flatnonzero((hit != true_hit) & sure).tolist() == []
+    assert np.abs(sdf_at(ball, *rays, t))[hit & sure].max() < 0.0025
+
+
+# Refinement.
+
+@pytest.mark.parametrize("refinement", ["secant", "bisection"])
+@pytest.mark.parametrize("before, behind", [(1, 0.01), (0.01, 1), (1, 1)])
+def test_kinked_sdf_is_refined_within_the_steps(before, behind, refinement):
+    """Slopes that differ a hundredfold, with the kink and the zero anywhere in the widest of brackets."""
+    for kink in np.linspace(-0.0095, 0.0095, 39):
+        for zero in np.linspace(-0.009, 0.009, 7):
+            def sdf(x):
+                def rise(u):
+                    u = u - np.float32(kink)
+                    return np.where(u < 0, np.float32(before) * u, np.float32(behind) * u)
+                return rise(np.float32(zero)) - rise(x[:, 0] - np.float32(1 / 99))
+
+            t, hit = trace(sdf, sphere_tracing_steps=0, refinement=refinement)
+            assert hit
+            assert np.abs(sdf(np.float32([[t - 3, 0, 0]])))[0] <= TOLERANCE
+
+
+def test_secant_needs_one_step_on_a_line_and_bisection_several():
+    def refinement_calls(refinement):
+        seen, calls = counted(lambda x: ball(x, 0.613))
+        _, hit = trace(seen, sphere_tracing_steps=0, samples=200, refinement=refinement)
+        assert hit
+        return sum(len(points) == 1 for points in calls)  # the march asks for 25 or so at a time
+
+    assert refinement_calls("secant") == 1
+    assert 3 <= refinement_calls("bisection") <= 8
+
+
+@pytest.mark.parametrize("refinement", ["secant", "bisection"])
+def test_refinement_steps_are_a_limit_and_the_best_point_counts(refinement):
+    def steep(x):  # too steep for so few steps
+        return np.cbrt(np.float32(-0.003) - x[:, 0])
+
+    number, off = [], []
+    for steps in (0, 1, 3, 8):
+        seen, calls = counted(steep)
+        t, hit = trace(seen, sphere_tracing_steps=0, refinement=refinement, refinement_steps=steps)
+        number.append(len(calls))
+        off.append(abs(t - 2.997))
+        values = np.abs(steep(np.concatenate(calls)))
+        assert hit and np.abs(steep(np.float32([[t - 3, 0, 0]])))[0] == values.min()
+    assert np.subtract(number, number[0]).tolist() == [0, 1, 3, 8]
+    assert sorted(off, reverse=True) == off and off[-1] < 2 / 99 / 2 ** 7
+
+
+# What is evaluated, and how often.
+
+def test_nothing_is_evaluated_where_no_ray_meets_the_sphere():
+    seen, calls = counted(ball)
+    origins, directions = np.float32([[3, 0, 0], [-3, 2, 0]]), ALONG_X.repeat(2, 0)
+    t, hit = ray_tracer.trace(seen, origins, directions)
+    points = ray_tracer.least_sdf_points(seen, origins, directions, 10)
+    assert not calls and not hit.any() and not t.any()
+    assert (points == np.float32([[3, 0, 0], [0, 2, 0]])).all()
+
+
+def test_no_rays():
+    seen, calls = counted(ball)
+    none = np.zeros((0, 3), np.float32)
+    for origins in (none, np.zeros(3, np.float32)):
+        t, hit = ray_tracer.trace(seen, origins, none)
+        assert t.shape == hit.shape == (0,) and t.dtype == np.float32 and hit.dtype == bool
+        points = ray_tracer.least_sdf_points(seen, origins, none, 10)
+        assert points.shape == (0, 3) and points.dtype == np.float32
+    near, far, meets = ray_tracer.intersect_unit_sphere(none, none)
+    assert near.shape == far.shape == meets.shape == (0,)
+    assert not calls
+
+
+def test_plain_rays_end_early():
+    seen, calls = counted(ball)  # straight at the ball: both ends, one step of each, the hit
+    t, hit = trace(seen)
+    assert hit and [len(points) for points in calls] == [2, 2]
+
+    seen, calls = counted(lambda x: ball(x, 0.05, (0, 0.9, 0)))  # the space about its ends is free
+    t, hit = trace(seen)
+    assert not hit and [len(points) for points in calls] == [2]
+
+    seen, calls = counted(lambda x: np.full(len(x), -1, np.float32))  # all inside: the ends and 98 samples
+    t, hit = trace(seen)
+    assert not hit and len(np.concatenate(calls)) == 100
+
+
+def test_an_end_that_stops_is_not_evaluated_again():
+    def near_arrives(x):  # the far end, whose sdf is too small, would have a long way to go
+        return np.where(x[:, 0] < 0, np.float32(1), np.float32(0.5)) * ball(x)
+
+    def far_gets_inside(x):
+        return np.where(x[:, 0] < 0, np.float32(0.3), np.float32(1.7)) * ball(x)
+
+    seen, calls = counted(near_arrives)
+    assert trace(seen)[1] and [len(points) for points in calls] == [2, 2]
+    seen, calls = counted(far_gets_inside)
+    assert trace(seen)[1] and [len(points) for points in calls[:11]] == [2, 2] + [1] * 9
+
+
+def test_march_ends_with_the_block_of_the_crossing():
+    for radius, blocks in ((0.8, 1), (0.485, 2)):  # in the first block of 25; between the first and the second
+        seen, calls = counted(lambda x: ball(x, radius))
+        _, hit = trace(seen, sphere_tracing_steps=0)
+        sizes = [len(points) for points in calls]
+        assert hit and sizes[:1 + blocks] == [2] + [25] * blocks
+        assert set(sizes[1 + blocks:]) == {1}  # refinement
+
+
+def test_only_gaps_that_can_matter_are_searched():
+    def plates(x):  # two entries within one block of samples
+        nearest = np.minimum(np.abs(x[:, 0] + np.float32(0.9)), np.abs(x[:, 0] + np.float32(0.7)))
+        return nearest - np.float32(0.03)
+
+    seen, calls = counted(plates)
+    _, hit = trace(seen, sphere_tracing_steps=0)
+    assert hit and [len(points) for points in calls] == [2, 25, 1]
+
+    seen, calls = counted(lambda x: np.full(len(x), 0.009, np.float32))  # close along a wall
+    _, hit = trace(seen, sphere_tracing_steps=0)
+    assert not hit and [len(points) for points in calls] == [2, 25, 25, 25, 23, 99, 99]
+
+
+def test_few_points_are_evaluated(rays, truths):
+    seen, calls = counted(ball)
+    _, hit = ray_tracer.trace(seen, *rays)
+    points = np.concatenate(calls)
+    meets = ray_tracer.intersect_unit_sphere(*rays)[2]
+    assert len(calls[0]) == 2 * meets.sum()  # both ends in one call
+    assert all(len(points) <= 2 * meets.sum() for points in calls[:11])
+    assert len(points) < 0.3 * 100 * len(rays[1])
+    assert length(points).max() < 1 + 1e-6
+    assert len(calls) <= 11 + 4 + 8
+
+
+# Least sdf.
+
+@pytest.mark.parametrize("rng", [None, 5])
+def test_least_sdf_is_the_least_of_the_samples(rng, rays):
+    origins, directions = rays
+    points = ray_tracer.least_sdf_points(torus, *rays, samples=50, rng=rng and np.random.default_rng(rng))
+    assert points.dtype == np.float32 and points.shape == origins.shape
+    near, far, meets = ray_tracer.intersect_unit_sphere(*rays)
+    place = 0.5 if rng is None else np.random.default_rng(rng).random(50)
+    t = near[:, None] + (far - near)[:, None] * (np.arange(50) + place) / 50
+    values = np.stack([sdf_at(torus, *np.float64(rays), column) for column in t.T], 1)
+    assert np.abs(torus(points) - values.min(1))[meets].max() < 1e-6
+    along = ((points - origins) * directions).sum(1)
+    assert np.abs(points - origins - along[:, None] * directions).max() < 2e-6
+    assert (along > near - 1e-6)[meets].all() and (along < far + 1e-6)[meets].all()
+
+
+def test_least_sdf_points_fill_the_chord():
+    """Each of the intervals has its sample, drawn anew each time, and all rays share the draw."""
+    seen, calls = counted(ball)
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        ray_tracer.least_sdf_points(seen, np.float32([-3, 0, 0]), ALONG_X.repeat(2, 0), 4, rng)
+    x = np.reshape(calls, (200, 2, 4, 3))[..., 0]
+    assert (x[:, 0] == x[:, 1]).all()
+    assert (np.floor((x + 1) * 2) == np.arange(4)).all()
+    spread = (x + 1) * 2 - np.arange(4)
+    assert spread.min() < 0.05 and spread.max() > 0.95
+
+
+def test_least_sdf_of_a_ray_that_misses_is_its_nearest_point(rays):
+    origins, directions = rays
+    meets = ray_tracer.intersect_unit_sphere(*rays)[2]
+    points = ray_tracer.least_sdf_points(ball, *rays, samples=10)[~meets]
+    t = np.linspace(0, 6, 3001)
+    nearest = length((origins[~meets, None] + t[:, None] * directions[~meets, None]).astype(float)).min(1)
+    assert (~meets).sum() > 50
+    assert np.abs(length(points) - nearest).max() < 1e-5
+
+
+# Arguments.
+
+def test_one_origin_serves_all_rays(rays):
+    origin = np.float64([0, -3, 0])
+    directions = np.float64([[0, 1, 0], [0.1, np.sqrt(0.99), 0], [1, 0, 0]])
+    one = ray_tracer.trace(ball, origin, directions)
+    each = ray_tracer.trace(ball, np.tile(origin, (3, 1)), directions)
+    assert (one[0] == each[0]).all() and one[1].tolist() == each[1].tolist() == [True, True, False]
+    points = ray_tracer.least_sdf_points(ball, origin, directions, 5)
+    assert points.dtype == np.float32 and np.allclose(points[[0, 2]], [[0, 0, 0], [0, -3, 0]], atol=1e-6)
+
+
+def test_arguments_are_left_alone(rays):
+    origins, directions = rays[0].copy(), rays[1].copy()
+    ray_tracer.trace(torus, origins, directions)
+    ray_tracer.least_sdf_points(torus, origins, directions, 10)
+    assert (origins == rays[0]).all() and (directions == rays[1]).all()
+
+
+@pytest.mark.parametrize("settings, words", [
+    ({"refinement": "newton"}, "refinement must be"), ({"samples": 1}, "samples must be at least 2")])
+def test_bad_settings_are_refused_even_for_no_rays(settings, words):
+    with pytest.raises(ValueError, match=words):
+        ray_tracer.trace(ball, np.zeros((0, 3)), np.zeros((0, 3)), **settings)
+
+
+def test_no_samples_are_refused():
+    with pytest.raises(ValueError, match="samples must be at least 1"):
+        ray_tracer.least_sdf_points(ball, np.zeros((0, 3)), np.zeros((0, 3)), 0)
+
+
+def test_sdf_of_the_wrong_shape_is_refused():
+    with pytest.raises(ValueError, match=r"gave shape \(2, 1\) for 2 points"):
+        trace(lambda x: ball(x)[:, None])
