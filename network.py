@@ -3,6 +3,8 @@
 The sdf reaches the tracer and the extraction as a plain callable: SdfOnCpu or SdfOnGpu, by sdf_evaluator().
 As a script: the zero contour of the initial sdf as a picture, `python network.py -Ds 512 -R 0.75`.
 """
+import sys
+
 import nnabla as nn
 import nnabla.functions as F
 import numpy as np
@@ -10,6 +12,11 @@ from nnabla.function import PythonFunction
 
 import numpy_network
 from numpy_network import SKIP_LAYER, SOFTPLUS_BETA, frequencies, has_skip  # noqa: F401
+
+# nnabla's compiled modules look for these two, which no installation has, at every access to an array, before they take
+# the right ones. Told once that they are not there, Python does not search its path for them: a third of a small step.
+sys.modules.setdefault("nnabla.nnabla", None)
+sys.modules.setdefault("nnabla.nnabla_ext", None)
 
 POSITION_BANDS = 6      # of the implicit network's encoding: 39 values
 VIEW_BANDS = 4          # of the view direction's: 27 values
@@ -186,7 +193,7 @@ class NumpyFunction(PythonFunction):
         """Write or add each gradient where nnabla wants it."""
         for variable, gradient, wanted, add in zip(inputs, gradients, propagate_down, accum):
             if wanted:
-                target = variable.grad.data if add else variable.grad.cast(np.float32)[...]
+                target = variable.grad.data
                 target[...] = target + gradient if add else gradient
 
 
@@ -414,6 +421,14 @@ def shade(points, directions, chunk=4096):
 
 # --- the initial sdf as a picture -------------------------------------------------------------------------------------
 
+def check_sizes(width, layers, radius):
+    """Raise UserError for sizes on the command line that make no network."""
+    import helper
+    if width < 64 or layers < 2 or not 0 < radius < 1:
+        raise helper.UserError(f"the width must be 64 or more (not {width}), -L 2 or more (not {layers}) and -R between 0 "
+                               f"and 1 (not {radius})")
+
+
 def main():
     import helper
     parser = helper.argument_parser("Draw the zero contour of the initial sdf and measure it against the exact sphere; "
@@ -422,8 +437,8 @@ def main():
     parser.add_argument("-L", type=int, default=9, help="affine layers")
     parser.add_argument("-R", type=float, default=0.6, help="radius of the sphere")
     args = parser.parse_args()
-    if min(args.Ds) < 64 or args.L < 2 or not 0 < args.R < 1:
-        raise helper.UserError("-Ds must be 64 or more, -L 2 or more and -R between 0 and 1")
+    for width in args.Ds:
+        check_sizes(width, args.L, args.R)
     helper.set_context(args.context, args.device_id)
     errors = []
     for width in args.Ds:

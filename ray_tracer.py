@@ -25,7 +25,8 @@ rounding (some 2e-7 at a distance of 3) comes in nowhere after that.
 
 import numpy as np
 
-MARCH_BLOCK = 25  # samples of a ray in one call of the sdf; with its crossing found, the ray leaves the march
+COARSE = 16     # of the samples on a ray, every so many-th is looked at first; a power of 2
+STEEPEST = 1.5  # the sdf changes by no more than this times the distance; samples are left out by it
 
 
 def intersect_unit_sphere(origins, directions):
@@ -110,7 +111,11 @@ def least_sdf_points(sdf, origins, directions, samples, rng=None):
     rays = np.flatnonzero(meets)
     if rays.size:
         distances = near[rays, None] + (far - near)[rays, None] * fractions
-        values = _evaluate(sdf, origins[rays], directions[rays], distances)
+
+        def sdf_at(ray, t):
+            return _evaluate(sdf, origins[rays[ray]], directions[rays[ray]], t)
+
+        values, _ = _coarse_to_fine(sdf_at, distances, lambda known, bounds, _: bounds <= known.min(1, keepdims=True))
         t[rays] = distances[np.arange(rays.size), values.argmin(1)]
     return _points(origins, directions, t)
 
@@ -191,25 +196,57 @@ def _march(sdf_at, rays, ends, values, samples, tolerance):
     fractions = np.linspace(0, 1, samples, dtype=np.float32)
     t = ends[0][:, None] + (ends[1] - ends[0])[:, None] * fractions
     t[:, -1] = ends[1]
-    # The choice below reads this table alone, so that samples may be evaluated in any order, and left out
-    # where they cannot matter (NaN is neither outside nor inside). The values at both ends are known.
     table = np.full(t.shape, np.nan, np.float32)
     table[:, 0], table[:, -1] = values
-    pending = np.arange(rays.size)
-    for first in range(1, samples - 1, MARCH_BLOCK):
-        if not pending.size:
-            break
-        block = slice(first, min(first + MARCH_BLOCK, samples - 1))
-        table[pending, block] = sdf_at(rays[pending], t[pending, block])
-        pending = pending[~_entries(table[pending, first - 1:block.stop], tolerance).any(1)]
+    # A sample outside that is next to one that is not, or that makes a gap doubtful, is below this.
+    low = STEEPEST * (t[:, 1] - t[:, 0])[:, None] + np.float32(tolerance)
 
+    def matters(known, bounds, columns):
+        been_outside = np.logical_or.accumulate((known > tolerance) & np.isfinite(known), axis=1)
+        entered = been_outside & (known <= tolerance)
+        first = np.where(entered.any(1), entered.argmax(1), samples)[:, None]
+        return (bounds <= low) & (columns < first)
+
+    table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t, matters, table)
     entries = _entries(table, tolerance)
     above, below = table[:, :-1], table[:, 1:]
     doubtful = (above > tolerance) & (below > tolerance) & (above + below < t[:, 1:] - t[:, :-1])
     before = np.cumsum(entries, 1) == entries  # up to the first entry, with it
     ray, first = np.nonzero((entries | doubtful) & before)
-    pair = np.stack([first, first + 1])
+    # Should the sdf be steeper than STEEPEST, the sample before an entry may have been left out: take the last that was not.
+    near = np.maximum.accumulate(np.where(evaluated, np.arange(samples), 0), axis=1)[ray, first]
+    pair = np.stack([near, first + 1])
     return rays[ray], t[ray, pair], table[ray, pair]
+
+
+def _coarse_to_fine(sdf_at, t, matters, table=None):
+    """The sdf at distances t (R, S), ascending, where it matters; elsewhere a bound that it does not go below. Returns
+    both in one table (R, S), and (R, S) bool, where it is the sdf.
+
+    Every COARSE-th is evaluated, and then, by halves, those amid. From the values on either side follows a bound, since
+    the sdf falls by no more than STEEPEST times the distance, and `matters(known, bounds, columns)` says of which
+    samples the value is wanted: known (R, S) is infinite where nothing is known yet, bounds (R, m) are the bounds for
+    the samples `columns` (m,). table: values known before, NaN elsewhere.
+    """
+    table = np.full(t.shape, np.nan, np.float32) if table is None else table
+    evaluated = ~np.isnan(table)
+    samples, gap = t.shape[1], COARSE
+    columns = np.arange(0, samples, gap)
+    wanted = ~evaluated[:, columns]
+    while True:
+        ray, column = np.nonzero(wanted)
+        if ray.size:
+            table[ray, columns[column]] = sdf_at(ray, t[ray, columns[column]])
+            evaluated[ray, columns[column]] = True
+        gap //= 2
+        if not gap:
+            return table, evaluated
+        columns = np.arange(gap, samples, 2 * gap)
+        sides = columns - gap, np.where(columns + gap < samples, columns + gap, columns - gap)
+        bounds = np.maximum(*(table[:, side] - STEEPEST * np.abs(t[:, columns] - t[:, side]) for side in sides))
+        wanted = ~evaluated[:, columns]
+        wanted &= matters(np.where(evaluated, table, np.inf), bounds, columns)
+        table[:, columns] = np.where(evaluated[:, columns], table[:, columns], bounds)
 
 
 def _entries(table, tolerance):
@@ -276,3 +313,40 @@ def _between(ends, values, reach, secant):
     zero = ends[0] + width * (values[0] / (values[0] - values[1]))
     room = np.maximum(reach - 0.5 * width, 0)
     return np.clip(zero, middle - room, middle + room)
+
+
+# --- the initial surface, traced and shaded -----------------------------------------------------------------------------
+
+def main():
+    import time
+    import helper
+    import network      # here: the tracer itself knows no network
+    parser = helper.argument_parser("Trace and shade the initial surface, a sphere, and tell hits and time.", config=False)
+    parser.add_argument("-D", type=int, default=512, help="layer width")
+    parser.add_argument("-L", type=int, default=9, help="affine layers")
+    parser.add_argument("-R", type=float, default=0.6, help="radius of the sphere")
+    args = parser.parse_args()
+    network.check_sizes(args.D, args.L, args.R)
+    helper.set_context(args.context, args.device_id)
+    network.initialize(args.D, 256, args.L, args.R, np.random.default_rng(0))
+    sdf = network.sdf_evaluator()
+    size, focal = 256, 300.0
+    intrinsics = np.array([[focal, 0, (size - 1) / 2], [0, focal, (size - 1) / 2], [0, 0, 1]])
+    pose = np.eye(4)
+    pose[2, 3] = -1.8
+    origin, directions = helper.pixel_rays(helper.pixel_grid(size, size), intrinsics, pose)
+    start = time.perf_counter()
+    t, hit = trace(sdf, origin, directions)
+    seconds = time.perf_counter() - start
+    normals = network.shade(origin + t[hit, None] * directions[hit], directions[hit])[1]
+    light = np.array([-0.5, -0.6, -0.62])       # from the camera's upper left; y points down
+    image = np.ones((size * size, 3), np.float32)
+    image[hit] = 0.15 + 0.85 * np.maximum(normals @ light / np.linalg.norm(normals, axis=1), 0)[:, None]
+    path = f"sphere_D{args.D:03d}_L{args.L:03d}.png"
+    helper.write_image(path, image.reshape(size, size, 3))
+    print(f"{hit.sum()} of {len(hit)} rays hit, in {seconds:.2f} s, {path}")
+
+
+if __name__ == "__main__":
+    import helper
+    helper.run(main)

@@ -283,12 +283,13 @@ def test_start_on_the_surface_is_a_hit():
 
 
 def test_near_end_that_steps_inside_keeps_the_bracket():
-    """Too long strides: the first lands inside, and the march samples from the last point outside to there."""
+    """The first stride, too long, lands inside; the march samples from the last point outside to there."""
     seen, calls = counted(lambda x: np.float32(1.7) * ball(x, 0.6))
     t, hit = trace(seen)
     assert hit and abs(t - 2.4) <= TOLERANCE
     assert np.isclose(calls[1][0, 0], -1 + 1.7 * 0.4, atol=1e-6)
-    assert np.allclose(calls[2][:, 0], -1 + np.arange(1, 26) * (1.7 * 0.4 / 99), rtol=0, atol=1e-6)
+    numbers = (calls[2][:, 0] + 1) / (1.7 * 0.4 / 99)
+    assert np.allclose(numbers, np.arange(16, 99, 16), rtol=0, atol=1e-4)
 
 
 def test_near_end_that_steps_inside_at_first_of_two():
@@ -367,10 +368,13 @@ def test_kinked_sdf_is_refined_within_the_steps(before, behind, refinement):
 
 def test_secant_needs_one_step_on_a_line_and_bisection_several():
     def refinement_calls(refinement):
-        seen, calls = counted(lambda x: ball(x, 0.613))
-        _, hit = trace(seen, sphere_tracing_steps=0, samples=200, refinement=refinement)
-        assert hit
-        return sum(len(points) == 1 for points in calls)  # the march asks for 25 or so at a time
+        number = []
+        for steps in (8, 0):
+            seen, calls = counted(lambda x: ball(x, 0.613))
+            _, hit = trace(seen, sphere_tracing_steps=0, samples=200, refinement=refinement, refinement_steps=steps)
+            assert hit
+            number.append(len(calls))
+        return number[0] - number[1]
 
     assert refinement_calls("secant") == 1
     assert 3 <= refinement_calls("bisection") <= 8
@@ -390,7 +394,7 @@ def test_refinement_steps_are_a_limit_and_the_best_point_counts(refinement):
         values = np.abs(steep(np.concatenate(calls)))
         assert hit and np.abs(steep(np.float32([[t - 3, 0, 0]])))[0] == values.min()
     assert np.subtract(number, number[0]).tolist() == [0, 1, 3, 8]
-    assert sorted(off, reverse=True) == off and off[-1] < 2 / 99 / 2 ** 7
+    assert sorted(off, reverse=True) == off and off[-1] < 4 / 99 / 2 ** 7  # the bracket may be 2 gaps wide where so steep
 
 
 # What is evaluated, and how often.
@@ -444,27 +448,49 @@ def test_an_end_that_stops_is_not_evaluated_again():
     assert trace(seen)[1] and [len(points) for points in calls[:11]] == [2, 2] + [1] * 9
 
 
-def test_march_ends_with_the_block_of_the_crossing():
-    for radius, blocks in ((0.8, 1), (0.485, 2)):  # in the first block of 25; between the first and the second
+def wavy(x):
+    """Much like a sdf, but along rays it rises and falls often near 0."""
+    return np.float32(0.03) * np.cos(np.float32(40) * x[:, 0]) + np.float32(0.4) * np.abs(x[:, 1]) - np.float32(0.02)
+
+
+@pytest.mark.parametrize("shape", [ball, bumpy, wavy, lambda x: -ball(x, 0.4), lambda x: np.float32(0.2) * ball(x)],
+                         ids=["ball", "bumpy", "wavy", "from inside", "flat"])
+def test_samples_left_out_change_nothing(rays, monkeypatch, shape):
+    """Coarse to fine gives to the bit what all samples give, from fewer: hits and least-sdf points."""
+    def results():
+        seen, calls = counted(shape)
+        found = (*ray_tracer.trace(seen, *rays, sphere_tracing_steps=0),
+                 ray_tracer.least_sdf_points(seen, *rays, samples=100))
+        return found, sum(len(points) for points in calls)
+
+    fine, few = results()
+    monkeypatch.setattr(ray_tracer, "COARSE", 1)
+    dense, many = results()
+    for ours, theirs in zip(fine, dense):
+        assert np.array_equal(ours, theirs)
+    assert few < 0.8 * many
+
+
+def test_the_march_looks_at_few_samples():
+    for radius in (0.8, 0.485, 0.1):
         seen, calls = counted(lambda x: ball(x, radius))
-        _, hit = trace(seen, sphere_tracing_steps=0)
-        sizes = [len(points) for points in calls]
-        assert hit and sizes[:1 + blocks] == [2] + [25] * blocks
-        assert set(sizes[1 + blocks:]) == {1}  # refinement
+        _, hit = trace(seen, sphere_tracing_steps=0, refinement_steps=0)
+        assert hit and sum(len(points) for points in calls) < 30
 
 
 def test_only_gaps_that_can_matter_are_searched():
-    def plates(x):  # two entries within one block of samples
+    def plates(x):  # two entries
         nearest = np.minimum(np.abs(x[:, 0] + np.float32(0.9)), np.abs(x[:, 0] + np.float32(0.7)))
         return nearest - np.float32(0.03)
 
-    seen, calls = counted(plates)
-    _, hit = trace(seen, sphere_tracing_steps=0)
-    assert hit and [len(points) for points in calls] == [2, 25, 1]
+    t, hit = trace(plates, sphere_tracing_steps=0)
+    assert hit and abs(t - 2.07) <= TOLERANCE
 
-    seen, calls = counted(lambda x: np.full(len(x), 0.009, np.float32))  # close along a wall
-    _, hit = trace(seen, sphere_tracing_steps=0)
-    assert not hit and [len(points) for points in calls] == [2, 25, 25, 25, 23, 99, 99]
+    for height, searches in ((0.015, []), (0.009, [99, 99])):  # along a wall: over and under half a gap away
+        seen, calls = counted(lambda x: np.full(len(x), height, np.float32))
+        _, hit = trace(seen, sphere_tracing_steps=0)
+        sizes = [len(points) for points in calls]
+        assert not hit and sum(sizes[:6]) == 100 and sizes[6:] == searches
 
 
 def test_few_points_are_evaluated(rays, truths):
@@ -476,7 +502,7 @@ def test_few_points_are_evaluated(rays, truths):
     assert all(len(points) <= 2 * meets.sum() for points in calls[:11])
     assert len(points) < 0.3 * 100 * len(rays[1])
     assert length(points).max() < 1 + 1e-6
-    assert len(calls) <= 11 + 4 + 8
+    assert len(calls) <= 11 + 5 + 8
 
 
 # Least sdf.
@@ -498,11 +524,12 @@ def test_least_sdf_is_the_least_of_the_samples(rng, rays):
 
 def test_least_sdf_points_fill_the_chord():
     """Each of the intervals has its sample, drawn anew each time, and all rays share the draw."""
-    seen, calls = counted(ball)
-    rng = np.random.default_rng(0)
+    rng, x = np.random.default_rng(0), []
     for _ in range(200):
+        seen, calls = counted(lambda points: 0 * points[:, 0])  # where all are the least, none is left out
         ray_tracer.least_sdf_points(seen, np.float32([-3, 0, 0]), ALONG_X.repeat(2, 0), 4, rng)
-    x = np.reshape(calls, (200, 2, 4, 3))[..., 0]
+        x.append(np.sort(np.concatenate(calls)[:, 0]).reshape(4, 2).T)
+    x = np.stack(x)
     assert (x[:, 0] == x[:, 1]).all()
     assert (np.floor((x + 1) * 2) == np.arange(4)).all()
     spread = (x + 1) * 2 - np.arange(4)
@@ -553,3 +580,15 @@ def test_no_samples_are_refused():
 def test_sdf_of_the_wrong_shape_is_refused():
     with pytest.raises(ValueError, match=r"gave shape \(2, 1\) for 2 points"):
         trace(lambda x: ball(x)[:, None])
+
+
+# The authors' numbers.
+
+def test_the_tracer_agrees_with_the_original(reference_network):
+    network = pytest.importorskip("network")
+    r = reference_network
+    t, hit = ray_tracer.trace(network.sdf_evaluator(), r["camera_location"], r["ray_directions"])
+    assert (hit == r["eval_hit"]).mean() >= 0.99
+    both = hit & r["eval_hit"]
+    off = length(r["camera_location"] + t[:, None] * r["ray_directions"] - r["eval_points"])[both]
+    assert both.sum() > 100 and (off <= 1e-3).mean() >= 0.99

@@ -1,0 +1,31 @@
+# make demo and make test set up .venv first, with a Python 3.8 to 3.10 that tools/python_env.sh finds;
+# make PYTHON=/path/to/python3.10 test names one.
+PYTHON ?=
+python := .venv/bin/python
+run := results_demo
+
+.PHONY: help env demo test clean
+
+help:
+	@echo "make demo    make the embedded scene, train on it, render, extract and evaluate"
+	@echo "make test    run the tests"
+	@echo "make clean   remove .venv, data/demo and the caches (never a result)"
+
+env:
+	@bash tools/python_env.sh "$(PYTHON)"
+
+demo: env
+	$(python) make_scene.py --output data/demo
+	$(python) train.py --config config/demo.yaml --monitor-path results
+	$(python) synthesize.py --config $(run)/demo.yaml --model-load-path $(run) --normals
+	$(python) extract.py --config $(run)/demo.yaml --model-load-path $(run)
+	$(python) evaluate.py --config $(run)/demo.yaml --model-load-path $(run) \
+		--mesh $(run)/mesh.ply --ground-truth data/demo/surface.ply
+	@echo "Look at the renders in $(run)/renders and the mesh $(run)/mesh.ply."
+
+test: env
+	$(python) -m pytest
+
+clean:
+	[ ! -e .venv/made-by-make ] || rm -rf .venv
+	rm -rf data/demo .pytest_cache __pycache__ tests/__pycache__

@@ -1,0 +1,170 @@
+"""The scripts as a user types them: one tiny run from scene to mesh, the seed's two pictures, and what is refused."""
+import re
+import subprocess
+import sys
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+import trimesh
+import yaml
+
+from conftest import ROOT
+
+
+def run(*command, cwd, status=0):
+    """Run a script of ours in the folder `cwd`; returns what it printed, its standard error after its output."""
+    done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=cwd,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == status, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def refused(*command, cwd):
+    """Run a script that must refuse: status 2, one line of its own, no traceback; returns the line."""
+    before = sorted(p for p in cwd.rglob("*"))
+    said = [line for line in run(*command, cwd=cwd, status=2).splitlines() if "[nnabla][INFO]" not in line]
+    said = [line for line in said if not line.startswith("computing on ")]
+    assert len(said) == 1 and said[0].startswith("error: "), said
+    assert sorted(p for p in cwd.rglob("*")) == before, "something was written"
+    return said[0]
+
+
+def write_config(folder, **changes):
+    """Write a tiny configuration (config/demo.yaml with less of everything), with section.key=value changed."""
+    tree = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
+    tree["data"].update(path="scenes/tiny", held_out_views=[9])
+    tree["network"].update(feature=16)
+    tree["train"].update(epochs=12, rays=256, learning_rate=1e-3, learning_rate_halved_after=[8], save_every=6,
+                         validate_every=12, validation_view=9, alpha_doubled_after=[6])
+    tree["extract"].update(coarse_resolution=32, resolution=48)
+    for name, value in changes.items():
+        section, key = name.split("__")
+        if value is None:
+            del tree[section][key]
+        else:
+            tree[section][key] = value
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny scene and a model trained on it by the scripts."""
+    folder = tmp_path_factory.mktemp("user")
+    run("make_scene.py", "--output", "scenes/tiny", "--views", "9", "--held-out", "1", "--size", "32", cwd=folder)
+    write_config(folder)
+    run("train.py", "--context", "cpu", "--device-id", "0", "--monitor-path", "results", "--config", "tiny.yaml",
+        cwd=folder)
+    return folder
+
+
+def series(folder, name):
+    return np.loadtxt(folder / f"{name}.series.txt", ndmin=2)[:, 1]
+
+
+MODEL = ("--config", "results_tiny/tiny.yaml", "--model-load-path", "results_tiny/model_00011.h5", "--context", "cpu")
+
+
+def test_training_lowers_the_loss_and_writes_what_it_says(folder):
+    results = folder / "results_tiny"
+    loss = series(results, "loss")
+    assert len(loss) == 12 and loss[-1] < 0.5 * loss[0]
+    assert [p.name for p in sorted(results.glob("model_*.h5"))] == ["model_00005.h5", "model_00011.h5"]
+    assert (results / "tiny.yaml").read_text() == (folder / "tiny.yaml").read_text()
+    assert series(results, "alpha")[[0, 5, 6, 11]].tolist() == [50, 50, 100, 100]
+    assert series(results, "learning_rate")[[0, 7, 8]] == pytest.approx([1e-3, 1e-3, 5e-4])
+    for name in ("color", "mask", "eikonal", "hits"):
+        assert len(series(results, name)) == 12
+    assert (results / "time.timer.txt").exists()
+    assert imageio.imread(results / "validation" / "epoch_00011.png").shape == (32, 64, 3)
+    assert not [p for p in results.rglob(".*")]
+
+
+def test_training_again_keeps_the_earlier_run(folder):
+    write_config(folder, train__epochs=1)
+    before = (folder / "results_tiny" / "model_00011.h5").read_bytes()
+    said = run("train.py", "--config", "tiny.yaml", "--monitor-path", "results", cwd=folder)
+    assert "results_tiny.1" in said
+    assert (folder / "results_tiny.1" / "model_00011.h5").read_bytes() == before
+    assert (folder / "results_tiny" / "model_00000.h5").exists()
+    for name in ("results_tiny", "results_tiny.1"):     # as it was, for the other tests
+        (folder / name).rename(folder / ("again" if name == "results_tiny" else "results_tiny"))
+
+
+def test_extraction_gives_a_closed_mesh_near_the_object(folder):
+    said = run("extract.py", *MODEL, cwd=folder)
+    mesh = trimesh.load(folder / "results_tiny" / "mesh.ply")
+    assert mesh.is_watertight and "watertight" in said
+    measured = run("evaluate.py", *MODEL, "--mesh", "results_tiny/mesh.ply", "--ground-truth",
+                   "scenes/tiny/surface.ply", cwd=folder)
+    assert float(re.search(r"chamfer: ([\d.]+)", measured).group(1)) < 0.15
+    assert series(folder / "results_tiny", "chamfer")[0] < 0.15
+
+
+def test_rendering_writes_pictures(folder):
+    run("synthesize.py", *MODEL, "--views", "0", "9", "--normals", "--depth", cwd=folder)
+    renders = folder / "results_tiny" / "renders"
+    assert len(list(renders.iterdir())) == 8
+    rendered, truth = imageio.imread(renders / "view_009.png"), imageio.imread(folder / "scenes/tiny/image/009.png")
+    assert rendered.shape == (32, 32, 3)
+    mask = imageio.imread(folder / "scenes/tiny/mask/009.png") > 127
+    shown = np.load(renders / "view_009_depth.npy") > 0
+    assert (shown & mask).sum() > 0.6 * (shown | mask).sum()
+    assert np.abs(rendered[mask].astype(float) - truth[mask]).mean() < np.abs(255.0 - truth[mask]).mean()
+
+
+def test_evaluation_prints_and_writes_psnr_per_view_and_over_all(folder):
+    said = run("evaluate.py", *MODEL, cwd=folder)
+    assert len(re.findall(r"^view ", said, re.M)) == 10 and "held out" in said
+    per_view = series(folder / "results_tiny", "psnr_per_view")
+    over_all = float(re.search(r"^all views \(10\): ([\d.]+) dB", said, re.M).group(1))
+    assert len(per_view) == 10 and per_view.min() <= over_all <= per_view.max()
+
+
+def test_the_initial_sphere_as_pictures(tmp_path):
+    said = run("network.py", "-Ds", "64", "128", "-R", "0.75", "--context", "cpu", cwd=tmp_path)
+    assert [float(e) for e in re.findall(r"mean absolute error ([\d.]+)", said)] == pytest.approx([0.3, 0.3], abs=0.3)
+    said = run("ray_tracer.py", "-L", "9", "--context", "cpu", cwd=tmp_path)
+    hits, rays = re.search(r"(\d+) of (\d+) rays hit", said).groups()
+    assert 0.05 * int(rays) < int(hits) < 0.9 * int(rays)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "sdf_contour_D064_L009.png", "sdf_contour_D128_L009.png", "sdf_error_L009.png", "sphere_D512_L009.png"]
+
+
+def test_what_train_refuses(folder):
+    def train(**changes):
+        path = write_config(folder, **changes)
+        return refused("train.py", "--config", path.name, "--monitor-path", "refused", cwd=folder)
+
+    assert "train.speed" in train(train__speed=3)
+    assert "train.rays is missing" in train(train__rays=None)
+    assert "network.width" in train(network__width="wide")
+    assert "no view 12" in train(data__held_out_views=[12])
+    assert "scenes/none" in train(data__path="scenes/none")
+    assert "validation_downscale" in train(train__validation_downscale=64)
+    assert "nowhere.yaml" in refused("train.py", "--config", "nowhere.yaml", cwd=folder)
+
+
+@pytest.mark.parametrize("script", ["synthesize.py", "extract.py", "evaluate.py"])
+def test_what_the_other_scripts_refuse(folder, script):
+    write_config(folder)
+    (folder / "broken.h5").write_bytes((folder / "results_tiny" / "model_00011.h5").read_bytes()[:5000])
+    config = ("--config", "tiny.yaml")
+    assert "none.h5" in refused(script, *config, "--model-load-path", "none.h5", cwd=folder)
+    assert "broken.h5" in refused(script, *config, "--model-load-path", "broken.h5", cwd=folder)
+    write_config(folder, network__width=128)
+    said = refused(script, *config, "--model-load-path", "results_tiny", cwd=folder)
+    assert "model_00011.h5" in said and "(39, 64)" in said and "(39, 128)" in said
+
+
+def test_the_gpu_where_there_is_none(folder):
+    write_config(folder)
+    pytest.importorskip("nnabla")
+    try:
+        import nnabla_ext.cudnn  # noqa: F401
+        pytest.skip("nnabla's CUDA extension is here")
+    except ImportError:
+        pass
+    assert "--context cudnn" in refused("train.py", "--config", "tiny.yaml", "--context", "cudnn", cwd=folder)

@@ -1,0 +1,80 @@
+#!/usr/bin/env bash
+# python_env.sh [PYTHON]: make .venv, with the packages of requirements-dev.txt, from PYTHON or else from any
+# CPython 3.8 to 3.10 that is to be had; nnabla has wheels for no other. Do nothing where .venv is up to date;
+# end with status 2 and a line that says what to install where there is no such Python.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
+python=${1:-}
+stamp=.venv/made-by-make    # what .venv was made from; empty until all of it is in place
+wanted=$(cat requirements.txt requirements-dev.txt)
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+
+fail() {
+    echo "$1" >&2
+    exit 2
+}
+
+# Print which Python "$1" is; fail where it is of no use or does not run (pyenv's shims, unless selected).
+identify() {
+    "$1" -c 'import sys
+usable = sys.implementation.name == "cpython" and (3, 8) <= sys.version_info[:2] <= (3, 10)
+sys.exit(not usable or print("Python %d.%d.%d" % sys.version_info[:3], "in", sys.base_prefix))' 2> /dev/null
+}
+
+candidates() {
+    for version in 3.10 3.9 3.8; do
+        type -aP "python$version"
+        ls -d {"${PYENV_ROOT:-}",~/.pyenv}/versions/"$version".*/bin/"python$version" 2> /dev/null
+    done
+}
+
+empty_venv() {
+    rm -rf .venv && mkdir .venv && touch "$stamp"
+}
+
+# A Debian interpreter may lack the module venv, or the pip that venv installs.
+with_venv() {
+    empty_venv && "$1" -m venv .venv && .venv/bin/python -m pip --version
+} &> /dev/null
+
+# uv needs neither and may be able to fetch an interpreter; where there is no uv, any pip can bring it.
+with_uv() {
+    uv=$(type -P uv) && "$uv" --version || for any in $(type -aP python3); do
+        "$any" -m venv "$scratch/env" && any=$scratch/env/bin/python
+        "$any" -m pip install --timeout 10 --retries 1 --target "$scratch" uv && uv=$scratch/bin/uv && break
+    done
+    empty_venv && UV_HTTP_RETRIES=1 timeout 300 "$uv" venv --allow-existing --seed --python "$1" .venv \
+        && .venv/bin/python -m pip --version
+} &> /dev/null
+
+if [ -n "$python" ]; then
+    chosen=$(identify "$python") || fail "PYTHON=$python is no Python 3.8 to 3.10, which nnabla needs"
+fi
+if [ "$(cat "$stamp" 2> /dev/null)" = "$wanted" ] && present=$(identify .venv/bin/python) \
+        && [ "${chosen:-$present}" = "$present" ]; then
+    exit 0
+fi
+if [ -e .venv ] && [ ! -e "$stamp" ] && ! rmdir .venv 2> /dev/null; then
+    fail ".venv is there but make did not make it: move it away or remove it, then try again"
+fi
+
+made='' without_venv=''
+while read -r candidate; do
+    identify "$candidate" > /dev/null || continue
+    with_venv "$candidate" && made=yes && break
+    without_venv=${without_venv:-$candidate}
+done < <(if [ -n "$python" ]; then echo "$python"; else candidates; fi)
+if [ -z "$made" ] && ! with_uv "${python:->=3.8,<3.11}"; then
+    rm -rf .venv
+    [ -z "$without_venv" ] || fail "$without_venv has no venv: install ${without_venv##*/}-venv (apt) or uv"
+    fail "no Python 3.8 to 3.10 found; nnabla has wheels for no other: install python3.10 (apt, pyenv) or uv"
+fi
+
+echo "Setting up .venv with $(identify .venv/bin/python): about a minute"
+# "pip>=20.3": older ones do not know the kind of nnabla's wheels.
+for packages in "pip>=20.3" "--requirement=requirements-dev.txt"; do
+    .venv/bin/python -m pip install -qq --disable-pip-version-check "$packages" \
+        || fail "pip install $packages failed in .venv: pip says why above"
+done
+echo "$wanted" > "$stamp"
