@@ -12,7 +12,7 @@ from threadpoolctl import threadpool_limits
 
 SOFTPLUS_BETA = 100.0
 SKIP_LAYER = 4        # its input is [h, gamma(x)] / sqrt(2)
-BLOCK = 512           # rows worked on together, so that their activations stay in the cache
+BLOCK = 1 << 17       # values of a layer worked on together (512 rows at least): they stay in the cache
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # Blocks of rows go to the cores as a whole. The matrix library's own threads are off: they would help with the products
@@ -21,9 +21,9 @@ pool = ThreadPoolExecutor(CORES)
 threadpool_limits(1, user_api="blas")
 
 
-def blocks(rows):
-    """Cut that many rows into slices, enough of them for all cores."""
-    block = min(BLOCK, max(64, -(-rows // CORES)))
+def blocks(rows, width):
+    """Cut rows of that width into slices, enough of them for all cores."""
+    block = min(max(BLOCK // width, 512), max(64, -(-rows // CORES)))
     return [slice(start, min(start + block, rows)) for start in range(0, rows, block)]
 
 
@@ -105,7 +105,7 @@ def implicit_sdf(x, weights):
         np.matmul(h, last_w, out=out[rows])
         out[rows] += last_b
 
-    on_all_cores(evaluate, blocks(len(x)))
+    on_all_cores(evaluate, blocks(len(x), len(weights[-1][0])))
     return out
 
 
@@ -121,7 +121,7 @@ def implicit_forward(x, weights):
         output[rows], gradient[rows], saved = forward_block(x[rows], weights)
         return rows, saved
 
-    return output[:, :1], output[:, 1:], gradient, on_all_cores(evaluate, blocks(len(x)))
+    return output[:, :1], output[:, 1:], gradient, on_all_cores(evaluate, blocks(len(x), len(weights[-1][0])))
 
 
 def forward_block(x, weights):
@@ -157,7 +157,7 @@ def affine(x, w, b):
         np.matmul(x[rows], w, out=out[rows])
         out[rows] += b
 
-    on_all_cores(evaluate, blocks(len(x)))
+    on_all_cores(evaluate, blocks(*out.shape))
     return out
 
 
@@ -169,7 +169,7 @@ def affine_backward(x, w, by_y):
         np.matmul(by_y[rows], w.T, out=by_x[rows])
         return x[rows].T @ by_y[rows]
 
-    return by_x, sum(on_all_cores(evaluate, blocks(len(x)))), by_y.sum(axis=0)
+    return by_x, sum(on_all_cores(evaluate, blocks(*by_x.shape))), by_y.sum(axis=0)
 
 
 def split_skip(back, columns):
