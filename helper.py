@@ -237,7 +237,7 @@ def gpu_or_reason(device_id):
         from nnabla_ext.cuda import init as cuda
     except ModuleNotFoundError:
         return "cpu", "nnabla's CUDA extension is not installed"
-    except ImportError as error:
+    except Exception as error:      # a library that is missing, a GPU that the extension calls unfit, ...
         return "cpu", f"nnabla's CUDA extension does not load: {str(error).splitlines()[0]}"
     try:
         count = cuda.get_device_count()

@@ -1,9 +1,10 @@
-"""Make the embedded scene: a teapot, known exactly, photographed from all around in the authors' data convention.
+"""Make the embedded scene: a teapot, known exactly, seen from all around, in the authors' data convention.
 
     python make_scene.py --output data/demo --views 32 --held-out 6 --size 96
 
-writes image/, mask/ and cameras.npz (the training views first, then the held-out ones), surface.ply (100,000 points of
-the exact surface, in the frame of the unit sphere) and scene.json (the settings). The same settings give the same bytes.
+writes image/, mask/ and cameras.npz (the training views first, then the held-out ones), surface.ply (100,000
+points of the exact surface, in the frame of the unit sphere) and scene.json (the settings). The same settings
+give the same bytes.
 """
 import argparse
 import json
@@ -19,11 +20,14 @@ import trimesh
 import helper
 import ray_tracer
 
-# --- the object: balls swept along discs, a circle and lines; z is up --------------------------------------------------
+# --- the object: balls swept along discs, a circle and lines; z is up ---------------------------------------
 
 
 def from_disc(points, centre, width, radius):
-    """Return the vectors (N, 3) to `points` from the nearest points of a level disc, and the radius of the ball there."""
+    """Return the vectors (N, 3) to `points` (N, 3) from the nearest of a level disc, and the radius there.
+
+    A part is what balls about all points of its skeleton fill, so |vector| - radius is its exact distance.
+    """
     offsets = points - np.array(centre, points.dtype)
     across = np.linalg.norm(offsets[:, :2], axis=1, keepdims=True)
     offsets[:, :2] *= 1 - np.minimum(1, width / np.maximum(across, 1e-12))
@@ -46,26 +50,29 @@ def from_line(points, start, end, start_radius, end_radius):
     offsets = points - np.array(start, points.dtype)
     along = offsets @ axis
     lateral = np.linalg.norm(offsets - along[:, None] * axis, axis=1)
-    along = np.clip(along - lateral * slope / np.sqrt(1 - slope ** 2), 0, length)  # the nearest of the cone's balls
+    along -= lateral * slope / np.sqrt(1 - slope ** 2)  # to the ball that is nearest, not its centre
+    along = np.clip(along, 0, length)
     return offsets - along[:, None] * axis, start_radius - along * slope
 
 
-TEAL, CREAM, GOLD, RED = (0.07, 0.45, 0.50), (0.95, 0.87, 0.72), (0.96, 0.70, 0.16), (0.84, 0.20, 0.16)
+TEAL, CREAM, GOLD, RED = (0.07, 0.50, 0.55), (0.95, 0.87, 0.72), (0.96, 0.70, 0.16), (0.84, 0.20, 0.16)
+AXIS = 0.05  # where the pot's axis stands, on x
 PARTS = (  # shape, its measures, colour
-    (from_disc, ((0.03, 0, -0.06), 0.13, 0.41), CREAM),  # body
-    (from_disc, ((0.03, 0, -0.45), 0.24, 0.06), TEAL),  # foot
-    (from_disc, ((0.03, 0, 0.32), 0.20, 0.07), GOLD),  # lid
-    (from_disc, ((0.03, 0, 0.46), 0.0, 0.10), RED),  # its knob
-    (from_circle, ((-0.49, 0, 0.0), 0.23, 0.075), RED),  # handle
-    (from_line, ((0.35, 0, -0.16), (0.60, 0, 0.02), 0.18, 0.10), TEAL),  # spout
-    (from_line, ((0.60, 0, 0.02), (0.71, 0, 0.24), 0.10, 0.075), TEAL),
+    (from_disc, ((AXIS, 0, -0.05), 0.13, 0.42), CREAM),  # body
+    (from_disc, ((AXIS, 0, -0.45), 0.24, 0.06), GOLD),  # foot
+    (from_disc, ((AXIS, 0, 0.34), 0.21, 0.07), GOLD),  # lid
+    (from_disc, ((AXIS, 0, 0.48), 0.0, 0.105), RED),  # its knob
+    (from_circle, ((-0.475, 0, 0.02), 0.24, 0.07), RED),  # handle
+    (from_line, ((0.36, 0, -0.16), (0.60, 0, 0.02), 0.19, 0.105), TEAL),  # spout
+    (from_line, ((0.60, 0, 0.02), (0.675, 0, 0.23), 0.105, 0.075), TEAL),
 )
 SUN = np.array((0.5, -0.4, 0.77)) / np.linalg.norm((0.5, -0.4, 0.77))  # the direction towards it
-BACKGROUND = 0.5
-OBJECT_RADIUS = 0.8  # the object lies within; the cameras are framed on it
+SKY, GROUND = np.array((0.54, 0.58, 0.60)), np.array((0.66, 0.60, 0.52))  # light from above, and from below
+BACKGROUND = 0.25
+OBJECT_RADIUS = 0.79  # the object lies within; the cameras are framed on it
 SURFACE_SAMPLES = 100000
 DISTANCE = 2.75  # of the cameras from the origin, in radii of the unit sphere
-SCALE, OFFSET = 250.0, (40.0, -70.0, 620.0)  # the unit sphere in world units, as a measured scene would have it
+SCALE, OFFSET = 250.0, (40.0, -70.0, 620.0)  # the unit sphere in world units, say millimetres
 
 
 def measure(points):
@@ -75,67 +82,74 @@ def measure(points):
 
 
 def exact_sdf(points):
-    """Return the signed distance (N,) float32 of `points` (N, 3): exact on and outside the surface, a bound inside."""
+    """Return the signed distance (N,) float32 of `points` (N, 3): exact on and outside the surface.
+
+    Inside, where parts overlap, the surface may be farther than it says, never nearer.
+    """
     return measure(points)[0].min(axis=0).astype(np.float32)
 
 
 def exact_normals(points):
-    """Return the unit gradient of exact_sdf (N, 3) at `points` (N, 3): the outward normals on the surface."""
+    """Return the unit gradient (N, 3) float32 of exact_sdf at `points` (N, 3): its normals there."""
     distances, offsets = measure(points)
     normals = offsets[distances.argmin(axis=0), np.arange(len(points))]
     return (normals / np.linalg.norm(normals, axis=1, keepdims=True)).astype(np.float32)
 
 
 def paint(points):
-    """Return the colour (N, 3) of the surface at `points` (N, 3); parts and glaze blend over a few hundredths."""
-    distances, _ = measure(points)
+    """Return the colour (N, 3) of the surface at `points` (N, 3); parts and glaze blend softly."""
+    distances = measure(points)[0]
     weights = np.exp(-(distances - distances.min(axis=0)) / 0.012)
     colours = np.repeat(np.array([colour for *_, colour in PARTS])[:, None], len(points), axis=1)
-    edge = 0.0 + 0.09 * np.sin(5 * np.arctan2(points[:, 1], points[:, 0] - 0.03))  # the glaze that has run down
+    edge = 0.02 + 0.09 * np.sin(5 * np.arctan2(points[:, 1], points[:, 0] - AXIS))  # of the glaze, run down
     glazed = 1 / (1 + np.exp(-(points[:, 2] - edge) / 0.015))
     colours[0] += glazed[:, None] * (np.array(TEAL) - CREAM)
     return (weights[..., None] * colours).sum(axis=0) / weights.sum(axis=0)[:, None]
 
 
 def shade(points, directions):
-    """Return the colour (N, 3) float32 in [0, 1] of surface `points` (N, 3) seen along unit `directions` (N, 3).
+    """Return the colour (N, 3) float32 in [0, 1] of surface `points` (N, 3) seen along `directions` (N, 3).
 
-    Light from the sky, less in the creases, a sun without cast shadows, and its highlight (Blinn 1977).
+    Light from sky and ground, less in creases, a sun without cast shadows, and its highlight (Blinn, 1977).
     """
     normals = exact_normals(points)
     openness = np.clip(exact_sdf(points + 0.15 * normals) / 0.15, 0, 1)
-    ambient = (0.40 + 0.12 * normals[:, 2]) * (0.4 + 0.6 * openness)
+    ambient = GROUND + (SKY - GROUND) * (0.5 + 0.5 * normals[:, 2:])
     sun = np.maximum(normals @ SUN, 0)
     halfway = SUN - directions
     halfway /= np.linalg.norm(halfway, axis=1, keepdims=True)
-    highlight = 0.35 * np.maximum((normals * halfway).sum(axis=1), 0) ** 25 * (sun > 0)
-    return np.clip(paint(points) * (ambient + 0.62 * sun)[:, None] + highlight[:, None], 0, 1).astype(np.float32)
+    highlight = 0.4 * np.maximum((normals * halfway).sum(axis=1), 0) ** 25 * np.minimum(4 * sun, 1)
+    light = ambient * (0.4 + 0.6 * openness)[:, None] + 0.55 * sun[:, None]
+    return np.clip(paint(points) * light + highlight[:, None], 0, 1).astype(np.float32)
 
 
 def surface_mesh(resolution=128):
     """Return the object as a trimesh from marching cubes on `resolution`^3 samples of [-1, 1]^3."""
     axis = np.linspace(-1, 1, resolution, dtype=np.float32)
     grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
-    volume = np.concatenate([exact_sdf(block) for block in np.array_split(grid, 32)]).reshape(3 * (resolution,))
+    volume = np.concatenate([exact_sdf(block) for block in np.array_split(grid, 32)])
+    volume = volume.reshape(resolution, resolution, resolution)
     vertices, faces, _, _ = skimage.measure.marching_cubes(volume, 0, spacing=3 * (axis[1] - axis[0],))
     return trimesh.Trimesh(vertices - 1, faces)
 
 
 def surface_samples(count, rng):
-    """Return `count` points (count, 3) float32, nearly uniform on the surface, |sdf| < 1e-4; rng: numpy's Generator."""
+    """Return points (count, 3) float32, nearly uniform on the surface, |sdf| < 1e-4; rng: np.random's."""
     mesh = surface_mesh()
     corners = mesh.triangles[rng.choice(len(mesh.faces), count, p=mesh.area_faces / mesh.area)]
     points = (rng.dirichlet((1, 1, 1), count)[:, None] @ corners)[:, 0].astype(np.float32)
-    for _ in range(20):  # Newton steps; a point in a crease needs several, from one part's surface to the other's
-        points -= exact_sdf(points)[:, None] * exact_normals(points)
+    off = np.arange(count)
+    while off.size:  # Newton steps; a point in a crease needs several, from one part's surface to the other's
+        points[off] -= exact_sdf(points[off])[:, None] * exact_normals(points[off])
+        off = off[np.abs(exact_sdf(points[off])) > 2e-6]
     return points
 
 
-# --- the cameras: x right, y down, z into the scene; pixels at integers -------------------------------------------------
+# --- the cameras: x right, y down, z into the scene; pixels at integers -------------------------------------
 
 
 def look_at(eye, target, up):
-    """Return the pose (4, 4), camera to world, of a camera at `eye` that looks at `target`; not along `up`."""
+    """Return the pose (4, 4), camera to world, at `eye` towards `target`; `up` is not along the view."""
     forward = np.subtract(target, eye) / np.linalg.norm(np.subtract(target, eye))
     right = np.cross(forward, up)
     right /= np.linalg.norm(right)
@@ -152,7 +166,7 @@ def fibonacci_sphere(count):
 
 
 def view_directions(views, held_out):
-    """Return unit vectors to the cameras (views + held_out, 3): the held-out ones each as far from all others as can be."""
+    """Return unit vectors to the cameras (views + held_out, 3), held-out ones last, in the widest gaps."""
     directions, candidates = fibonacci_sphere(views), fibonacci_sphere(2000)
     for _ in range(held_out):
         farthest = (candidates @ directions.T).max(axis=1).argmin()
@@ -161,13 +175,13 @@ def view_directions(views, held_out):
 
 
 def camera_intrinsics(size):
-    """Return K (3, 3): the sphere of OBJECT_RADIUS at DISTANCE fills an image of `size` x `size` pixels."""
+    """Return K (3, 3): the sphere of OBJECT_RADIUS at DISTANCE fills `size` x `size` pixels."""
     focal = size / 2 * np.sqrt((DISTANCE / OBJECT_RADIUS) ** 2 - 1)
     return np.array([[focal, 0, (size - 1) / 2], [0, focal, (size - 1) / 2], [0, 0, 1]])
 
 
 def world_matrices(intrinsics, pose):
-    """Return world_mat = K [R | t] in world units and scale_mat, which takes the unit sphere there (both 4x4)."""
+    """Return world_mat = K [R | t] in world units and scale_mat, the unit sphere's place there (4, 4)."""
     scale_mat = np.diag((SCALE, SCALE, SCALE, 1.0))
     scale_mat[:3, 3] = OFFSET
     pose = pose.copy()
@@ -178,7 +192,7 @@ def world_matrices(intrinsics, pose):
 
 
 def render(intrinsics, pose, size):
-    """Return the image (size, size, 3) uint8 and its mask (size, size) uint8, 0 or 255; one ray for each pixel."""
+    """Return the image (size, size, 3) and its mask (size, size), 0 or 255, both uint8; one ray per pixel."""
     origin, directions = helper.pixel_rays(helper.pixel_grid(size, size), intrinsics, pose)
     t, hit = ray_tracer.trace(exact_sdf, origin, directions, sphere_tracing_steps=200)
     image = np.full((size * size, 3), BACKGROUND, np.float32)
@@ -187,7 +201,8 @@ def render(intrinsics, pose, size):
     return image, np.where(hit, 255, 0).astype(np.uint8).reshape(size, size)
 
 
-# --- the scene on disk ------------------------------------------------------------------------------------------------
+# --- the scene on disk --------------------------------------------------------------------------------------
+
 
 def write_scene(folder, views, held_out, size):
     """Write the scene to an empty folder; returns the share of the pixels that show the object."""
@@ -195,17 +210,34 @@ def write_scene(folder, views, held_out, size):
     (folder / "mask").mkdir()
     intrinsics, cameras, covered = camera_intrinsics(size), {}, []
     directions = view_directions(views, held_out)
+    digits = max(3, len(str(len(directions) - 1)))  # names that sort as the views do
     for view, direction in enumerate(tqdm.tqdm(directions, unit="view", dynamic_ncols=True)):
         up = (0, 0, 1) if abs(direction[2]) < 0.99 else (0, 1, 0)
         pose = look_at(DISTANCE * direction, np.zeros(3), up)
         image, mask = render(intrinsics, pose, size)
-        imageio.imwrite(folder / "image" / f"{view:03d}.png", image)
-        imageio.imwrite(folder / "mask" / f"{view:03d}.png", mask)
+        imageio.imwrite(folder / "image" / f"{view:0{digits}d}.png", image)
+        imageio.imwrite(folder / "mask" / f"{view:0{digits}d}.png", mask)
         cameras[f"world_mat_{view}"], cameras[f"scale_mat_{view}"] = world_matrices(intrinsics, pose)
         covered.append((mask > 0).mean())
     np.savez(folder / "cameras.npz", **cameras)
-    trimesh.PointCloud(surface_samples(SURFACE_SAMPLES, np.random.default_rng(0))).export(folder / "surface.ply")
+    surface = surface_samples(SURFACE_SAMPLES, np.random.default_rng(0))
+    trimesh.PointCloud(surface).export(folder / "surface.ply")
     return np.mean(covered)
+
+
+def made_already(output, settings):
+    """Tell whether `output` holds the scene of these settings; UserError if it holds anything else."""
+    if not output.exists():
+        return False
+    try:
+        if not any(output.iterdir()):
+            return False
+        earlier = json.loads((output / "scene.json").read_text())
+    except (OSError, ValueError):
+        raise helper.UserError(f"{output}: is there, not made by this script; choose another --output")
+    if earlier != settings:
+        raise helper.UserError(f"{output}: made with other settings; choose another --output or remove it")
+    return True
 
 
 def main():
@@ -216,20 +248,15 @@ def main():
     parser.add_argument("--held-out", type=int, default=6, help="further views, to measure on")
     parser.add_argument("--size", type=int, default=96, help="pixels along the sides of an image")
     args = parser.parse_args()
-    for name, least in (("views", 1), ("held_out", 0), ("size", 8)):
-        if not least <= getattr(args, name) <= 4096:
-            raise helper.UserError(f"--{name.replace('_', '-')} must be {least} to 4096, not {getattr(args, name)}")
+    for flag, value, least, most in (("--views", args.views, 1, 1000), ("--held-out", args.held_out, 0, 1000),
+                                     ("--size", args.size, 8, 1024)):
+        if not least <= value <= most:
+            raise helper.UserError(f"{flag} must be {least} to {most}, not {value}")
     output = Path(args.output)
     settings = {"made by": "make_scene.py", "views": args.views, "held_out": args.held_out, "size": args.size}
-    if output.exists():
-        try:
-            earlier = json.loads((output / "scene.json").read_text())
-        except (OSError, ValueError):
-            raise helper.UserError(f"{output}: is there already and was not made by this script; choose another --output")
-        if earlier == settings:
-            print(f"{output}: is there already, made with these settings")
-            return
-        raise helper.UserError(f"{output}: holds such a scene with other settings; choose another --output or remove it")
+    if made_already(output, settings):
+        print(f"{output}: is there already, made with these settings")
+        return
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=str(output.parent)) as temporary:
@@ -240,8 +267,8 @@ def main():
             scene.rename(output)
     except OSError as error:
         raise helper.UserError(f"{output}: cannot be written ({error.strerror}); choose another --output")
-    print(f"{output}: {args.views} views to train on and {args.held_out} held out, {args.size}x{args.size} pixels, the "
-          f"object on {covered:.0%} of them; surface.ply holds its exact surface")
+    print(f"{output}: {args.views} views to train on and {args.held_out} held out, {args.size}x{args.size} "
+          f"pixels, the object on {covered:.0%} of them; surface.ply holds its exact surface")
 
 
 if __name__ == "__main__":

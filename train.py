@@ -107,8 +107,8 @@ class TrainingStep:
             self.graphs[surface] = network.training_graph(self.rays, surface, self.mask_weight, self.eikonal_weight)
         return surface, self.graphs[surface]
 
-    def __call__(self, solver, points, colored, directions, rgb, mask, alpha, rng):
-        """Update the parameters; returns the losses before it as {name: float}.
+    def filled(self, points, colored, directions, rgb, mask, alpha, rng):
+        """The graph of a step with its inputs set.
 
         points, directions, rgb (R, 3), colored, mask (R,) bool: of the step's rays; alpha: float.
         """
@@ -121,6 +121,11 @@ class TrainingStep:
             g["colored"].d = colored[order[:surface], None]
         g["object_mask"].d, g["masked"].d = mask[order, None], ~colored[order, None]
         g["alpha"].d = alpha
+        return g
+
+    def __call__(self, solver, *step):
+        """Update the parameters; returns the losses before it as {name: float}. step: what `filled` takes."""
+        g = self.filled(*step)
         solver.zero_grad()
         g["loss"].forward(clear_no_need_grad=True)
         g["loss"].backward(clear_buffer=True)
