@@ -114,12 +114,13 @@ class TrainingStep:
         """
         surface, g = self.graph(colored.sum())
         order = np.argsort(~colored, kind="stable")       # the rays with a colour first
+        mask, colored = mask[order].astype(np.float32), colored[order].astype(np.float32)   # nnabla's GPU has no bool
         uniform = rng.uniform(-1.0, 1.0, (self.rays // 2, 3)).astype(np.float32)
         g["points"].d = np.concatenate([points[order], uniform])
         if surface:
             g["directions"].d, g["rgb"].d = directions[order[:surface]], rgb[order[:surface]]
-            g["colored"].d = colored[order[:surface], None]
-        g["object_mask"].d, g["masked"].d = mask[order, None], ~colored[order, None]
+            g["colored"].d = colored[:surface, None]
+        g["object_mask"].d, g["masked"].d = mask[:, None], 1 - colored[:, None]
         g["alpha"].d = alpha
         return g
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import trimesh
 
+import datasets
 import helper
 import make_scene
 from conftest import ROOT
@@ -15,14 +16,36 @@ from conftest import ROOT
 VIEWS, HELD_OUT, SIZE = 5, 2, 48
 
 
+COMMAND = [str(ROOT / "make_scene.py"), "--output", "scenes/small", "--views", str(VIEWS),
+           "--held-out", str(HELD_OUT), "--size", str(SIZE)]
+
+
 def make(folder, *options, status=0):
     """Run the script in `folder` on a small scene; returns its standard output and error."""
-    command = [sys.executable, str(ROOT / "make_scene.py"), "--output", "scenes/small", "--views", str(VIEWS),
-               "--held-out", str(HELD_OUT), "--size", str(SIZE), *options]  # the last of equal flags counts
-    done = subprocess.run(command, cwd=str(folder), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          universal_newlines=True)
+    done = subprocess.run([sys.executable, *COMMAND, *options], cwd=str(folder), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, universal_newlines=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout, done.stderr
+
+
+@pytest.fixture
+def refused(tmp_path, monkeypatch, capsys):
+    """A function that runs the script in tmp_path, in this process as a start costs a second: it must refuse.
+
+    Options replace those of COMMAND. Checks the status, and that nothing changed; returns the one line said.
+    """
+    def refused(*options):
+        before = contents(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", [*COMMAND, *options])  # the last of equal flags counts
+        with pytest.raises(SystemExit) as stopped:
+            helper.run(make_scene.main)
+        out, error = capsys.readouterr()
+        assert stopped.value.code == 2 and out == "" and error.count("\n") == 1, error
+        assert contents(tmp_path) == before
+        return error
+
+    return refused
 
 
 def contents(folder):
@@ -43,6 +66,11 @@ def scene(user):
 
 
 @pytest.fixture(scope="module")
+def mesh():
+    return make_scene.surface_mesh(96)
+
+
+@pytest.fixture(scope="module")
 def samples():
     return make_scene.surface_samples(20000, np.random.default_rng(1))
 
@@ -54,9 +82,8 @@ def outside():
     return points[make_scene.exact_sdf(points) > 1e-3]
 
 
-def test_distance_agrees_with_brute_force(samples):
+def test_distance_agrees_with_brute_force(samples, mesh):
     # The nearest sample is never nearer than the surface, and farther by no more than their spacing allows.
-    mesh = make_scene.surface_mesh(96)
     points = np.random.default_rng(3).uniform(-1, 1, (400, 3)).astype(np.float32)
     sdf = make_scene.exact_sdf(points)
     brute = np.array([np.linalg.norm(samples - point, axis=1).min() for point in points])
@@ -69,10 +96,12 @@ def test_distance_agrees_with_brute_force(samples):
     assert (brute[~off] >= -sdf[~off] - 1e-5).all()  # inside it is a bound
 
 
-def test_sdf_is_float32_and_its_gradient_is_the_unit_normal(outside):
-    sdf = make_scene.exact_sdf(outside)
-    assert sdf.dtype == np.float32 and sdf.shape == (len(outside),)
-    step, points = 1e-5, outside.astype(np.float64)
+@pytest.mark.parametrize("where", ["outside", "samples"])
+def test_sdf_is_float32_and_its_gradient_is_the_unit_normal(request, where):
+    places = request.getfixturevalue(where)
+    sdf = make_scene.exact_sdf(places)
+    assert sdf.dtype == np.float32 and sdf.shape == (len(places),)
+    step, points = 1e-5, places.astype(np.float64)
 
     def distance(points):
         return make_scene.measure(points)[0].min(axis=0)  # in float64: differences need the digits
@@ -82,7 +111,7 @@ def test_sdf_is_float32_and_its_gradient_is_the_unit_normal(outside):
     # where two parts are equally near the gradient jumps; a handful of random points are that close to it
     smooth = np.abs(np.linalg.norm(gradient, axis=1) - 1) < 1e-4
     assert smooth.mean() > 0.999
-    assert np.abs(gradient[smooth] - make_scene.exact_normals(outside)[smooth]).max() < 1e-3
+    assert np.abs(gradient[smooth] - make_scene.exact_normals(places)[smooth]).max() < 1e-3
 
 
 def test_sdf_never_falls_faster_than_the_distance():
@@ -93,8 +122,7 @@ def test_sdf_never_falls_faster_than_the_distance():
     assert (change <= np.linalg.norm(a - b, axis=1) + 1e-6).all()
 
 
-def test_object_is_one_piece_with_one_hole_inside_the_unit_sphere():
-    mesh = make_scene.surface_mesh(96)
+def test_object_is_one_piece_with_one_hole_inside_the_unit_sphere(mesh):
     assert mesh.is_watertight and mesh.body_count == 1
     assert mesh.euler_number == 0  # 2 - 2 genus: one hole, the handle's
     assert np.linalg.norm(mesh.vertices, axis=1).max() < make_scene.OBJECT_RADIUS <= 0.8
@@ -103,12 +131,9 @@ def test_object_is_one_piece_with_one_hole_inside_the_unit_sphere():
     assert mesh.volume / mesh.convex_hull.volume < 0.9  # a convex body gives 1
 
 
-def test_samples_lie_evenly_on_the_surface(samples):
+def test_samples_lie_evenly_on_the_surface(samples, mesh):
     assert samples.shape == (20000, 3) and samples.dtype == np.float32
     assert np.abs(make_scene.exact_sdf(samples)).max() < 1e-4
-    again = make_scene.surface_samples(20000, np.random.default_rng(1))
-    assert (samples == again).all()
-    mesh = make_scene.surface_mesh(96)
     for axis in range(3):  # each slab holds as many of the samples as it has of the area
         edges = np.quantile(samples[:, axis], [0.2, 0.4, 0.6, 0.8])
         slab = np.searchsorted(edges, mesh.triangles_center[:, axis])
@@ -229,38 +254,63 @@ def test_points_of_the_surface_appear_where_the_cameras_project_them(scene, samp
         assert np.median(error) < 0.02 and np.quantile(error, 0.9) < 0.1
 
 
+def test_scene_loads_as_it_was_made(scene, capsys):
+    loaded = datasets.load_scene(scene)
+    assert "notice" not in capsys.readouterr().err
+    assert loaded.names == [f"{i:03d}" for i in range(VIEWS + HELD_OUT)]
+    for view, name in enumerate(loaded.names):
+        assert (loaded.images[view] == imageio.imread(scene / "image" / f"{name}.png")).all()
+        assert (loaded.masks[view] == (imageio.imread(scene / "mask" / f"{name}.png") > 0)).all()
+    eyes = make_scene.DISTANCE * make_scene.view_directions(VIEWS, HELD_OUT)
+    assert loaded.poses[:, :3, 3] == pytest.approx(eyes, abs=1e-6)
+    for intrinsics in loaded.intrinsics:
+        assert intrinsics == pytest.approx(make_scene.camera_intrinsics(SIZE), abs=1e-6)
+    assert loaded.scale_mat[:3, 3] == pytest.approx(make_scene.OFFSET)
+    assert loaded.scale_mat[:3, :3] == pytest.approx(make_scene.SCALE * np.eye(3))
+
+
 def test_same_settings_give_the_same_bytes(scene, tmp_path):
     make(tmp_path)
     assert contents(tmp_path / "scenes" / "small") == contents(scene)
     assert [p.name for p in (tmp_path / "scenes").iterdir()] == ["small"]  # and no temporary folder is left
 
 
-def test_making_it_again_changes_nothing(user, scene):
+def test_making_it_again_changes_nothing(user, scene, monkeypatch, capsys):
     before = contents(scene)
-    assert "scenes/small" in make(user[0])[0]
+    monkeypatch.chdir(user[0])
+    monkeypatch.setattr(sys, "argv", COMMAND)
+    make_scene.main()
+    assert capsys.readouterr().out == f"{COMMAND[2]}: is there already, made with these settings\n"
     assert contents(scene) == before
 
 
-def test_an_empty_folder_is_filled(tmp_path):
+def test_an_empty_folder_is_filled(tmp_path, monkeypatch):
     (tmp_path / "scenes" / "small").mkdir(parents=True)
-    make(tmp_path, "--views", "1", "--held-out", "0", "--size", "8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(make_scene, "surface_samples", lambda count, rng: np.zeros((count, 3)))
+    monkeypatch.setattr(sys, "argv", [*COMMAND, "--views", "1", "--held-out", "0", "--size", "8"])
+    make_scene.main()
     names = sorted(p.name for p in (tmp_path / "scenes" / "small" / "image").iterdir())
     assert names == ["000.png"]
 
 
 @pytest.mark.parametrize("option, value, says", [
     ("--views", "0", "--views must be 1"), ("--views", "-3", "--views must be 1"),
-    ("--held-out", "-1", "--held-out must be 0"), ("--size", "0", "--size must be 8"),
+    ("--held-out", "-1", "--held-out must be 0"), ("--size", "4", "--size must be 8"),
     ("--size", "100000", "--size must be 8 to 1024"),
 ])
-def test_bad_values_are_refused_in_one_line(tmp_path, option, value, says):
-    error = make(tmp_path, option, value, status=2)[1]
-    assert error.startswith("error: " + says) and error.count("\n") == 1
+def test_bad_values_are_refused_in_one_line(refused, option, value, says):
+    assert refused(option, value).startswith("error: " + says)
+
+
+def test_a_refusal_ends_the_script_itself_with_status_2(tmp_path):
+    out, error = make(tmp_path, "--views", "0", status=2)
+    assert out == "" and error.startswith("error: --views") and error.count("\n") == 1
     assert not contents(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["file", "full folder", "other settings", "foreign json", "file as parent"])
-def test_what_a_user_has_is_never_overwritten(tmp_path, kind):
+def test_what_a_user_has_is_never_overwritten(tmp_path, refused, kind):
     output = tmp_path / "scenes" / "small"
     if kind == "file as parent":
         (tmp_path / "scenes").write_text("mine")
@@ -275,10 +325,7 @@ def test_what_a_user_has_is_never_overwritten(tmp_path, kind):
         (output / "scene.json").write_text(json.dumps(made))
     elif kind == "foreign json":
         (output / "scene.json").write_text("not JSON")
-    before = contents(tmp_path)
-    error = make(tmp_path, status=2)[1]
-    assert error.startswith("error: scenes/small: ") and error.count("\n") == 1
-    assert contents(tmp_path) == before
+    assert refused().startswith("error: scenes/small: ")
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):

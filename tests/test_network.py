@@ -47,9 +47,9 @@ def reference_step(reference, rows):
     g["points"].d = np.concatenate([reference["points"][order], reference["eikonal_points"]])
     g["directions"].d = reference["ray_directions"][order][:rows]
     g["rgb"].d = reference["rgb_gt"][order][:rows]
-    g["colored"].d = inside[order][:rows, None]
-    g["object_mask"].d = reference["object_mask"][order][:, None]
-    g["masked"].d = ~inside[order][:, None]
+    g["colored"].d = inside[order][:rows, None].astype(np.float32)
+    g["object_mask"].d = reference["object_mask"][order][:, None].astype(np.float32)
+    g["masked"].d = 1 - inside[order][:, None].astype(np.float32)
     g["alpha"].d = reference["alpha"]
     return g
 

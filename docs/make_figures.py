@@ -1,0 +1,292 @@
+"""Make the README's pictures. What is named is made; the scenes must lie where the runs' configurations say.
+
+    python docs/make_figures.py --method --initial --demo results_demo --scan65 results_dtu_scan65
+"""
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import trimesh
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle, FancyBboxPatch
+
+DOCS = Path(__file__).resolve().parent
+sys.path.insert(0, str(DOCS.parent))
+
+import datasets             # noqa: E402
+import helper               # noqa: E402
+import make_scene           # noqa: E402
+import network              # noqa: E402
+import ray_tracer           # noqa: E402
+import synthesize           # noqa: E402
+
+OVERSAMPLING = 2    # rendered larger by this factor and averaged, for smooth edges
+INK, GREY, BLUE, ORANGE, GREEN = "#1d2b3a", "#7b8794", "#1f77b4", "#d9730d", "#2a8c55"
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Make the README's pictures.")
+    parser.add_argument("--method", action="store_true", help="the diagram of the method")
+    parser.add_argument("--initial", action="store_true", help="the initial surface, by the scripts' own commands")
+    parser.add_argument("--demo", metavar="FOLDER", help="the run of make demo, after extract.py")
+    parser.add_argument("--scan65", metavar="FOLDER", help="a run on DTU's scan 65, after extract.py")
+    args = parser.parse_args()
+    if args.method:
+        draw_method(DOCS / "method.png")
+    if args.initial:
+        copy_initial()
+    if args.demo:
+        write_labelled(DOCS / "demo.png", demo_picture(Path(args.demo), views=(36, 37), size=288),
+                       ("a held-out view", "another", "its normals", "its shape"), ("true", "learnt"))
+    if args.scan65:
+        write_labelled(DOCS / "scan65_cpu.png", scan_picture(Path(args.scan65), view=20, downscale=4),
+                       ("a held-out view", "its normals", "the mesh"))
+
+
+# --- renders and meshes -----------------------------------------------------------------------------------
+
+def load_run(folder):
+    """Load a run's newest model; returns its configuration, its cameras (K, pose) and its mesh."""
+    conf = helper.load_config(next(folder.glob("*.yaml")))
+    helper.set_context("auto", "0")
+    shapes = network.parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers)
+    helper.load_model(helper.model_file(folder), shapes)
+    count = len(datasets.scene_files(Path(conf.data.path))[0])
+    cameras = datasets.load_cameras(Path(conf.data.path) / "cameras.npz", count)[:2]
+    return conf, list(zip(*cameras)), trimesh.load(folder / "mesh.ply")
+
+
+def demo_picture(folder, views, size):
+    """The true object above the learnt one: two held-out views, and of the second the normals and the shape."""
+    conf, cameras, mesh = load_run(folder)
+    sdf = network.sdf_evaluator()
+    columns = []
+    for view in views:
+        intrinsics, pose = cameras[view]
+        pixels = round(2 * intrinsics[0, 2] + 1)        # of a side: the camera's axis meets the middle
+        intrinsics = datasets.shrink_intrinsics(intrinsics, pixels / (size * OVERSAMPLING))
+        truth, mask = make_scene.render(intrinsics, pose, size * OVERSAMPLING)
+        ours = synthesize.render_view(sdf, intrinsics, pose, mask.shape, conf.tracer)
+        columns.append((np.where(mask[..., None] > 0, truth / 255, 1.0), ours.rgb))
+    true_normals = exact_normals(intrinsics, pose, size * OVERSAMPLING)
+    columns.append((normal_colours(true_normals), normal_colours(ours.normals)))
+    columns.append((clay(true_normals, pose), clay(mesh_normals(mesh, intrinsics, pose, mask.shape), pose)))
+    top, bottom = size // 10, size - size // 12     # nothing is seen beyond
+    columns = [[shrink(image)[top:bottom] for image in column] for column in columns]
+    return np.concatenate([np.concatenate(column) for column in columns], axis=1)
+
+
+def scan_picture(folder, view, downscale):
+    """A held-out view of a scan as learnt: its colours, its normals and the extracted mesh, side by side."""
+    conf, cameras, mesh = load_run(folder)
+    intrinsics, pose = cameras[view]
+    height, width = datasets.read_mask(datasets.scene_files(Path(conf.data.path))[1][view]).shape
+    shape = height * OVERSAMPLING // downscale, width * OVERSAMPLING // downscale
+    intrinsics = datasets.shrink_intrinsics(intrinsics, downscale / OVERSAMPLING)
+    ours = synthesize.render_view(network.sdf_evaluator(), intrinsics, pose, shape, conf.tracer)
+    mesh_shape = clay(mesh_normals(mesh, intrinsics, pose, shape), pose)
+    return np.concatenate([shrink(image) for image in (ours.rgb, normal_colours(ours.normals), mesh_shape)], axis=1)
+
+
+def write_labelled(path, image, columns, rows=()):
+    """Write a picture made of panels with words above its columns and beside its rows."""
+    height, width, above, beside = *image.shape[:2], 26, 30 * bool(rows)
+    figure = Figure(figsize=((width + beside) / 100, (height + above) / 100), dpi=100)
+    figure.figimage(image, beside, 0)
+    for i, words in enumerate(columns):
+        x = (beside + width * (i + 0.5) / len(columns)) / (width + beside)
+        figure.text(x, 1 - 5 / (height + above), words, ha="center", va="top", fontsize=12, color=INK)
+    for i, words in enumerate(rows):
+        y = height * (1 - (i + 0.5) / len(rows)) / (height + above)
+        figure.text(8 / (width + beside), y, words, ha="left", va="center", rotation=90, fontsize=12, color=INK)
+    with helper.replacing(path) as temporary:
+        figure.savefig(temporary)
+
+
+def exact_normals(intrinsics, pose, size):
+    """The unit normals (size, size, 3) of make_scene's object in a view; 0 where there is none."""
+    origin, directions = helper.pixel_rays(helper.pixel_grid(size, size), intrinsics, pose)
+    t, hit = ray_tracer.trace(make_scene.exact_sdf, origin, directions, sphere_tracing_steps=200)
+    normals = np.zeros((size * size, 3), np.float32)
+    normals[hit] = make_scene.exact_normals(origin + t[hit, None] * directions[hit])
+    return normals.reshape(size, size, 3)
+
+
+def mesh_normals(mesh, intrinsics, pose, shape):
+    """The normals (H, W, 3) of a mesh in a view; 0 where there is none.
+
+    Each triangle is cut into points closer than a pixel, and the nearest point of each pixel is shown.
+    """
+    corners = (mesh.vertices - pose[:3, 3]) @ pose[:3, :3]
+    pixels = corners[:, :2] / corners[:, 2:] * intrinsics[[0, 1], [0, 1]]
+    steps = int(np.ceil(2 * np.linalg.norm(np.diff(pixels[mesh.faces], axis=1), axis=-1).max())) + 1
+    u, v = np.mgrid[:steps + 1, :steps + 1] / steps
+    weights = np.stack([u, v, 1 - u - v], axis=-1)[u + v < 1 + 1e-9]
+    nearest, normals = np.full(shape[0] * shape[1], np.inf), np.zeros((shape[0] * shape[1], 3))
+    for weight in weights:
+        points = np.einsum("c,fcx->fx", weight, corners[mesh.faces])
+        column, row = np.rint((points @ intrinsics.T)[:, :2] / points[:, 2:]).astype(int).T
+        seen = np.flatnonzero((row >= 0) & (row < shape[0]) & (column >= 0) & (column < shape[1]))
+        pixel = row[seen] * shape[1] + column[seen]
+        farthest_first = np.argsort(-points[seen, 2])
+        seen, pixel = seen[farthest_first], pixel[farthest_first]
+        closer = points[seen, 2] < nearest[pixel]
+        seen, pixel = seen[closer], pixel[closer]
+        nearest[pixel] = points[seen, 2]
+        normals[pixel] = np.einsum("c,fcx->fx", weight, mesh.vertex_normals[mesh.faces[seen]])
+    return normals.reshape(shape + (3,))
+
+
+def unit(vectors):
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
+def on_white(image, normals):
+    return np.where((normals != 0).any(axis=-1, keepdims=True), image, 1.0)
+
+
+def normal_colours(normals):
+    """Normals as colours, (n + 1) / 2 in the scene's axes; white where they are 0."""
+    return on_white(unit(normals) / 2 + 0.5, normals)
+
+
+def clay(normals, pose):
+    """A shape as grey clay: lit from the camera's upper left, a little from the other side; white where n is 0."""
+    inwards = unit(normals) @ pose[:3, :3]
+    key, fill = (inwards @ unit(np.array(light)) for light in ((-0.5, -0.7, -0.75), (0.8, 0.1, -0.4)))
+    grey = 0.16 + 0.66 * np.maximum(key, 0) + 0.16 * np.maximum(fill, 0)
+    return on_white(grey[..., None] * np.array([0.98, 0.96, 0.92]), normals)
+
+
+def shrink(image):
+    """Average blocks of OVERSAMPLING x OVERSAMPLING pixels."""
+    height, width = image.shape[:2]
+    return image.reshape(height // OVERSAMPLING, OVERSAMPLING, width // OVERSAMPLING, OVERSAMPLING, 3).mean(axis=(1, 3))
+
+
+def copy_initial():
+    """Run the two commands that README.md shows and keep their pictures."""
+    with tempfile.TemporaryDirectory() as folder:
+        for command in (("network.py", "-Ds", "512", "-R", "0.75"), ("ray_tracer.py", "-L", "9")):
+            subprocess.run([sys.executable, str(DOCS.parent / command[0]), *command[1:]], cwd=folder, check=True)
+        for picture in Path(folder).glob("*.png"):
+            shutil.copyfile(str(picture), str(DOCS / picture.name))
+
+
+# --- the diagram ------------------------------------------------------------------------------------------
+
+def draw_method(path):
+    """Draw what happens to the rays (left) and how the parts hang together (right)."""
+    figure = Figure(figsize=(12.6, 4.9), dpi=120)
+    figure.patch.set_facecolor("white")
+    draw_rays(figure.add_axes([0.0, 0.0, 0.36, 1.0]))
+    draw_parts(figure.add_axes([0.37, 0.0, 0.63, 1.0]))
+    with helper.replacing(path) as temporary:
+        figure.savefig(temporary)
+
+
+def flat_sdf(x, y):
+    """An object in two dimensions: three discs, melted together."""
+    discs = ((-0.32, -0.40, 0.26), (0.25, 0.08, 0.40), (0.28, -0.46, 0.22))
+    return -np.log(sum(np.exp(-9 * (np.hypot(x - a, y - b) - r)) for a, b, r in discs)) / 9
+
+
+def draw_rays(axes):
+    axes.set(xlim=(-2.12, 1.22), ylim=(-1.62, 1.78), aspect="equal")
+    axes.axis("off")
+    x, y = np.meshgrid(np.linspace(-1.1, 1.1, 400), np.linspace(-1.1, 1.1, 400))
+    sdf = np.where(np.hypot(x, y) < 0.995, flat_sdf(x, y), np.nan)
+    axes.contourf(x, y, sdf, [-1, 0], colors=["#dfe5ec"])
+    axes.contour(x, y, sdf, [0.15, 0.3, 0.45], colors=["#c3ccd6"], linewidths=0.8)
+    axes.contour(x, y, sdf, [0], colors=[INK], linewidths=2.2)
+    axes.add_patch(Circle((0, 0), 1, fill=False, edgecolor=GREY, linestyle=(0, (5, 4)), linewidth=1.2))
+
+    eye = np.array([-2.0, 0.35])
+    hit_ray, side_ray = unit(np.array([1.9, -0.38])), unit(np.array([2.0, 0.52]))
+    near = entry(eye, hit_ray)
+    t = near
+    for _ in range(40):     # sphere tracing, its first steps drawn
+        step = flat_sdf(*(eye + t * hit_ray))
+        if step > 0.03:
+            axes.add_patch(Circle(eye + t * hit_ray, step, fill=False, edgecolor=BLUE, linewidth=0.8, alpha=0.6))
+            axes.plot(*(eye + t * hit_ray), ".", color=BLUE, markersize=4)
+        t += step
+    hit = eye + t * hit_ray
+    chord = eye + np.linspace(entry(eye, side_ray), entry(eye, side_ray, 1), 24)[:, None] * side_ray
+    least = chord[flat_sdf(*chord.T).argmin()]
+    axes.plot(*np.stack([eye, hit]).T, color=BLUE, linewidth=1.6)
+    axes.plot(*np.stack([eye, chord[-1]]).T, color=ORANGE, linewidth=1.6)
+    axes.plot(*chord.T, ".", color=ORANGE, markersize=3.5)
+    axes.plot(*hit, "o", color=BLUE, markersize=9, zorder=5)
+    axes.plot(*least, "o", color=ORANGE, markersize=9, zorder=5)
+    random = np.random.default_rng(3).uniform(-1.05, 1.05, (34, 2))
+    axes.plot(*random.T, "+", color=GREEN, markersize=6, alpha=0.9)
+
+    axes.plot(*eye, "o", color=INK, markersize=7)
+    axes.plot([-1.72, -1.72], [-0.02, 0.70], color=INK, linewidth=2.5)
+    axes.text(-2.04, 0.84, "a view", color=INK, fontsize=12)
+    axes.text(0.0, -1.2, "unit sphere", color=GREY, fontsize=11.5, ha="center")
+    axes.text(0.22, 0.02, "sdf < 0", color=INK, fontsize=12, ha="center", va="center")
+    for height, colour, marker, words in ((1.62, BLUE, "o", "hit in the mask: carries the colour loss"),
+                                          (1.41, ORANGE, "o", "other rays: least sdf carries the mask loss"),
+                                          (1.20, GREEN, "+", "eikonal: random points, and all of the above")):
+        axes.plot(-1.98, height, marker, color=colour, markersize=8)
+        axes.text(-1.86, height, words, color=colour, fontsize=11.5, va="center")
+
+
+def entry(eye, direction, side=-1):
+    """Where a ray enters (side -1) or leaves (1) the unit circle."""
+    along = eye @ direction
+    return -along + side * np.sqrt(along ** 2 - eye @ eye + 1)
+
+
+def draw_parts(axes):
+    axes.set(xlim=(0, 100), ylim=(0, 62))
+    axes.axis("off")
+    box(axes, (0.5, 39), (19, 18), "ray tracer", "sphere tracing,\nsamples, secant;\nno gradient", GREY, dashed=True)
+    box(axes, (27, 39), (28, 18), "differentiable hit",
+        "$\\hat{x} = c + (t_0 - \\frac{f(x_0;\\theta) - f_0}{n_0 \\cdot v})\\, v$", BLUE)
+    box(axes, (61.5, 39), (17, 18), "renderer", "$\\gamma_4$ of the view,\n5 affine layers,\nReLU, tanh", BLUE)
+    box(axes, (0.5, 9), (78, 18), "implicit network  $f(x;\\theta)$",
+        "$\\gamma_6(x)$  $\\rightarrow$  9 affine layers, softplus  $\\rightarrow$  sdf, feature;    "
+        "$n = \\nabla_x$ sdf", INK)
+    box(axes, (86, 39), (13.5, 18), "colour loss", "$|I - rgb|_1$", BLUE, filled=True)
+    box(axes, (86, 20), (13.5, 12), "mask loss", "CE($O$, sdf)", ORANGE, filled=True)
+    box(axes, (86, 4), (13.5, 12), "eikonal loss", "$(|n| - 1)^2$", GREEN, filled=True)
+    arrow(axes, (19.5, 48), (27, 48), BLUE, "$t_0$")
+    arrow(axes, (55, 48), (61.5, 48), BLUE, "$\\hat{x}$")
+    arrow(axes, (78.5, 48), (86, 48), BLUE, "rgb")
+    arrow(axes, (8, 39), (8, 27), GREY, "points", dashed=True, side="left")
+    arrow(axes, (13, 27), (13, 39), GREY, "sdf", dashed=True, side="right")
+    arrow(axes, (41, 27), (41, 39), BLUE, "$f(x_0;\\theta)$", side="right")
+    arrow(axes, (70, 27), (70, 39), BLUE, "$n$, feature", side="right")
+    arrow(axes, (78.5, 24), (86, 24), ORANGE, "sdf")
+    arrow(axes, (78.5, 12), (86, 12), GREEN, "$n$")
+    axes.text(39.5, 4.5, "The gradient flows back along the solid arrows.", color=GREY, fontsize=11.5, ha="center")
+
+
+def box(axes, corner, size, title, words, colour, dashed=False, filled=False):
+    face = colour if filled else "white"
+    axes.add_patch(FancyBboxPatch(corner, *size, boxstyle="round,pad=0,rounding_size=1.6", facecolor=face,
+                                  edgecolor=colour, linewidth=1.8, linestyle="--" if dashed else "-"))
+    centre, top = corner[0] + size[0] / 2, corner[1] + size[1]
+    axes.text(centre, top - 3.2, title, ha="center", va="center", fontsize=13, fontweight="bold",
+              color="white" if filled else INK)
+    axes.text(centre, (corner[1] + top - 5.5) / 2, words, ha="center", va="center", fontsize=12,
+              color="white" if filled else INK, linespacing=1.35)
+
+
+def arrow(axes, start, end, colour, words, dashed=False, side="above"):
+    axes.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=1.8, mutation_scale=15,
+                                                  linestyle="--" if dashed else "-", shrinkA=0, shrinkB=0))
+    middle = (np.array(start) + end) / 2 + {"above": (0, 2.2), "left": (-0.8, 0), "right": (0.8, 0)}[side]
+    axes.text(*middle, words, color=colour, fontsize=12, va="center",
+              ha={"above": "center", "left": "right", "right": "left"}[side])
+
+
+if __name__ == "__main__":
+    helper.run(main)
