@@ -230,14 +230,16 @@ def _coarse_to_fine(sdf_at, t, matters, table=None):
     """
     table = np.full(t.shape, np.nan, np.float32) if table is None else table
     evaluated = ~np.isnan(table)
+    known = np.where(evaluated, table, np.float32(np.inf))
     samples, gap = t.shape[1], COARSE
     columns = np.arange(0, samples, gap)
     wanted = ~evaluated[:, columns]
     while True:
         ray, column = np.nonzero(wanted)
         if ray.size:
-            table[ray, columns[column]] = sdf_at(ray, t[ray, columns[column]])
-            evaluated[ray, columns[column]] = True
+            column = columns[column]
+            known[ray, column] = table[ray, column] = sdf_at(ray, t[ray, column])
+            evaluated[ray, column] = True
         gap //= 2
         if not gap:
             return table, evaluated
@@ -245,8 +247,8 @@ def _coarse_to_fine(sdf_at, t, matters, table=None):
         sides = columns - gap, np.where(columns + gap < samples, columns + gap, columns - gap)
         bounds = np.maximum(*(table[:, side] - STEEPEST * np.abs(t[:, columns] - t[:, side]) for side in sides))
         wanted = ~evaluated[:, columns]
-        wanted &= matters(np.where(evaluated, table, np.inf), bounds, columns)
-        table[:, columns] = np.where(evaluated[:, columns], table[:, columns], bounds)
+        table[:, columns] = np.where(wanted, bounds, table[:, columns])
+        wanted &= matters(known, bounds, columns)
 
 
 def _entries(table, tolerance):

@@ -79,14 +79,15 @@ def is_due(epoch, every, epochs):
 def place_points(sdf, origin, directions, mask, tracer, rng):
     """Find the point of each ray that carries its loss.
 
-    origin (3,), directions (R, 3), mask (R,) bool; tracer: the configuration's section. Returns points (R, 3): the
+    sdf: what network.sdf_evaluator gives; origin (3,), directions (R, 3), mask (R,) bool; tracer: the configuration's
+    section. Returns points (R, 3): the
     traced hit, where there is one in the object mask, else the point of least sdf; and colored (R,) bool, which it is.
     """
     points, colored = np.empty_like(directions), np.zeros(len(directions), bool)
     t, hit = ray_tracer.trace(sdf, origin, directions[mask], **vars(tracer))   # a hit outside the mask has no use
     points[mask] = origin + t[:, None] * directions[mask]
     colored[mask] = hit
-    points[~colored] = ray_tracer.least_sdf_points(sdf, origin, directions[~colored], tracer.samples, rng)
+    points[~colored] = ray_tracer.least_sdf_points(sdf.roughly, origin, directions[~colored], tracer.samples, rng)
     return points, colored
 
 
