@@ -110,13 +110,13 @@ def least_sdf_points(sdf, origins, directions, samples, rng=None):
     t = near  # on a ray that misses the sphere, already the nearest point
     rays = np.flatnonzero(meets)
     if rays.size:
-        distances = near[rays, None] + (far - near)[rays, None] * fractions
+        distances = near[rays] + (far - near)[rays] * fractions[:, None]
 
         def sdf_at(ray, t):
             return _evaluate(sdf, origins[rays[ray]], directions[rays[ray]], t)
 
-        values, _ = _coarse_to_fine(sdf_at, distances, lambda known, bounds, _: bounds <= known.min(1, keepdims=True))
-        t[rays] = distances[np.arange(rays.size), values.argmin(1)]
+        values, _ = _coarse_to_fine(sdf_at, distances, lambda known, bounds, _: bounds <= known.min(axis=0))
+        t[rays] = distances[values.argmin(axis=0), np.arange(rays.size)]
     return _points(origins, directions, t)
 
 
@@ -194,66 +194,63 @@ def _march(sdf_at, rays, ends, values, samples, tolerance):
     (2, n), ordered by ray and distance.
     """
     fractions = np.linspace(0, 1, samples, dtype=np.float32)
-    t = ends[0][:, None] + (ends[1] - ends[0])[:, None] * fractions
-    t[:, -1] = ends[1]
+    t = ends[0] + (ends[1] - ends[0]) * fractions[:, None]
+    t[-1] = ends[1]
     table = np.full(t.shape, np.nan, np.float32)
-    table[:, 0], table[:, -1] = values
+    table[[0, -1]] = values
     # A sample outside that is next to one that is not, or that makes a gap doubtful, is below this.
-    low = STEEPEST * (t[:, 1] - t[:, 0])[:, None] + np.float32(tolerance)
+    low = STEEPEST * (t[1] - t[0]) + np.float32(tolerance)
 
-    def matters(known, bounds, columns):
-        been_outside = np.logical_or.accumulate((known > tolerance) & np.isfinite(known), axis=1)
+    def matters(known, bounds, numbers):
+        been_outside = np.logical_or.accumulate((known > tolerance) & (known < np.inf), axis=0)
         entered = been_outside & (known <= tolerance)
-        first = np.where(entered.any(1), entered.argmax(1), samples)[:, None]
-        return (bounds <= low) & (columns < first)
+        first = np.where(entered.any(axis=0), entered.argmax(axis=0), samples)
+        return (bounds <= low) & (numbers[:, None] < first)
 
     table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t, matters, table)
-    entries = _entries(table, tolerance)
-    above, below = table[:, :-1], table[:, 1:]
-    doubtful = (above > tolerance) & (below > tolerance) & (above + below < t[:, 1:] - t[:, :-1])
-    before = np.cumsum(entries, 1) == entries  # up to the first entry, with it
-    ray, first = np.nonzero((entries | doubtful) & before)
-    # Should the sdf be steeper than STEEPEST, the sample before an entry may have been left out: take the last that was not.
-    near = np.maximum.accumulate(np.where(evaluated, np.arange(samples), 0), axis=1)[ray, first]
-    pair = np.stack([near, first + 1])
-    return rays[ray], t[ray, pair], table[ray, pair]
+    above, below = table[:-1], table[1:]
+    entries = (above > tolerance) & (below <= tolerance)    # from outside to inside, or on the surface
+    doubtful = (above > tolerance) & (below > tolerance) & (above + below < t[1:] - t[:-1])
+    before = np.cumsum(entries, axis=0) == entries          # up to the first entry, with it
+    ray, first = np.nonzero(((entries | doubtful) & before).T)
+    # Should the sdf be steeper than STEEPEST, the sample before an entry may have been left out: take the last before it.
+    last = np.maximum.accumulate(np.where(evaluated, np.arange(samples)[:, None], 0), axis=0)
+    pair = np.stack([last[first, ray], first + 1])
+    return rays[ray], t[pair, ray], table[pair, ray]
 
 
 def _coarse_to_fine(sdf_at, t, matters, table=None):
-    """The sdf at distances t (R, S), ascending, where it matters; elsewhere a bound that it does not go below. Returns
-    both in one table (R, S), and (R, S) bool, where it is the sdf.
+    """The sdf at distances t (S, R), S ascending ones on each of R rays, where it matters; elsewhere a bound that it does
+    not go below. Returns both in one table (S, R), and (S, R) bool, where it is the sdf.
 
     Every COARSE-th is evaluated, and then, by halves, those amid. From the values on either side follows a bound, since
-    the sdf falls by no more than STEEPEST times the distance, and `matters(known, bounds, columns)` says of which
-    samples the value is wanted: known (R, S) is infinite where nothing is known yet, bounds (R, m) are the bounds for
-    the samples `columns` (m,). table: values known before, NaN elsewhere.
+    the sdf falls by no more than STEEPEST times the distance, and `matters(known, bounds, numbers)` says of which
+    samples the value is wanted: known (S, R) is infinite where nothing is known yet, bounds (m, R) are the bounds for
+    the samples `numbers` (m,). table: values known before, NaN elsewhere.
     """
     table = np.full(t.shape, np.nan, np.float32) if table is None else table
     evaluated = ~np.isnan(table)
     known = np.where(evaluated, table, np.float32(np.inf))
-    samples, gap = t.shape[1], COARSE
-    columns = np.arange(0, samples, gap)
-    wanted = ~evaluated[:, columns]
+    gap, numbers = COARSE, np.arange(0, len(t), COARSE)
+    wanted = ~evaluated[numbers]
     while True:
-        ray, column = np.nonzero(wanted)
+        number, ray = np.nonzero(wanted)
         if ray.size:
-            column = columns[column]
-            known[ray, column] = table[ray, column] = sdf_at(ray, t[ray, column])
-            evaluated[ray, column] = True
+            number = numbers[number]
+            known[number, ray] = table[number, ray] = sdf_at(ray, t[number, ray])
+            evaluated[number, ray] = True
         gap //= 2
         if not gap:
             return table, evaluated
-        columns = np.arange(gap, samples, 2 * gap)
-        sides = columns - gap, np.where(columns + gap < samples, columns + gap, columns - gap)
-        bounds = np.maximum(*(table[:, side] - STEEPEST * np.abs(t[:, columns] - t[:, side]) for side in sides))
-        wanted = ~evaluated[:, columns]
-        table[:, columns] = np.where(wanted, bounds, table[:, columns])
-        wanted &= matters(known, bounds, columns)
-
-
-def _entries(table, tolerance):
-    """Where in each row a sample outside is followed by one that is not: inside, or on the surface."""
-    return (table[:, :-1] > tolerance) & (table[:, 1:] <= tolerance)
+        amid, sides = slice(gap, None, 2 * gap), slice(0, None, 2 * gap)
+        numbers = np.arange(len(t))[amid]
+        falls = table[sides][:len(numbers)] - STEEPEST * (t[amid] - t[sides][:len(numbers)])
+        rises = table[sides][1:] - STEEPEST * (t[sides][1:] - t[amid][:len(t[sides]) - 1])     # none behind the last
+        bounds = falls
+        np.maximum(falls[:len(rises)], rises, out=bounds[:len(rises)])
+        wanted = ~evaluated[amid]
+        np.copyto(table[amid], bounds, where=wanted)
+        wanted &= matters(known, bounds, numbers)
 
 
 def _refine(sdf_at, rays, ends, values, secant, steps, tolerance):
