@@ -112,6 +112,8 @@ def largest_component(mesh):
     part = max(parts, key=lambda faces: areas[faces].sum())
     largest = mesh.submesh([part], append=True)
     largest.merge_vertices()
+    largest.update_faces(largest.nondegenerate_faces())     # where the sdf is 0 on a grid point, marching cubes makes slivers
+    largest.remove_unreferenced_vertices()
     return largest
 
 

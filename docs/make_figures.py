@@ -31,7 +31,7 @@ INK, GREY, BLUE, ORANGE, GREEN = "#1d2b3a", "#7b8794", "#1f77b4", "#d9730d", "#2
 def main():
     parser = argparse.ArgumentParser(description="Make the README's pictures.")
     parser.add_argument("--method", action="store_true", help="the diagram of the method")
-    parser.add_argument("--initial", action="store_true", help="the initial surface, by the scripts' own commands")
+    parser.add_argument("--initial", action="store_true", help="the initial surface, by README.md's commands")
     parser.add_argument("--demo", metavar="FOLDER", help="the run of make demo, after extract.py")
     parser.add_argument("--scan65", metavar="FOLDER", help="a run on DTU's scan 65, after extract.py")
     args = parser.parse_args()
@@ -41,10 +41,11 @@ def main():
         copy_initial()
     if args.demo:
         write_labelled(DOCS / "demo.png", demo_picture(Path(args.demo), views=(36, 37), size=288),
-                       ("a held-out view", "another", "its normals", "its shape"), ("true", "learnt"))
+                       columns=("a held-out view", "another held-out view", "its normals", "its shape"),
+                       rows=("true", "learnt"))
     if args.scan65:
-        write_labelled(DOCS / "scan65_cpu.png", scan_picture(Path(args.scan65), view=20, downscale=4),
-                       ("a held-out view", "its normals", "the mesh"))
+        write_labelled(DOCS / "scan65_cpu.png", scan_picture(Path(args.scan65), view=20, shape=(340, 390)),
+                       ("from a held-out view", "its normals", "the extracted mesh"))
 
 
 # --- renders and meshes -----------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def load_run(folder):
 
 
 def demo_picture(folder, views, size):
-    """The true object above the learnt one: two held-out views, and of the second the normals and the shape."""
+    """The true object above the learnt one: two held-out views; of the second its normals and its shape."""
     conf, cameras, mesh = load_run(folder)
     sdf = network.sdf_evaluator()
     columns = []
@@ -80,16 +81,24 @@ def demo_picture(folder, views, size):
     return np.concatenate([np.concatenate(column) for column in columns], axis=1)
 
 
-def scan_picture(folder, view, downscale):
-    """A held-out view of a scan as learnt: its colours, its normals and the extracted mesh, side by side."""
+def scan_picture(folder, view, shape):
+    """A scan as learnt, seen from a held-out view: its colours, its normals and the extracted mesh."""
     conf, cameras, mesh = load_run(folder)
-    intrinsics, pose = cameras[view]
-    height, width = datasets.read_mask(datasets.scene_files(Path(conf.data.path))[1][view]).shape
-    shape = height * OVERSAMPLING // downscale, width * OVERSAMPLING // downscale
-    intrinsics = datasets.shrink_intrinsics(intrinsics, downscale / OVERSAMPLING)
+    shape = shape[0] * OVERSAMPLING, shape[1] * OVERSAMPLING
+    intrinsics, pose = framed(mesh, *cameras[view], shape)
     ours = synthesize.render_view(network.sdf_evaluator(), intrinsics, pose, shape, conf.tracer)
-    mesh_shape = clay(mesh_normals(mesh, intrinsics, pose, shape), pose)
-    return np.concatenate([shrink(image) for image in (ours.rgb, normal_colours(ours.normals), mesh_shape)], axis=1)
+    images = ours.rgb, normal_colours(ours.normals), clay(mesh_normals(mesh, intrinsics, pose, shape), pose)
+    return np.concatenate([shrink(image) for image in images], axis=1)
+
+
+def framed(mesh, intrinsics, pose, shape):
+    """The camera with the intrinsics that fit a mesh into an image of that shape, whole and in its middle."""
+    pixels = (mesh.vertices - pose[:3, 3]) @ pose[:3, :3] @ intrinsics.T
+    pixels = pixels[:, :2] / pixels[:, 2:]
+    low, high = pixels.min(axis=0), pixels.max(axis=0)
+    scale = 0.94 * (np.array(shape[::-1]) / (high - low)).min()
+    shift = (np.array(shape[::-1]) - 1) / 2 - scale * (low + high) / 2
+    return np.array([[scale, 0, shift[0]], [0, scale, shift[1]], [0, 0, 1]]) @ intrinsics, pose
 
 
 def write_labelled(path, image, columns, rows=()):
@@ -102,7 +111,7 @@ def write_labelled(path, image, columns, rows=()):
         figure.text(x, 1 - 5 / (height + above), words, ha="center", va="top", fontsize=12, color=INK)
     for i, words in enumerate(rows):
         y = height * (1 - (i + 0.5) / len(rows)) / (height + above)
-        figure.text(8 / (width + beside), y, words, ha="left", va="center", rotation=90, fontsize=12, color=INK)
+        figure.text(8 / (width + beside), y, words, va="center", rotation=90, fontsize=12, color=INK)
     with helper.replacing(path) as temporary:
         figure.savefig(temporary)
 
@@ -155,7 +164,7 @@ def normal_colours(normals):
 
 
 def clay(normals, pose):
-    """A shape as grey clay: lit from the camera's upper left, a little from the other side; white where n is 0."""
+    """A shape as grey clay, lit from the camera's upper left, a little from the right; white where n is 0."""
     inwards = unit(normals) @ pose[:3, :3]
     key, fill = (inwards @ unit(np.array(light)) for light in ((-0.5, -0.7, -0.75), (0.8, 0.1, -0.4)))
     grey = 0.16 + 0.66 * np.maximum(key, 0) + 0.16 * np.maximum(fill, 0)
@@ -164,15 +173,16 @@ def clay(normals, pose):
 
 def shrink(image):
     """Average blocks of OVERSAMPLING x OVERSAMPLING pixels."""
-    height, width = image.shape[:2]
-    return image.reshape(height // OVERSAMPLING, OVERSAMPLING, width // OVERSAMPLING, OVERSAMPLING, 3).mean(axis=(1, 3))
+    height, width = np.array(image.shape[:2]) // OVERSAMPLING
+    return image.reshape(height, OVERSAMPLING, width, OVERSAMPLING, 3).mean(axis=(1, 3))
 
 
 def copy_initial():
     """Run the two commands that README.md shows and keep their pictures."""
     with tempfile.TemporaryDirectory() as folder:
         for command in (("network.py", "-Ds", "512", "-R", "0.75"), ("ray_tracer.py", "-L", "9")):
-            subprocess.run([sys.executable, str(DOCS.parent / command[0]), *command[1:]], cwd=folder, check=True)
+            script = DOCS.parent / command[0]
+            subprocess.run([sys.executable, str(script), *command[1:]], cwd=folder, check=True)
         for picture in Path(folder).glob("*.png"):
             shutil.copyfile(str(picture), str(DOCS / picture.name))
 
@@ -212,8 +222,9 @@ def draw_rays(axes):
     for _ in range(40):     # sphere tracing, its first steps drawn
         step = flat_sdf(*(eye + t * hit_ray))
         if step > 0.03:
-            axes.add_patch(Circle(eye + t * hit_ray, step, fill=False, edgecolor=BLUE, linewidth=0.8, alpha=0.6))
-            axes.plot(*(eye + t * hit_ray), ".", color=BLUE, markersize=4)
+            here = eye + t * hit_ray
+            axes.add_patch(Circle(here, step, fill=False, edgecolor=BLUE, linewidth=0.8, alpha=0.6))
+            axes.plot(*here, ".", color=BLUE, markersize=4)
         t += step
     hit = eye + t * hit_ray
     chord = eye + np.linspace(entry(eye, side_ray), entry(eye, side_ray, 1), 24)[:, None] * side_ray
@@ -247,18 +258,20 @@ def entry(eye, direction, side=-1):
 def draw_parts(axes):
     axes.set(xlim=(0, 100), ylim=(0, 62))
     axes.axis("off")
-    box(axes, (0.5, 39), (19, 18), "ray tracer", "sphere tracing,\nsamples, secant;\nno gradient", GREY, dashed=True)
-    box(axes, (27, 39), (28, 18), "differentiable hit",
+    box(axes, (0.5, 39), (21, 18), "ray tracer",
+        "sphere tracing,\nsamples, secant;\nno gradient", GREY, dashed=True)
+    box(axes, (28.5, 39), (27, 18), "differentiable hit",
         "$\\hat{x} = c + (t_0 - \\frac{f(x_0;\\theta) - f_0}{n_0 \\cdot v})\\, v$", BLUE)
-    box(axes, (61.5, 39), (17, 18), "renderer", "$\\gamma_4$ of the view,\n5 affine layers,\nReLU, tanh", BLUE)
+    box(axes, (60.5, 39), (18, 18), "renderer",
+        "$\\gamma_4$ of the view,\n5 affine layers,\nReLU, tanh", BLUE)
     box(axes, (0.5, 9), (78, 18), "implicit network  $f(x;\\theta)$",
         "$\\gamma_6(x)$  $\\rightarrow$  9 affine layers, softplus  $\\rightarrow$  sdf, feature;    "
         "$n = \\nabla_x$ sdf", INK)
-    box(axes, (86, 39), (13.5, 18), "colour loss", "$|I - rgb|_1$", BLUE, filled=True)
-    box(axes, (86, 20), (13.5, 12), "mask loss", "CE($O$, sdf)", ORANGE, filled=True)
-    box(axes, (86, 4), (13.5, 12), "eikonal loss", "$(|n| - 1)^2$", GREEN, filled=True)
-    arrow(axes, (19.5, 48), (27, 48), BLUE, "$t_0$")
-    arrow(axes, (55, 48), (61.5, 48), BLUE, "$\\hat{x}$")
+    box(axes, (86, 39), (13.5, 18), "colour", "$|I - rgb|_1$", BLUE, filled=True)
+    box(axes, (86, 19), (13.5, 14), "mask", "CE($O$,\n$\\sigma(-\\alpha\\,$sdf))", ORANGE, filled=True)
+    box(axes, (86, 3), (13.5, 12), "eikonal", "$(|n| - 1)^2$", GREEN, filled=True)
+    arrow(axes, (21.5, 48), (28.5, 48), BLUE, "$t_0$")
+    arrow(axes, (55.5, 48), (60.5, 48), BLUE, "$\\hat{x}$")
     arrow(axes, (78.5, 48), (86, 48), BLUE, "rgb")
     arrow(axes, (8, 39), (8, 27), GREY, "points", dashed=True, side="left")
     arrow(axes, (13, 27), (13, 39), GREY, "sdf", dashed=True, side="right")
@@ -266,7 +279,8 @@ def draw_parts(axes):
     arrow(axes, (70, 27), (70, 39), BLUE, "$n$, feature", side="right")
     arrow(axes, (78.5, 24), (86, 24), ORANGE, "sdf")
     arrow(axes, (78.5, 12), (86, 12), GREEN, "$n$")
-    axes.text(39.5, 4.5, "The gradient flows back along the solid arrows.", color=GREY, fontsize=11.5, ha="center")
+    axes.text(39.5, 4, "loss = colour + 100 mask + 0.1 eikonal;  solid arrows carry its gradient back",
+              color=GREY, fontsize=11.5, ha="center")
 
 
 def box(axes, corner, size, title, words, colour, dashed=False, filled=False):
@@ -281,8 +295,8 @@ def box(axes, corner, size, title, words, colour, dashed=False, filled=False):
 
 
 def arrow(axes, start, end, colour, words, dashed=False, side="above"):
-    axes.annotate("", end, start, arrowprops=dict(arrowstyle="-|>", color=colour, linewidth=1.8, mutation_scale=15,
-                                                  linestyle="--" if dashed else "-", shrinkA=0, shrinkB=0))
+    style = dict(arrowstyle="-|>", color=colour, linewidth=1.8, mutation_scale=15, shrinkA=0, shrinkB=0)
+    axes.annotate("", end, start, arrowprops=dict(style, linestyle="--" if dashed else "-"))
     middle = (np.array(start) + end) / 2 + {"above": (0, 2.2), "left": (-0.8, 0), "right": (0.8, 0)}[side]
     axes.text(*middle, words, color=colour, fontsize=12, va="center",
               ha={"above": "center", "left": "right", "right": "left"}[side])

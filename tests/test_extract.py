@@ -69,3 +69,12 @@ def test_the_sparse_grid_gives_the_mesh_of_the_dense_one(sdf):
 def test_no_surface_is_said_in_one_line():
     with pytest.raises(helper.UserError, match="no zero set"):
         extract.extract(lambda points: np.ones(len(points), np.float32), 32, 32)
+
+
+def test_a_surface_through_grid_points_is_closed_all_the_same():
+    """Where the sdf is exactly 0 on points of the grid, marching cubes makes triangles without area."""
+    def plates(points):
+        return np.abs(np.round(points * 16) / 16).max(axis=1).astype(np.float32) - np.float32(0.5)
+
+    mesh = extract.largest_component(extract.grid_mesh(plates, np.eye(3), np.full(3, -1.0), np.full(3, 1.0), 1 / 16))
+    assert mesh.is_watertight
