@@ -4,11 +4,12 @@ PYTHON ?=
 python := .venv/bin/python
 run := results_demo
 
-.PHONY: help env demo test clean
+.PHONY: help env demo test bench clean
 
 help:
 	@echo "make demo    make the embedded scene, train on it, render, extract and evaluate"
 	@echo "make test    run the tests"
+	@echo "make bench   measure where the time of a training step goes"
 	@echo "make clean   remove .venv, data/demo and the caches (never a result)"
 
 env:
@@ -25,6 +26,9 @@ demo: env
 
 test: env
 	$(python) -m pytest
+
+bench: env
+	$(python) bench/bench.py
 
 clean:
 	[ ! -e .venv/made-by-make ] || rm -rf .venv

@@ -46,7 +46,7 @@ def extract(sdf, coarse_resolution, resolution):
 
 
 def oriented_box(mesh):
-    """The principal axes of a mesh's surface, as the rows of a rotation (3, 3), and its box along them, low and high."""
+    """The principal axes of a mesh's surface, as rows of a rotation (3, 3), and its box along them, low and high (3,)."""
     middles = (mesh.triangles + np.roll(mesh.triangles, 1, axis=1)) / 2     # with equal weights, exact to second order
     weights = mesh.area_faces / mesh.area
     offsets = middles - np.einsum("f,fmx->x", weights, middles) / 3
@@ -112,7 +112,8 @@ def largest_component(mesh):
     part = max(parts, key=lambda faces: areas[faces].sum())
     largest = mesh.submesh([part], append=True)
     largest.merge_vertices()
-    largest.update_faces(largest.nondegenerate_faces())     # where the sdf is 0 on a grid point, marching cubes makes slivers
+    # Where the sdf is 0 on a point of the grid, marching cubes makes triangles without area.
+    largest.update_faces(largest.nondegenerate_faces())
     largest.remove_unreferenced_vertices()
     return largest
 

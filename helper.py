@@ -1,4 +1,4 @@
-"""What the scripts share: user errors, safe writing, the configuration, nnabla's context, cameras and rays, checkpoints.
+"""What the scripts share: user errors, safe writing, configuration, nnabla's context, cameras and rays, checkpoints.
 
 Imports nothing of the other scripts.
 """
@@ -208,7 +208,7 @@ def argument_parser(description, config=True, model=False):
         parser.add_argument("--model-load-path", required=True,
                             help="a model_*.h5 of a training run, or its folder for the newest one there")
     parser.add_argument("--context", choices=("auto", "cpu", "cudnn"), default="auto",
-                        help="where to compute; auto takes the GPU where nnabla's CUDA extension and a device are there")
+                        help="where to compute; auto is the GPU where nnabla's CUDA extension and a device are there")
     parser.add_argument("--device-id", default="0", help="which GPU")
     return parser
 
@@ -220,6 +220,8 @@ def set_context(context, device_id):
     """
     import nnabla as nn
     from nnabla.ext_utils import get_extension_context
+    from nnabla.logger import logger
+    logger.setLevel("WARNING")      # it would tell of every file saved, in the midst of the progress bar
     chosen, why = "cpu", ""
     if context != "cpu":
         chosen, why = gpu_or_reason(device_id)

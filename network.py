@@ -73,7 +73,7 @@ def initialize(width, feature, layers, radius, rng):
 
 
 def folded_weights(network):
-    """Return [(W, b)] of "implicit" or "rendering": graph Variables, W = g v / |v| (weight normalisation, per output)."""
+    """Return [(W, b)] of "implicit" or "rendering": graph Variables, W = g v / |v| per output (weight normalisation)."""
     parameters, weights = nn.get_parameters(grad_only=False), []
     while f"{network}/{len(weights)}/v" in parameters:
         v, g, b = (parameters[f"{network}/{len(weights)}/{name}"] for name in "vgb")
@@ -440,8 +440,8 @@ def check_sizes(width, layers, radius):
     """Raise UserError for sizes on the command line that make no network."""
     import helper
     if width < 64 or layers < 2 or not 0 < radius < 1:
-        raise helper.UserError(f"the width must be 64 or more (not {width}), -L 2 or more (not {layers}) and -R between 0 "
-                               f"and 1 (not {radius})")
+        raise helper.UserError(f"the width must be 64 or more (not {width}), -L 2 or more (not {layers}) and -R between "
+                               f"0 and 1 (not {radius})")
 
 
 def main():
@@ -463,7 +463,8 @@ def main():
         errors.append(np.abs(sdf(points) - (np.linalg.norm(points, axis=1) - args.R)).mean())
         path = f"sdf_contour_D{width:03d}_L{args.L:03d}.png"
         draw_contour(sdf, args.R, f"initial sdf, width {width}, {args.L} layers", path)
-        print(f"width {width}: mean absolute error {errors[-1]:.4f} against the sphere of radius {args.R} in [-1, 1]^3, {path}")
+        print(f"width {width}: mean absolute error {errors[-1]:.4f} against the sphere of radius {args.R} in [-1, 1]^3, "
+              f"{path}")
     if len(args.Ds) > 1:
         path = f"sdf_error_L{args.L:03d}.png"
         draw_errors(args.Ds, errors, path)

@@ -213,15 +213,15 @@ def _march(sdf_at, rays, ends, values, samples, tolerance):
     doubtful = (above > tolerance) & (below > tolerance) & (above + below < t[1:] - t[:-1])
     before = np.cumsum(entries, axis=0) == entries          # up to the first entry, with it
     ray, first = np.nonzero(((entries | doubtful) & before).T)
-    # Should the sdf be steeper than STEEPEST, the sample before an entry may have been left out: take the last before it.
+    # Where the sdf is steeper than STEEPEST, the sample before an entry may have been left out: take the last before.
     last = np.maximum.accumulate(np.where(evaluated, np.arange(samples)[:, None], 0), axis=0)
     pair = np.stack([last[first, ray], first + 1])
     return rays[ray], t[pair, ray], table[pair, ray]
 
 
 def _coarse_to_fine(sdf_at, t, matters, table=None):
-    """The sdf at distances t (S, R), S ascending ones on each of R rays, where it matters; elsewhere a bound that it does
-    not go below. Returns both in one table (S, R), and (S, R) bool, where it is the sdf.
+    """The sdf at distances t (S, R), S ascending ones on each of R rays, where it matters; elsewhere a bound that it
+    does not go below. Returns both in one table (S, R), and (S, R) bool, where it is the sdf.
 
     Every COARSE-th is evaluated, and then, by halves, those amid. From the values on either side follows a bound, since
     the sdf falls by no more than STEEPEST times the distance, and `matters(known, bounds, numbers)` says of which
@@ -314,13 +314,13 @@ def _between(ends, values, reach, secant):
     return np.clip(zero, middle - room, middle + room)
 
 
-# --- the initial surface, traced and shaded -----------------------------------------------------------------------------
+# --- the initial surface, traced and shaded ---------------------------------------------------------------------------
 
 def main():
     import time
     import helper
     import network      # here: the tracer itself knows no network
-    parser = helper.argument_parser("Trace and shade the initial surface, a sphere, and tell hits and time.", config=False)
+    parser = helper.argument_parser("Trace and shade the initial surface, a sphere; tell hits and time.", config=False)
     parser.add_argument("-D", type=int, default=512, help="layer width")
     parser.add_argument("-L", type=int, default=9, help="affine layers")
     parser.add_argument("-R", type=float, default=0.6, help="radius of the sphere")

@@ -30,14 +30,15 @@ import synthesize  # noqa: E402
 import train  # noqa: E402
 
 SETTINGS = {"dtu": (512, 256, 2048), "small": (128, 64, 512), "demo": (64, 32, 512)}    # width, feature, rays
-STAGES = {"_sphere_trace": "sphere tracing", "_march": "march", "_refine": "refinement", "least_sdf_points": "least sdf"}
+STAGES = {"_sphere_trace": "sphere tracing", "_march": "march", "_refine": "refinement",
+          "least_sdf_points": "least sdf"}
 
 
 def main():
     parser = helper.argument_parser("Measure where the time of a step, a render and an extraction goes.", config=False)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--scene", help="a scene's folder, instead of the embedded scene")
-    parser.add_argument("--model-load-path", help="a trained model, instead of the initial sphere; it must fit the setting")
+    parser.add_argument("--model-load-path", help="a trained model of the setting, instead of the initial sphere")
     parser.add_argument("--steps", type=int, default=10, help="steps measured, after as many not counted")
     parser.add_argument("--resolution", type=int, default=128, help="of the extraction")
     args = parser.parse_args()
@@ -208,15 +209,16 @@ def bench_render(scene, tracer, rate):
     calls.clear()
     seconds = timed(lambda: synthesize.render_view(sdf, *arguments))
     flops = sum(calls) * layer_flops("implicit") + mask.sum() * (2 * layer_flops("implicit") + layer_flops("rendering"))
-    print(f"render of {mask.sum()} masked pixels: {seconds:.2f} s, {flops / rate:.2f} s at the floor, {sum(calls)} evaluations")
+    print(f"render of {mask.sum()} masked pixels: {seconds:.2f} s, {flops / rate:.2f} s at the floor, {sum(calls)} "
+          "evaluations")
 
 
 def bench_extraction(resolution, rate):
     """Print the time of an extraction and its evaluations, beside those of a dense grid."""
     sdf, calls = counting_sdf()
     seconds = timed(lambda: extract.extract(sdf, 64, resolution))
-    print(f"extraction at {resolution}: {seconds:.2f} s, {sum(calls) * layer_flops('implicit') / rate:.2f} s at the floor, "
-          f"{sum(calls)} evaluations, 1/{resolution ** 3 / sum(calls):.0f} of {resolution} cubed")
+    print(f"extraction at {resolution}: {seconds:.2f} s, {sum(calls) * layer_flops('implicit') / rate:.2f} s at the "
+          f"floor, {sum(calls)} evaluations, 1/{resolution ** 3 / sum(calls):.0f} of {resolution} cubed")
 
 
 if __name__ == "__main__":

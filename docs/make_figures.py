@@ -1,6 +1,6 @@
 """Make the README's pictures. What is named is made; the scenes must lie where the runs' configurations say.
 
-    python docs/make_figures.py --method --initial --demo results_demo --scan65 results_dtu_scan65
+    python docs/make_figures.py --method --initial --demo results_demo --scan65 results_scan65 scan65_cpu.png
 """
 import argparse
 import shutil
@@ -33,7 +33,8 @@ def main():
     parser.add_argument("--method", action="store_true", help="the diagram of the method")
     parser.add_argument("--initial", action="store_true", help="the initial surface, by README.md's commands")
     parser.add_argument("--demo", metavar="FOLDER", help="the run of make demo, after extract.py")
-    parser.add_argument("--scan65", metavar="FOLDER", help="a run on DTU's scan 65, after extract.py")
+    parser.add_argument("--scan65", nargs=2, metavar=("FOLDER", "PICTURE"), action="append", default=[],
+                        help="a run on DTU's scan 65, after extract.py, and the name of its picture")
     args = parser.parse_args()
     if args.method:
         draw_method(DOCS / "method.png")
@@ -43,9 +44,9 @@ def main():
         write_labelled(DOCS / "demo.png", demo_picture(Path(args.demo), views=(36, 37), size=288),
                        columns=("a held-out view", "another held-out view", "its normals", "its shape"),
                        rows=("true", "learnt"))
-    if args.scan65:
-        write_labelled(DOCS / "scan65_cpu.png", scan_picture(Path(args.scan65), view=20, shape=(340, 390)),
-                       ("from a held-out view", "its normals", "the extracted mesh"))
+    for folder, picture in args.scan65:
+        write_labelled(DOCS / picture, scan_picture(Path(folder), view=20, shape=(340, 390)),
+                       ("view 20", "its normals", "the extracted mesh"))
 
 
 # --- renders and meshes -----------------------------------------------------------------------------------

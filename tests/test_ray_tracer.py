@@ -394,7 +394,7 @@ def test_refinement_steps_are_a_limit_and_the_best_point_counts(refinement):
         values = np.abs(steep(np.concatenate(calls)))
         assert hit and np.abs(steep(np.float32([[t - 3, 0, 0]])))[0] == values.min()
     assert np.subtract(number, number[0]).tolist() == [0, 1, 3, 8]
-    assert sorted(off, reverse=True) == off and off[-1] < 4 / 99 / 2 ** 7  # the bracket may be 2 gaps wide where so steep
+    assert sorted(off, reverse=True) == off and off[-1] < 4 / 99 / 2 ** 7  # of 2 gaps where so steep
 
 
 # What is evaluated, and how often.
