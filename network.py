@@ -4,6 +4,7 @@ The sdf reaches the tracer and the extraction as a plain callable: SdfOnCpu or S
 As a script: the zero contour of the initial sdf as a picture, `python network.py -Ds 512 -R 0.75`.
 """
 import sys
+from collections import namedtuple
 
 import nnabla as nn
 import nnabla.functions as F
@@ -72,22 +73,28 @@ def initialize(width, feature, layers, radius, rng):
             nn.parameter.set_parameter(f"{scope}/{name}", variable)
 
 
+def layer_parameters(network):
+    """Return [(v, g, b)] of "implicit" or "rendering", nnabla's parameters as they are."""
+    parameters, layers = nn.get_parameters(grad_only=False), []
+    while f"{network}/{len(layers)}/v" in parameters:
+        layers.append(tuple(parameters[f"{network}/{len(layers)}/{name}"] for name in "vgb"))
+    return layers
+
+
 def folded_weights(network):
-    """Return [(W, b)] of "implicit" or "rendering": graph Variables, W = g v / |v| per output (weight normalisation)."""
-    parameters, weights = nn.get_parameters(grad_only=False), []
-    while f"{network}/{len(weights)}/v" in parameters:
-        v, g, b = (parameters[f"{network}/{len(weights)}/{name}"] for name in "vgb")
-        weights.append((WeightsOnCpu()(v, g) if on_cpu() else F.weight_normalization(v, g, dim=1), b))
-    return weights
+    """Return the weights of "implicit" or "rendering" for a graph, normalised: W = g v / |v|, per output.
+
+    On the CPU as a PackedWeights, else as [(W, b)] of Variables.
+    """
+    layers = layer_parameters(network)
+    if on_cpu():
+        return PackedWeights(FoldOnCpu()(*(p for layer in layers for p in layer)), [v.shape for v, _, _ in layers])
+    return [(F.weight_normalization(v, g, dim=1), b) for v, g, b in layers]
 
 
 def folded_arrays(network):
-    """The same as NumPy arrays, a copy of the parameters as they are now."""
-    parameters, weights = nn.get_parameters(grad_only=False), []
-    while f"{network}/{len(weights)}/v" in parameters:
-        v, g, b = (parameters[f"{network}/{len(weights)}/{name}"].d for name in "vgb")
-        weights.append((v * (g / np.linalg.norm(v, axis=0)), b.copy()))
-    return weights
+    """The same as [(W, b)] of NumPy arrays, a copy of the parameters as they are now."""
+    return [(numpy_network.fold(v.d, g.d), b.d.copy()) for v, g, b in layer_parameters(network)]
 
 
 # --- the networks -----------------------------------------------------------------------------------------------------
@@ -126,9 +133,7 @@ def implicit(x, weights):
     x: (N, 3) Variable; weights: folded_weights("implicit").
     Returns sdf (N, 1), positive outside, feature (N, F) and gradient (N, 3).
     """
-    if on_cpu():
-        return ImplicitOnCpu()(x, *(variable for layer in weights for variable in layer))
-    return implicit_graph(x, weights)
+    return ImplicitOnCpu(weights.sizes)(x, weights.packed) if on_cpu() else implicit_graph(x, weights)
 
 
 def implicit_graph(x, weights):
@@ -162,22 +167,26 @@ def rendering(x, normal, view, feature, weights):
     gradient of the sdf as it is; feature (N, F); weights: folded_weights("rendering").
     """
     h = F.concatenate(x, positional_encoding(view, VIEW_BANDS)[0], normal, feature, axis=1)
+    if on_cpu():
+        return RenderingOnCpu(weights.sizes)(h, weights.packed)
     for layer, (w, b) in enumerate(weights):
-        h = affine(h, w, b)
+        h = F.affine(h, w, b)
         h = F.relu(h) if layer < len(weights) - 1 else F.tanh(h)
     return h
 
 
-def affine(x, w, b):
-    """x w + b, on the CPU by NumPy's matrix product."""
-    return AffineOnCpu()(x, w, b) if on_cpu() else F.affine(x, w, b)
+# --- the networks on the CPU, as nnabla functions with numpy_network inside -------------------------------------------
+
+# A network's weights as one Variable, and (in, out) of each of its layers.
+PackedWeights = namedtuple("PackedWeights", "packed sizes")
 
 
 class NumpyFunction(PythonFunction):
     """A nnabla function whose forward and backward passes run in NumPy, in the current context."""
 
-    def __init__(self):
+    def __init__(self, sizes=None):
         super().__init__(nn.get_current_context())
+        self.sizes = sizes
 
     @property
     def name(self):
@@ -198,72 +207,79 @@ class NumpyFunction(PythonFunction):
                 target[...] = target + gradient if add else gradient
 
 
-class WeightsOnCpu(NumpyFunction):
-    """g v / |v|, per column of v."""
+class FoldOnCpu(NumpyFunction):
+    """Inputs v, g, b, v, g, b, ...; output the packed weights."""
 
     def min_outputs(self):
         return 1
 
     def setup_impl(self, inputs, outputs):
-        outputs[0].reset_shape(inputs[0].shape, True)
+        outputs[0].reset_shape((sum(v.shape[0] * v.shape[1] + v.shape[1] for v in inputs[::3]),), True)
 
     def forward_impl(self, inputs, outputs):
-        v, g = (i.data.data for i in inputs)
-        np.multiply(v, g / np.linalg.norm(v, axis=0), out=outputs[0].data.data)
+        arrays = [i.data.data for i in inputs]
+        folded = [(numpy_network.fold(v, g), b) for v, g, b in zip(arrays[::3], arrays[1::3], arrays[2::3])]
+        outputs[0].data.data[...] = numpy_network.pack([array for layer in folded for array in layer])
 
     def backward_impl(self, inputs, outputs, propagate_down, accum):
-        v, g = (i.data.data for i in inputs)
-        by_w = outputs[0].grad.data
-        norm = np.linalg.norm(v, axis=0)
-        by_g = np.einsum("io,io->o", by_w, v) / norm
-        self.hand_back(inputs, ((by_w - v * (by_g / norm)) * (g / norm), by_g), propagate_down, accum)
-
-
-class AffineOnCpu(NumpyFunction):
-    """x w + b."""
-
-    def min_outputs(self):
-        return 1
-
-    def setup_impl(self, inputs, outputs):
-        outputs[0].reset_shape((inputs[0].shape[0], inputs[1].shape[1]), True)
-
-    def forward_impl(self, inputs, outputs):
-        outputs[0].data.data[...] = numpy_network.affine(*(i.data.data for i in inputs))
-
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        x, w, _ = (i.data.data for i in inputs)
-        self.hand_back(inputs, numpy_network.affine_backward(x, w, outputs[0].grad.data), propagate_down, accum)
+        arrays = [i.data.data for i in inputs]
+        by_weights = numpy_network.unpack(outputs[0].grad.data, [v.shape for v in arrays[::3]])
+        gradients = []
+        for v, g, (by_w, by_b) in zip(arrays[::3], arrays[1::3], by_weights):
+            gradients += [*numpy_network.fold_backward(v, g, by_w), by_b]
+        self.hand_back(inputs, gradients, propagate_down, accum)
 
 
 class ImplicitOnCpu(NumpyFunction):
-    """Inputs x, W, b, W, b, ...; outputs sdf, feature and gradient (numpy_network has the formulas)."""
+    """Inputs x and the packed weights; outputs sdf, feature and gradient."""
 
     def min_outputs(self):
         return 3
 
     def setup_impl(self, inputs, outputs):
-        rows = inputs[0].shape[0]
-        for output, columns in zip(outputs, (1, inputs[-1].shape[0] - 1, 3)):
-            output.reset_shape((rows, columns), True)
-
-    @staticmethod
-    def arrays(inputs):
-        arrays = [i.data.data for i in inputs]
-        return arrays[0], list(zip(arrays[1::2], arrays[2::2]))
+        for output, columns in zip(outputs, (1, self.sizes[-1][1] - 1, 3)):
+            output.reset_shape((inputs[0].shape[0], columns), True)
 
     def forward_impl(self, inputs, outputs):
-        *results, self.saved = numpy_network.implicit_forward(*self.arrays(inputs))
+        x, packed = (i.data.data for i in inputs)
+        *results, self.saved = numpy_network.implicit_forward(x, numpy_network.unpack(packed, self.sizes))
         for output, result in zip(outputs, results):
             output.data.data[...] = result
 
     def backward_impl(self, inputs, outputs, propagate_down, accum):
         by_sdf, by_feature, by_gradient = (o.grad.data for o in outputs)
         by_x, by_w, by_b = numpy_network.implicit_backward(
-            self.saved, self.arrays(inputs)[1], np.concatenate([by_sdf, by_feature], axis=1), by_gradient)
+            self.saved, numpy_network.unpack(inputs[1].data.data, self.sizes),
+            np.concatenate([by_sdf, by_feature], axis=1), by_gradient)
         self.saved = None
-        gradients = [by_x] + [gradient for layer in zip(by_w, by_b) for gradient in layer]
-        self.hand_back(inputs, gradients, propagate_down, accum)
+        by_packed = numpy_network.pack([array for layer in zip(by_w, by_b) for array in layer])
+        self.hand_back(inputs, (by_x, by_packed), propagate_down, accum)
+
+
+class RenderingOnCpu(NumpyFunction):
+    """Inputs the renderer's input and the packed weights; output rgb."""
+
+    def min_outputs(self):
+        return 1
+
+    def setup_impl(self, inputs, outputs):
+        outputs[0].reset_shape((inputs[0].shape[0], 3), True)
+
+    def grad_depends_output_data(self, i, o):
+        return True
+
+    def forward_impl(self, inputs, outputs):
+        h, packed = (i.data.data for i in inputs)
+        outputs[0].data.data[...], self.saved = numpy_network.rendering_forward(
+            h, numpy_network.unpack(packed, self.sizes))
+
+    def backward_impl(self, inputs, outputs, propagate_down, accum):
+        by_h, by_w, by_b = numpy_network.rendering_backward(
+            self.saved, numpy_network.unpack(inputs[1].data.data, self.sizes),
+            outputs[0].data.data, outputs[0].grad.data)
+        self.saved = None
+        by_packed = numpy_network.pack([array for layer in zip(by_w, by_b) for array in layer])
+        self.hand_back(inputs, (by_h, by_packed), propagate_down, accum)
 
 
 # --- the differentiable hit and the losses ----------------------------------------------------------------------------

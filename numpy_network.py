@@ -149,27 +149,68 @@ def forward_block(x, weights):
     return h, per_coordinate(to_encoded * derivative), (inputs, slopes, deltas, derivative, to_encoded)
 
 
-def affine(x, w, b):
-    """x w + b."""
-    out = np.empty((len(x), w.shape[1]), np.float32)
+def rendering_forward(h, weights):
+    """The renderer on its input h (N, in): rgb (N, 3) in [-1, 1], and what rendering_backward wants to be given."""
+    rgb = np.empty((len(h), 3), np.float32)
 
     def evaluate(rows):
-        np.matmul(x[rows], w, out=out[rows])
-        out[rows] += b
+        inputs = [h[rows]]
+        for w, b in weights:
+            z = inputs[-1] @ w
+            z += b
+            inputs.append(np.maximum(z, 0.0, out=z))
+        rgb[rows] = np.tanh(inputs[-2] @ weights[-1][0] + weights[-1][1])
+        return rows, inputs[:-1]
 
-    on_all_cores(evaluate, blocks(*out.shape))
-    return out
+    return rgb, on_all_cores(evaluate, blocks(len(h), len(weights[-1][0])))
 
 
-def affine_backward(x, w, by_y):
-    """The derivatives by x, w and b of a loss whose derivative by affine's result is by_y."""
-    by_x = np.empty_like(x)
+def rendering_backward(saved, weights, rgb, by_rgb):
+    """Carry a loss's derivative by rgb back: the derivatives by h and, as lists over the layers, by each W and b."""
+    by_h = np.empty((len(rgb), len(weights[0][0])), np.float32)
 
-    def evaluate(rows):
-        np.matmul(by_y[rows], w.T, out=by_x[rows])
-        return x[rows].T @ by_y[rows]
+    def evaluate(saved_block):
+        rows, inputs = saved_block
+        by_w, by_b = [], []
+        by_z = by_rgb[rows] * (1.0 - rgb[rows] ** 2)
+        for (w, _), h in zip(weights[::-1], inputs[::-1]):
+            by_w.insert(0, h.T @ by_z)
+            by_b.insert(0, by_z.sum(axis=0))
+            by_z = by_z @ w.T
+            if h is not inputs[0]:
+                by_z *= h > 0.0
+        by_h[rows] = by_z
+        return by_w, by_b
 
-    return by_x, sum(on_all_cores(evaluate, blocks(*by_x.shape))), by_y.sum(axis=0)
+    by_w, by_b = zip(*on_all_cores(evaluate, saved))
+    return by_h, [sum(layer) for layer in zip(*by_w)], [sum(layer) for layer in zip(*by_b)]
+
+
+def pack(arrays):
+    """One vector of all arrays, W, b, W, b, ...: nnabla's functions in Python cost time for each of their inputs."""
+    return np.concatenate([array.ravel() for array in arrays])
+
+
+def unpack(packed, sizes):
+    """[(W, b)] as views of what pack gave; sizes: (in, out) of each layer."""
+    weights, start = [], 0
+    for inputs, outputs in sizes:
+        middle, end = start + inputs * outputs, start + (inputs + 1) * outputs
+        weights.append((packed[start:middle].reshape(inputs, outputs), packed[middle:end]))
+        start = end
+    return weights
+
+
+def fold(v, g):
+    """The weight normalisation of a layer: g v / |v|, per column of v (in, out)."""
+    return v * (g / np.linalg.norm(v, axis=0))
+
+
+def fold_backward(v, g, by_w):
+    """The derivatives by v and g of a loss whose derivative by fold's result is by_w."""
+    norm = np.linalg.norm(v, axis=0)
+    by_g = np.einsum("io,io->o", by_w, v) / norm
+    return (by_w - v * (by_g / norm)) * (g / norm), by_g
 
 
 def split_skip(back, columns):
