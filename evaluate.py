@@ -4,6 +4,7 @@
 
 The table goes to the screen, the numbers to nnabla's monitors in the run's folder.
 """
+from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,8 @@ import network
 import synthesize
 
 SURFACE_SAMPLES = 200000    # points taken of a mesh for the Chamfer distance
+
+Chamfer = namedtuple("Chamfer", "accuracy completeness chamfer")
 
 
 def main():
@@ -96,10 +99,9 @@ def chamfer(points, truth):
     accuracy is the mean distance from the points to the truth, completeness the mean one from the truth to the points,
     chamfer their mean; all in the points' unit. Samples lie apart, so equal surfaces give a little more than 0.
     """
-    from collections import namedtuple
     accuracy = cKDTree(truth).query(points)[0].mean()
     completeness = cKDTree(points).query(truth)[0].mean()
-    return namedtuple("Chamfer", "accuracy completeness chamfer")(accuracy, completeness, (accuracy + completeness) / 2)
+    return Chamfer(accuracy, completeness, (accuracy + completeness) / 2)
 
 
 if __name__ == "__main__":

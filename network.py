@@ -13,7 +13,7 @@ from nnabla.ext_utils import get_extension_context
 from nnabla.function import PythonFunction
 
 import numpy_network
-from numpy_network import SKIP_LAYER, SOFTPLUS_BETA, frequencies, has_skip  # noqa: F401
+from numpy_network import SOFTPLUS_BETA, frequencies, has_skip
 
 # nnabla's compiled modules look for these two, which no installation has, at every access to an array, before they take
 # the right ones. Told once that they are not there, Python does not search its path for them: a third of a small step.
@@ -219,7 +219,7 @@ class FoldOnCpu(NumpyFunction):
     def forward_impl(self, inputs, outputs):
         arrays = [i.data.data for i in inputs]
         folded = [(numpy_network.fold(v, g), b) for v, g, b in zip(arrays[::3], arrays[1::3], arrays[2::3])]
-        outputs[0].data.data[...] = numpy_network.pack([array for layer in folded for array in layer])
+        outputs[0].data.data[...] = numpy_network.pack(folded)
 
     def backward_impl(self, inputs, outputs, propagate_down, accum):
         arrays = [i.data.data for i in inputs]
@@ -252,7 +252,7 @@ class ImplicitOnCpu(NumpyFunction):
             self.saved, numpy_network.unpack(inputs[1].data.data, self.sizes),
             np.concatenate([by_sdf, by_feature], axis=1), by_gradient)
         self.saved = None
-        by_packed = numpy_network.pack([array for layer in zip(by_w, by_b) for array in layer])
+        by_packed = numpy_network.pack(zip(by_w, by_b))
         self.hand_back(inputs, (by_x, by_packed), propagate_down, accum)
 
 
@@ -278,7 +278,7 @@ class RenderingOnCpu(NumpyFunction):
             self.saved, numpy_network.unpack(inputs[1].data.data, self.sizes),
             outputs[0].data.data, outputs[0].grad.data)
         self.saved = None
-        by_packed = numpy_network.pack([array for layer in zip(by_w, by_b) for array in layer])
+        by_packed = numpy_network.pack(zip(by_w, by_b))
         self.hand_back(inputs, (by_h, by_packed), propagate_down, accum)
 
 
@@ -394,7 +394,7 @@ class SdfOnGpu:
         return self.evaluate(points, "float")
 
     def roughly(self, points):
-        """The same in half precision, to about 1e-3: enough to choose a sample, and three times faster."""
+        """The same in half precision, to about 1e-3: enough to choose a sample, and large calls take half the time."""
         return self.evaluate(points, "half")
 
     def evaluate(self, points, precision):

@@ -186,9 +186,9 @@ def rendering_backward(saved, weights, rgb, by_rgb):
     return by_h, [sum(layer) for layer in zip(*by_w)], [sum(layer) for layer in zip(*by_b)]
 
 
-def pack(arrays):
-    """One vector of all arrays, W, b, W, b, ...: nnabla's functions in Python cost time for each of their inputs."""
-    return np.concatenate([array.ravel() for array in arrays])
+def pack(weights):
+    """One vector of all [(W, b)]: nnabla's functions in Python cost time for each of their inputs."""
+    return np.concatenate([array.ravel() for layer in weights for array in layer])
 
 
 def unpack(packed, sizes):

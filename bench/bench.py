@@ -54,7 +54,7 @@ def main():
             helper.load_model(args.model_load_path, network.parameter_shapes(width, feature, 9))
         state = "trained" if args.model_load_path else "initial sphere"
         print(f"\n{setting} (width {width}, feature {feature}, {rays} rays), {state}")
-        bench_step(scene, conf.tracer, rays, args.steps, rate, yardstick, context)
+        bench_step(scene, conf.tracer, rays, args.steps, rate, yardstick)
         bench_render(scene, conf.tracer, rate)
         bench_extraction(args.resolution, rate)
 
@@ -130,7 +130,7 @@ def counted_stages(counts):
             setattr(ray_tracer, name, function)
 
 
-def bench_step(scene, tracer, rays, steps, rate, yardstick, context):
+def bench_step(scene, tracer, rays, steps, rate, yardstick):
     """Print the parts of a training step, their floors and the evaluations of the tracer's stages."""
     rng = np.random.default_rng(0)
     solver = S.Adam(1e-30)      # the state that is measured stays as it is
