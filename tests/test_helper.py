@@ -1,9 +1,12 @@
 """What the scripts share: refusals of the configuration, cameras and rays, files that are replaced whole."""
 import copy
+import ctypes
 import os
+import shutil
 import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -264,3 +267,146 @@ def test_run_ends_with_one_line(error, status, said):
     script = f"import helper\ndef main():\n    raise {error}\nhelper.run(main)"
     ended = subprocess.run([sys.executable, "-c", script], cwd=str(ROOT), stderr=subprocess.PIPE)
     assert ended.returncode == status and ended.stderr.decode() == said
+
+
+# --- the GPU ----------------------------------------------------------------------------------------------
+
+needs_gcc = pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc to make libraries with")
+
+
+def make_library(path, source, *needed):
+    """Compile the C text `source` into a shared library that needs the libraries `needed`, but not where they lie."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{path.name},--no-as-needed", "-x", "c", "-",
+                    "-x", "none", *map(str, needed), "-o", str(path)], input=source.encode(), check=True)
+
+
+def python(script, *arguments, **environment):
+    """Run `script` in a Python of its own; returns its exit status, its output and what it has on standard error."""
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], cwd=str(ROOT), stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, env={**os.environ, **environment}, universal_newlines=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@needs_gcc
+def test_cuda_is_found_in_the_packages(tmp_path):
+    """As in the packages: every library in a folder of its own, nothing that says where those lie that it needs."""
+    needs = {"libcublas.so.12": ["libcublasLt.so.12"], "libcusparse.so.12": ["libnvJitLink.so.12"],
+             "libcusolver.so.11": ["libcublas.so.12", "libcublasLt.so.12", "libcusparse.so.12", "libnvJitLink.so.12"]}
+    packages, code, driver = tmp_path / "packages", tmp_path / "code" / "nnabla_ext" / "cudnn", tmp_path / "driver"
+    path = {name: packages / "nvidia" / str(i) / "lib" / name for i, name in enumerate(helper.CUDA_LIBRARIES)}
+    for name in helper.CUDA_LIBRARIES:      # a library before what it needs would fail here already
+        make_library(path[name], "int x;", *[path[other] for other in needs.get(name, [])])
+    make_library(code / "libnnabla_cuda.so", "int x;", *path.values())
+    (code / "__init__.py").write_text(f"import ctypes\nctypes.CDLL({str(code / 'libnnabla_cuda.so')!r})\n"
+                                      "get_device_count = lambda: 1\ncontext = str\n")
+    make_library(driver / "libcuda.so.1", "int cuInit(unsigned flags) { return 0; }")
+
+    script = "import sys, helper; sys.path[:0] = sys.argv[1:]; print(helper.gpu_or_reason('0'))"
+    driver = {"LD_LIBRARY_PATH": str(driver)}
+    assert python(script, code.parents[1], packages, **driver) == (0, "('cudnn', '')\n", "")
+    if python("import ctypes, helper; helper.load_cuda_libraries(); ctypes.CDLL('libcudart.so.12')")[0] != 0:
+        status, said, _ = python(script, code.parents[1], **driver)     # no CUDA here but for that of this test
+        assert status == 0 and "does not load: libcudart.so.12: cannot open" in said
+
+
+def test_cuda_libraries_that_are_not_in_packages_are_left_alone(tmp_path, monkeypatch):
+    """The first on the path counts; one that does not load, or is not there, keeps none of the others from it."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    there = [first / "nvidia/cudnn/lib/libcudnn.so.8", second / "nvidia/cudnn/lib/libcudnn.so.8",
+             first / "nvidia/cuda_runtime/lib/libcudart.so.12", second / "nvidia/cufft/lib/libcufft.so.11",
+             first / "nvidia/cudnn/lib/libcudnn.so.9", first / "nvidia/cublas/lib/libnvblas.so.12"]
+    for path in there:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    tried = []
+
+    def load(name, mode):
+        assert mode == ctypes.RTLD_GLOBAL
+        tried.append(name)
+        raise OSError(f"{name}: file too short")
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "none"), str(first), str(second)])
+    helper.load_cuda_libraries()
+    assert tried == [str(there[2]), str(there[3]), str(there[0])]
+    tried.clear()
+    sys.path[:] = [str(tmp_path / "none"), str(tmp_path)]
+    helper.load_cuda_libraries()
+    assert tried == []
+
+
+def test_a_machine_without_the_driver(monkeypatch):
+    def load(name):
+        raise OSError(f"{name}: cannot open shared object file: No such file or directory")
+
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    chosen, why = helper.gpu_or_reason("0")
+    assert chosen == "cpu" and "no NVIDIA driver, libcuda.so.1 (install it" in why and "\n" not in why
+
+
+NO_DEVICE = """
+int cuInit(unsigned flags) { return 100; }
+int cuGetErrorString(int status, const char **said)
+{ *said = status == 100 ? "no CUDA-capable device is detected" : 0; return 0; }
+"""
+
+
+@needs_gcc
+def test_a_driver_without_a_device(tmp_path):
+    make_library(tmp_path / "libcuda.so.1", NO_DEVICE)
+    script = "import sys, helper; helper.run(lambda: helper.set_context(sys.argv[1], '0'))"
+    pytest.importorskip("nnabla")
+    status, output, errors = python(script, "cudnn", LD_LIBRARY_PATH=str(tmp_path))
+    said = [line for line in (output + errors).splitlines() if "[nnabla][INFO]" not in line]
+    assert status == 2 and len(said) == 1
+    assert said[0].startswith("error: --context cudnn: the NVIDIA driver offers no GPU: no CUDA-capable device is")
+    status, output, _ = python(script, "auto", LD_LIBRARY_PATH=str(tmp_path))
+    assert status == 0 and output.startswith("computing on the CPU: the NVIDIA driver offers no GPU: no CUDA-capable")
+    assert output.count("\n") == 1
+
+
+@pytest.fixture
+def extension(tmp_path, monkeypatch):
+    """A function that puts a text in the place of nnabla_ext.cudnn; the driver is one that offers a GPU."""
+    def names():
+        return [name for name in sys.modules if name.split(".")[0] == "nnabla_ext"]
+
+    def write(text):
+        folder = tmp_path / "nnabla_ext" / "cudnn"
+        folder.mkdir(parents=True)
+        (tmp_path / "nnabla_ext" / "__init__.py").write_text("")
+        (folder / "__init__.py").write_text(text)
+
+    kept = {name: sys.modules.pop(name) for name in names()}
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(ctypes, "CDLL", lambda *_: SimpleNamespace(cuInit=lambda flags: 0))
+    yield write
+    for name in names():
+        del sys.modules[name]
+    sys.modules.update(kept)
+
+
+TWO_DEVICES = "get_device_count = lambda: 2\n"
+
+
+@pytest.mark.parametrize("text, device, said", [
+    ("import not_there", "0", "extension is not installed (requirements-gpu.txt"),
+    ("raise ImportError('libcudnn.so.8: cannot open shared object file')", "0", "does not load: libcudnn.so.8: cannot"),
+    ("raise ValueError('does not support your old GPU.\\nSet ...')", "0", "does not load: does not support your old"),
+    ("def get_device_count():\n    raise RuntimeError('error in x\\nfailed with \"driver too old\".\\n')", "0",
+     "no usable CUDA device: failed with \"driver too old\""),
+    (TWO_DEVICES, "2", "there is no CUDA device 2 (found 2)"),
+    (TWO_DEVICES, "one", "there is no CUDA device one (found 2)"),
+    (TWO_DEVICES + "def context(device_id):\n    raise OSError('NVML Shared Library Not Found')", "1",
+     "no usable CUDA device: NVML Shared Library Not Found"),
+])
+def test_why_the_gpu_is_not_used(extension, text, device, said):
+    extension(text)
+    chosen, why = helper.gpu_or_reason(device)
+    assert chosen == "cpu" and said in why and "\n" not in why
+
+
+def test_the_gpu_is_used_where_it_is_there(extension):
+    extension(TWO_DEVICES + "def context(device_id):\n    assert device_id == '1'")
+    assert helper.gpu_or_reason(1) == ("cudnn", "")
