@@ -13,7 +13,7 @@ from nnabla.ext_utils import get_extension_context
 from nnabla.function import PythonFunction
 
 import numpy_network
-from numpy_network import SOFTPLUS_BETA, frequencies, has_skip
+from numpy_network import SKIP_LAYER, SOFTPLUS_BETA, frequencies, has_skip
 
 # nnabla's compiled modules look for these two, which no installation has, at every access to an array, before they take
 # the right ones. Told once that they are not there, Python does not search its path for them: a third of a small step.
@@ -352,7 +352,8 @@ def training_graph(rays, surface, mask_weight, eikonal_weight):
 def sdf_evaluator():
     """Return the sdf of the current parameters as a callable, points (N, 3) float32 -> (N,) float32.
 
-    Its refresh() takes over parameters that have changed since; its roughly(points) is for choices among samples.
+    Its refresh() takes over parameters that have changed since; its sampled(points, exact) is what
+    ray_tracer.hit_or_least_sdf wants for the samples.
     """
     return SdfOnCpu() if on_cpu() else SdfOnGpu()
 
@@ -369,60 +370,80 @@ class SdfOnCpu:
     def __call__(self, points):
         return numpy_network.implicit_sdf(points, self.weights)
 
-    roughly = __call__
+    def sampled(self, points, exact):
+        return self(points)
 
 
 class SdfOnGpu:
     """The sdf through static graphs of a few sizes, so that a call costs launches and no graph building."""
 
-    SIZES = tuple(2 ** k for k in range(8, 17))
-    KEPT = 8192     # up to this size a graph keeps its buffers: taking and freeing them would take longer than the work
+    SIZES = tuple(size for k in range(8, 16) for size in (2 ** k, 3 * 2 ** (k - 1))) + (2 ** 16,)
+    KEPT = 4096     # up to this size a graph keeps its buffers: taking and freeing them would take longer than the work
 
     def __init__(self):
-        self.folding = folded_weights("implicit")
-        self.weights = [(nn.Variable(w.shape), nn.Variable(b.shape)) for w, b in self.folding]
+        folded = folded_weights("implicit")
+        (w, b), skip = folded[-1], SKIP_LAYER
+        folded[-1] = w[:, :1], F.identity(b[:1])
+        if has_skip(skip, len(folded)):
+            folded[skip] = folded[skip][0] * 0.5 ** 0.5, folded[skip][1]
+        self.folding = F.sink(*(w for w, _ in folded), folded[-1][1])
+        self.weights = [(w.get_unlinked_variable(need_grad=False), b.get_unlinked_variable(need_grad=False))
+                        for w, b in folded]
         self.graphs = {}
         self.refresh()
 
     def refresh(self):
-        F.sink(*(w for w, _ in self.folding)).forward()
-        for (w, b), (w_now, b_now) in zip(self.weights, self.folding):
-            w.data.copy_from(w_now.data)
-            b.data.copy_from(b_now.data)
+        self.folding.forward()
 
     def __call__(self, points):
-        return self.evaluate(points, "float")
+        return self.start(points, "float")()
 
-    def roughly(self, points):
-        """The same in half precision, to about 1e-3: enough to choose a sample, and large calls take half the time."""
-        return self.evaluate(points, "half")
-
-    def evaluate(self, points, precision):
+    def sampled(self, points, exact):
+        """The same where `exact` (N,) bool, elsewhere in half precision, to about 1e-3: enough to choose a sample, and
+        large calls take half the time. The GPU works on one while the other is prepared."""
         out = np.empty(len(points), np.float32)
-        for start in range(0, len(points), self.SIZES[-1]):
-            part = points[start:start + self.SIZES[-1]]
-            size = next(size for size in self.SIZES if size >= len(part))
-            x, sdf, padded = self.graph(size, precision)
-            padded[:len(part)] = part       # the rows behind are left over and not read
-            x.d = padded
-            sdf.forward(clear_buffer=size > self.KEPT)
-            out[start:start + len(part)] = sdf.d[:len(part), 0]
+        parts = [(where, self.start(points[where], precision))
+                 for where, precision in ((np.flatnonzero(exact), "float"), (np.flatnonzero(~exact), "half"))]
+        for where, finish in parts:
+            out[where] = finish()
         return out
+
+    def start(self, points, precision):
+        """Begin to evaluate; returns the function that waits for the sdf and gives it."""
+        most = self.SIZES[-1]
+        pending = self.launch(points[:most], precision)
+
+        def finish():
+            values = [pending.d[:min(len(points), most), 0].copy()]
+            for start in range(most, len(points), most):
+                part = points[start:start + most]
+                values.append(self.launch(part, precision).d[:len(part), 0].copy())
+            return np.concatenate(values)
+
+        return finish
+
+    def launch(self, points, precision):
+        """The Variable (size, 1) of a graph that has been started on the points; the rows behind them mean nothing."""
+        size = next(size for size in self.SIZES if size >= len(points))
+        x, sdf = self.graph(size, precision)
+        if len(points):
+            x.d[:len(points)] = points
+            sdf.forward(clear_buffer=size > self.KEPT)
+        return sdf
 
     def graph(self, size, precision):
         if (size, precision) not in self.graphs:
-            x = nn.Variable((size, 3))
+            x = constant(np.zeros((size, 3)))
             h = encoded = positional_encoding(x, POSITION_BANDS)[0]     # in float: half has no digits for 32 x
             context = nn.get_current_context()
             with nn.context_scope(get_extension_context("cudnn", device_id=context.device_id, type_config=precision)):
                 for layer, (w, b) in enumerate(self.weights):
                     if has_skip(layer, len(self.weights)):
-                        h = F.concatenate(h, encoded, axis=1) * 0.5 ** 0.5
-                    if layer == len(self.weights) - 1:
-                        h = F.affine(h, w[:, :1], b[:1])
-                    else:
-                        h = F.softplus(F.affine(h, w, b), beta=SOFTPLUS_BETA)
-            self.graphs[size, precision] = x, h, np.zeros((size, 3), np.float32)
+                        h = F.concatenate(h, encoded, axis=1)       # its 1 / sqrt(2) is in the weights
+                    h = F.affine(h, w, b)
+                    if layer < len(self.weights) - 1:
+                        h = F.softplus(h, beta=SOFTPLUS_BETA)
+            self.graphs[size, precision] = x, h
         return self.graphs[size, precision]
 
 

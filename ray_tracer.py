@@ -26,6 +26,7 @@ rounding (some 2e-7 at a distance of 3) comes in nowhere after that.
 import numpy as np
 
 COARSE = 16     # of the samples on a ray, every so many-th is looked at first; a power of 2
+SPREAD = (-1 / 4, -1 / 32, 0.0, 1 / 32, 1 / 4)     # about the secant's zero: its error is mostly of second order
 STEEPEST = 1.5  # the sdf changes by no more than this times the distance; samples are left out by it
 
 
@@ -63,16 +64,13 @@ def trace(sdf, origins, directions, *, sphere_tracing_steps=10, tolerance=5e-5, 
     starts inside the object is not hit there, only where it enters again. Raises ValueError for an unknown
     refinement, for fewer than 2 samples, and for an sdf that gives the wrong shape.
     """
-    if refinement not in ("secant", "bisection"):
-        raise ValueError('refinement must be "secant" or "bisection", not {!r}'.format(refinement))
-    if samples < 2:
-        raise ValueError("samples must be at least 2, the two ends of the ray, not {!r}".format(samples))
-    origins, directions = _as_rays(origins, directions)
+    _check(samples, 2, refinement)
+    origins, directions = np.asarray(origins, np.float32), np.asarray(directions, np.float32)
     near, far, meets = intersect_unit_sphere(origins, directions)
     t, hit = np.zeros(len(directions), np.float32), np.zeros(len(directions), bool)
 
     def sdf_at(rays, distances):
-        return _evaluate(sdf, origins[rays], directions[rays], distances)
+        return _evaluate(sdf, origins, directions, rays, distances)
 
     rays = np.flatnonzero(meets)
     ends, values, touched, undecided = _sphere_trace(
@@ -80,70 +78,86 @@ def trace(sdf, origins, directions, *, sphere_tracing_steps=10, tolerance=5e-5, 
     t[rays[touched]] = ends[0, touched]
     hit[rays[touched]] = True
 
-    gap_rays, ends, values = _march(
-        sdf_at, rays[undecided], ends[:, undecided], values[:, undecided], samples, tolerance)
-    gap_t, holds = _refine(
-        sdf_at, gap_rays, ends, values, refinement == "secant", refinement_steps, tolerance)
-    rays, first = np.unique(gap_rays[holds], return_index=True)
-    t[rays] = gap_t[holds][first]
-    hit[rays] = True
+    gaps = _march(sdf_at, rays[undecided], ends[:, undecided], values[:, undecided], samples, tolerance)
+    rays, t_found = _refine(sdf_at, *gaps, refinement == "secant", refinement_steps, tolerance)
+    t[rays], hit[rays] = t_found, True
     return t, hit
 
 
-def least_sdf_points(sdf, origins, directions, samples, rng=None):
-    """Find the sample of least sdf on each ray's chord of the unit sphere: where the mask loss is taken.
+def hit_or_least_sdf(sdf, origins, directions, seeks, *, sampled_sdf=None, samples=100, rng=None, tolerance=5e-5,
+                     refinement="secant", refinement_steps=8):
+    """Where a training step takes the loss of each ray: at its hit, or else at a sample of least sdf.
 
-    sdf, origins and directions as in trace. The chord is cut into `samples` equal intervals with one sample
-    in each: at a random place drawn from rng (numpy.random.Generator), the same for all rays, or in the
-    middle where rng is None. A ray that misses the sphere gives its point nearest to the sphere's centre
-    (t >= 0), without an evaluation. Source: the paper's section 3.3 and supplementary material.
+    sdf, origins, directions, tolerance, refinement and refinement_steps as in trace. seeks: (R,) bool, the rays whose
+    hit is wanted: trace's, but found without sphere tracing, in a few large calls instead of many small ones. Any
+    other ray, and one without a hit, gives a sample on its chord of the unit sphere. The chord is cut into `samples`
+    equal intervals with one sample in each: at a random place drawn from rng (numpy.random.Generator), the same for all
+    rays, or in the middle where rng is None. A ray that misses the sphere gives its point nearest to the sphere's
+    centre (t >= 0), without an evaluation. Source: the paper's section 3.3 and supplementary material.
+    sampled_sdf: points (N, 3), exact (N,) bool -> (N,) float32, takes sdf's place for the samples; where not `exact`,
+    its values only choose among samples.
 
-    Returns points (R, 3) float32. Raises ValueError for fewer than 1 sample.
+    Returns t (R,) float32, the distance of that point, and hit (R,) bool. Raises ValueError for an unknown refinement,
+    for fewer than 1 sample, and for an sdf that gives the wrong shape.
     """
-    if samples < 1:
-        raise ValueError("samples must be at least 1, not {!r}".format(samples))
-    origins, directions = _as_rays(origins, directions)
+    _check(samples, 1, refinement)
+    origins, directions = np.asarray(origins, np.float32), np.asarray(directions, np.float32)
     near, far, meets = intersect_unit_sphere(origins, directions)
-    places = 0.5 if rng is None else rng.random(samples)
-    fractions = ((np.arange(samples) + places) / samples).astype(np.float32)
-
-    t = near  # on a ray that misses the sphere, already the nearest point
+    t, hit = near, np.zeros(len(near), bool)    # on a ray that misses the sphere, near is already the nearest point
     rays = np.flatnonzero(meets)
-    if rays.size:
-        distances = near[rays] + (far - near)[rays] * fractions[:, None]
+    if not rays.size:
+        return t, hit
+    places = 0.5 if rng is None else rng.random(samples)
+    # The near end comes first: the surface may be entered before the first sample.
+    fractions = np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
+    chords, seeks = (far - near)[rays], seeks[rays]
+    distances = near[rays] + chords * fractions[:, None]
 
-        def sdf_at(ray, t):
-            return _evaluate(sdf, origins[rays[ray]], directions[rays[ray]], t)
+    def sdf_at(ray, t):
+        at_samples = sdf if sampled_sdf is None else lambda points: sampled_sdf(points, seeks[ray])
+        return _evaluate(at_samples, origins, directions, rays[ray], t)
 
-        values, _ = _coarse_to_fine(sdf_at, distances, lambda known, bounds, _: bounds <= known.min(axis=0))
-        t[rays] = distances[values.argmin(axis=0), np.arange(rays.size)]
-    return _points(origins, directions, t)
+    entries_matter = _entries_matter(distances, tolerance)
+
+    def matters(known, bounds, numbers):
+        least = bounds <= known[1:].min(axis=0, initial=np.inf)
+        if not seeks.any():
+            return least
+        entered, before_entry = entries_matter(known, bounds, numbers)
+        return np.where(seeks, before_entry | least & ~entered, least)
+
+    table, evaluated = _coarse_to_fine(sdf_at, distances, matters)
+    t[rays] = distances[1 + table[1:].argmin(axis=0), np.arange(rays.size)]
+    sought = np.flatnonzero(seeks)
+    gaps = _gaps(distances[:, sought], table[:, sought], evaluated[:, sought], tolerance)
+    seeking = rays[sought]
+    ray, t_found = _refine(lambda ray, t: _evaluate(sdf, origins, directions, seeking[ray], t), *gaps,
+                           refinement == "secant", refinement_steps, tolerance, SPREAD)
+    t[seeking[ray]], hit[seeking[ray]] = t_found, True
+    return t, hit
 
 
-def _as_rays(origins, directions):
-    directions = np.asarray(directions, np.float32)
-    return np.broadcast_to(np.asarray(origins, np.float32), directions.shape), directions
+def _check(samples, least, refinement):
+    if refinement not in ("secant", "bisection"):
+        raise ValueError('refinement must be "secant" or "bisection", not {!r}'.format(refinement))
+    if samples < least:
+        raise ValueError("samples must be at least {}, not {!r}".format(least, samples))
 
 
-def _points(origins, directions, t):
-    """origins, directions (R, 3), t (R,) -> (R, 3), or t (R, S) -> (R, S, 3)."""
-    if t.ndim == 2:
-        origins, directions = origins[:, None], directions[:, None]
-    return origins + t[..., None] * directions
-
-
-def _evaluate(sdf, origins, directions, t):
-    """sdf at t (R,) or (R, S) along the rays, in t's shape."""
-    points = _points(origins, directions, t).reshape(-1, 3)
+def _evaluate(sdf, origins, directions, rays, t):
+    """sdf at the distances t (n,) along those of the rays."""
+    points = directions[rays]
+    points *= t[:, None]
+    points += origins if origins.ndim == 1 else origins[rays]
     values = np.asarray(sdf(points), np.float32)
-    if values.shape != (len(points),):
+    if values.shape != t.shape:
         raise ValueError("the sdf gave shape {} for {} points; it must give ({},)".format(
             values.shape, len(points), len(points)))
-    return values.reshape(t.shape)
+    return values
 
 
-# In the stages below, sdf_at(rays, t) evaluates ray number rays[i] at t[i] (one distance, or a row of them),
-# and ends (2, n) are two distances on each of the n rays, the nearer first, with their sdf in values (2, n).
+# In the stages below, sdf_at(rays, t) evaluates ray number rays[i] at t[i], and ends (2, n) are two distances on
+# each of the n rays, the nearer first, with their sdf in values (2, n).
 
 
 def _sphere_trace(sdf_at, rays, ends, steps, tolerance):
@@ -187,36 +201,57 @@ def _sphere_trace(sdf_at, rays, ends, steps, tolerance):
 
 
 def _march(sdf_at, rays, ends, values, samples, tolerance):
-    """Sample the rays evenly between their ends; find the gaps between samples that may hold their entry.
-
-    These are the first gap from outside to not outside, and those before it with both ends outside, but
-    closer to the surface (the sum of both) than the gap is long. Returns each gap's ray (n,), ends and values
-    (2, n), ordered by ray and distance.
-    """
-    fractions = np.linspace(0, 1, samples, dtype=np.float32)
-    t = ends[0] + (ends[1] - ends[0]) * fractions[:, None]
+    """Sample the rays evenly between their ends; returns the gaps that may hold their entry, as _gaps does."""
+    t = ends[0] + (ends[1] - ends[0]) * np.linspace(0, 1, samples, dtype=np.float32)[:, None]
     t[-1] = ends[1]
     table = np.full(t.shape, np.nan, np.float32)
     table[[0, -1]] = values
-    # A sample outside that is next to one that is not, or that makes a gap doubtful, is below this.
-    low = STEEPEST * (t[1] - t[0]) + np.float32(tolerance)
+    entries_matter = _entries_matter(t, tolerance)
+    table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t,
+                                       lambda *seen: entries_matter(*seen)[1], table)
+    gap_rays, ends, values = _gaps(t, table, evaluated, tolerance)
+    return rays[gap_rays], ends, values
 
-    def matters(known, bounds, numbers):
+
+def _entries_matter(t, tolerance):
+    """Which samples at t (S, R) matter for their ray's first entry, for _coarse_to_fine.
+
+    Returns a function of known, bounds and numbers, as there, that gives entered (R,), whether an entry is known, and
+    (m, R) bool.
+    """
+    # A sample outside that is next to one that is not, or that makes a gap doubtful, is not above this.
+    low = np.maximum(np.diff(t, axis=0, prepend=t[:1]), np.diff(t, axis=0, append=t[-1:]))
+    low *= STEEPEST
+    low += np.float32(tolerance)
+
+    def matter(known, bounds, numbers):
         been_outside = np.logical_or.accumulate((known > tolerance) & (known < np.inf), axis=0)
-        entered = been_outside & (known <= tolerance)
-        first = np.where(entered.any(axis=0), entered.argmax(axis=0), samples)
-        return (bounds <= low) & (numbers[:, None] < first)
+        entries = been_outside & (known <= tolerance)
+        entered = entries.any(axis=0)
+        first = np.where(entered, entries.argmax(axis=0) * 2 * numbers[0], len(t))     # known is of every 2nd such one
+        return entered, (bounds <= low[numbers]) & (numbers[:, None] < first)
 
-    table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t, matters, table)
+    return matter
+
+
+def _gaps(t, table, evaluated, tolerance):
+    """The gaps between samples at t (S, R) that may hold a ray's entry; table and evaluated as _coarse_to_fine gives.
+
+    These are the first gap from outside to not outside, and those before it with both ends outside, but closer to the
+    surface (the sum of both) than the gap is long. A ray that starts on the surface has a gap of no length there.
+    Returns each gap's ray (n,), ends and values (2, n), ordered by ray and distance.
+    """
     above, below = table[:-1], table[1:]
-    entries = (above > tolerance) & (below <= tolerance)    # from outside to inside, or on the surface
-    doubtful = (above > tolerance) & (below > tolerance) & (above + below < t[1:] - t[:-1])
-    before = np.cumsum(entries, axis=0) == entries          # up to the first entry, with it
-    ray, first = np.nonzero(((entries | doubtful) & before).T)
+    entries, doubtful = np.zeros(t.shape, bool), np.zeros(t.shape, bool)    # of sample number i and the one before
+    entries[0] = np.abs(table[0]) <= tolerance
+    entries[1:] = (above > tolerance) & (below <= tolerance)    # from outside to inside, or on the surface
+    doubtful[1:] = (above > tolerance) & (below > tolerance) & (above + below < np.diff(t, axis=0))
+    before = np.cumsum(entries, axis=0) == entries              # up to the first entry, with it
+    ray, end = np.nonzero(((entries | doubtful) & before).T)
     # Where the sdf is steeper than STEEPEST, the sample before an entry may have been left out: take the last before.
-    last = np.maximum.accumulate(np.where(evaluated, np.arange(samples)[:, None], 0), axis=0)
-    pair = np.stack([last[first, ray], first + 1])
-    return rays[ray], t[pair, ray], table[pair, ray]
+    last = np.maximum.accumulate(np.where(evaluated, np.arange(len(t))[:, None], 0), axis=0)
+    pair = np.stack([last[np.maximum(end - 1, 0), ray], end])
+    return ray, t[pair, ray], table[pair, ray]
 
 
 def _coarse_to_fine(sdf_at, t, matters, table=None):
@@ -225,19 +260,18 @@ def _coarse_to_fine(sdf_at, t, matters, table=None):
 
     Every COARSE-th is evaluated, and then, by halves, those amid. From the values on either side follows a bound, since
     the sdf falls by no more than STEEPEST times the distance, and `matters(known, bounds, numbers)` says of which
-    samples the value is wanted: known (S, R) is infinite where nothing is known yet, bounds (m, R) are the bounds for
-    the samples `numbers` (m,). table: values known before, NaN elsewhere.
+    samples the value is wanted: known (k, R) are the values at every 2nd, 4th, ... sample, infinite where it is not
+    known, bounds (m, R) are the bounds for the samples `numbers` (m,) amid. table: values known before, NaN elsewhere.
     """
     table = np.full(t.shape, np.nan, np.float32) if table is None else table
     evaluated = ~np.isnan(table)
-    known = np.where(evaluated, table, np.float32(np.inf))
     gap, numbers = COARSE, np.arange(0, len(t), COARSE)
     wanted = ~evaluated[numbers]
     while True:
         number, ray = np.nonzero(wanted)
         if ray.size:
             number = numbers[number]
-            known[number, ray] = table[number, ray] = sdf_at(ray, t[number, ray])
+            table[number, ray] = sdf_at(ray, t[number, ray])
             evaluated[number, ray] = True
         gap //= 2
         if not gap:
@@ -250,44 +284,56 @@ def _coarse_to_fine(sdf_at, t, matters, table=None):
         np.maximum(falls[:len(rises)], rises, out=bounds[:len(rises)])
         wanted = ~evaluated[amid]
         np.copyto(table[amid], bounds, where=wanted)
-        wanted &= matters(known, bounds, numbers)
+        wanted &= matters(np.where(evaluated[sides], table[sides], np.float32(np.inf)), bounds, numbers)
 
 
-def _refine(sdf_at, rays, ends, values, secant, steps, tolerance):
-    """Narrow each gap, in place, to where the ray enters the object. Returns t and holds (n,) bool.
+def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,)):
+    """Narrow each gap, in place, to where the ray enters the object. Returns the rays of which a gap does hold an
+    entry, and t of the first.
 
     A gap whose far end is inside is a bracket. In any other the ray walks on from the near end by the sdf,
-    until it is on the surface, or inside (that makes a bracket), or past the far end. In the last case the
-    far end is the entry if it is on the surface; if not, the gap does not hold one.
+    until it is on the surface, or inside (that makes a bracket), or nothing is left between the ends that the sdf at
+    them does not cover. In the last case the far end is the entry if it is on the surface; if not, the gap holds none.
+    spread: the points that each gap is looked at in one call, as offsets in its widths; ascending, with a 0.
     """
+    spread = np.float32(spread)[:, None]
+    along = np.linspace(0, 1, len(spread), endpoint=False, dtype=np.float32)[:, None]
     reach = _reach(ends[1] - ends[0], steps, tolerance)
     holds = values[1] <= tolerance
     walking = values[1] >= -tolerance
     best = np.abs(values).argmin(0)
-    everyone = np.arange(rays.size)
-    t, error = ends[best, everyone], np.abs(values[best, everyone])
-    live = everyone
+    live = np.arange(rays.size)
+    t, error = ends[best, live], np.abs(values[best, live])
     for step in range(steps):
-        ahead = ends[0, live] + values[0, live]
-        bracketed = ~walking[live]
-        b = live[bracketed]
-        ahead[bracketed] = _between(ends[:, b], values[:, b], reach[b] * 0.5 ** step, secant)
-        within = bracketed | (ahead < ends[1, live])
-        live, ahead = live[within], ahead[within]
+        live = live[~walking[live] | (values[0, live] + values[1, live] < ends[1, live] - ends[0, live])]
         if not live.size:
             break
-        found = sdf_at(rays[live], ahead)
+        (near, far), bracketed = ends[:, live], ~walking[live]
+        reached = np.minimum(near + values[0, live], far)       # where the sdf at the near end reaches
+        ahead = reached + (far - reached) * along
+        b = live[bracketed]
+        ahead[:, bracketed] = np.clip(
+            _between(ends[:, b], values[:, b], reach[b] * 0.5 ** step, secant) + spread * (far - near)[bracketed],
+            near[bracketed], far[bracketed])
+        found = sdf_at(np.tile(rays[live], len(spread)), ahead.ravel()).reshape(ahead.shape)
 
-        moved = np.where(found > 0, 0, 1)
-        ends[moved, live], values[moved, live] = ahead, found
-        walking[live] &= found > 0
-        holds[live] |= found <= tolerance
-
-        arrived = np.abs(found) <= tolerance
-        better = arrived | (np.abs(found) < error[live])
-        t[live[better]], error[live[better]] = ahead[better], np.abs(found[better])
+        # The ends of the gap become the first point not outside, and the last before it that all is free up to.
+        stop = np.where((found <= tolerance).any(axis=0), (found <= tolerance).argmax(axis=0), len(spread))
+        free = np.ones(found.shape, bool)
+        free[1:] = np.logical_and.accumulate(bracketed | (found[:-1] + found[1:] >= np.diff(ahead, axis=0)))
+        last = np.minimum(stop, np.count_nonzero(free, axis=0)) - 1
+        for end, moved, point in ((0, last >= 0, last), (1, stop < len(spread), stop)):
+            ray, column, point = live[moved], np.flatnonzero(moved), point[moved]
+            ends[end, ray], values[end, ray] = ahead[point, column], found[point, column]
+            better = np.abs(values[end, ray]) < error[ray]
+            t[ray[better]], error[ray[better]] = ends[end, ray[better]], np.abs(values[end, ray[better]])
+        holds[live] |= stop < len(spread)
+        walking[live] &= stop == len(spread)
+        arrived = (stop < len(spread)) & (np.abs(values[1, live]) <= tolerance)
+        t[live[arrived]] = ends[1, live[arrived]]
         live = live[~arrived]
-    return t, holds
+    rays, first = np.unique(rays[holds], return_index=True)
+    return rays, t[holds][first]
 
 
 def _reach(width, steps, tolerance):

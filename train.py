@@ -83,12 +83,10 @@ def place_points(sdf, origin, directions, mask, tracer, rng):
     section. Returns points (R, 3): the
     traced hit, where there is one in the object mask, else the point of least sdf; and colored (R,) bool, which it is.
     """
-    points, colored = np.empty_like(directions), np.zeros(len(directions), bool)
-    t, hit = ray_tracer.trace(sdf, origin, directions[mask], **vars(tracer))   # a hit outside the mask has no use
-    points[mask] = origin + t[:, None] * directions[mask]
-    colored[mask] = hit
-    points[~colored] = ray_tracer.least_sdf_points(sdf.roughly, origin, directions[~colored], tracer.samples, rng)
-    return points, colored
+    settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
+    t, colored = ray_tracer.hit_or_least_sdf(sdf, origin, directions, mask, sampled_sdf=sdf.sampled, rng=rng,
+                                             **settings)
+    return origin + t[:, None] * directions, colored
 
 
 class TrainingStep:

@@ -30,8 +30,7 @@ import synthesize  # noqa: E402
 import train  # noqa: E402
 
 SETTINGS = {"dtu": (512, 256, 2048), "small": (128, 64, 512), "demo": (64, 32, 512)}    # width, feature, rays
-STAGES = {"_sphere_trace": "sphere tracing", "_march": "march", "_refine": "refinement",
-          "least_sdf_points": "least sdf"}
+STAGES = {"_coarse_to_fine": "samples", "_refine": "refinement"}
 
 
 def main():
@@ -146,12 +145,12 @@ def bench_step(scene, tracer, rays, steps, rate, yardstick):
         seconds[name].append(time.perf_counter() - start)
         return result
 
-    def counting(points, evaluate=sdf):
-        evaluations[counts["stage"]] += len(points)
+    def counting(*args, evaluate=sdf):
+        evaluations[counts["stage"]] += len(args[0])
         evaluations[counts["stage"] + " calls"] += 1
-        return evaluate(points)
+        return evaluate(*args)
 
-    counting.roughly = lambda points: counting(points, sdf.roughly)
+    counting.sampled = lambda *args: counting(*args, evaluate=sdf.sampled)
 
     for number in range(2 * steps):
         if number == steps:
@@ -171,7 +170,7 @@ def bench_step(scene, tracer, rays, steps, rate, yardstick):
         surface.append(step.graph(colored.sum())[0])
     sdf_flops, rendering_flops = layer_flops("implicit"), layer_flops("rendering")
     rows, seen = 1.5 * rays + np.mean(surface), np.mean(surface)
-    traced = sum(n for stage, n in evaluations.items() if not stage.endswith("calls")) / steps
+    traced = sum(evaluations[stage] for stage in STAGES.values()) / steps
     floors = {"trace": traced * sdf_flops, "forward": 2 * rows * sdf_flops + seen * rendering_flops,
               "backward": 4 * rows * sdf_flops + 2 * seen * rendering_flops}
     print_row("part", "ms", "floor ms", "ratio")
@@ -182,7 +181,7 @@ def bench_step(scene, tracer, rays, steps, rate, yardstick):
     print(f"step: {whole / yardstick:.2f} yardsticks; surface rows {seen:.0f}")
     print("evaluations per step: " + ", ".join(
         f"{stage} {evaluations[stage] / steps:.0f} in {evaluations[stage + ' calls'] / steps:.0f} calls"
-        for stage in STAGES.values() if stage in evaluations))
+        for stage in STAGES.values()))
 
 
 def floor(flops, seconds, rate):

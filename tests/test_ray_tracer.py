@@ -76,6 +76,14 @@ def make_rays(seed=0, outside=1200, inside=300, away=50):
     return origins.astype(np.float32), directions.astype(np.float32)
 
 
+def least_sdf_points(sdf, origins, directions, samples, rng=None):
+    """The points of least sdf, of rays none of which seeks its hit."""
+    nothing = np.zeros(len(directions), bool)
+    t, hit = ray_tracer.hit_or_least_sdf(sdf, origins, directions, nothing, samples=samples, rng=rng)
+    assert not hit.any() and t.dtype == np.float32
+    return np.asarray(origins, np.float32) + t[:, None] * np.asarray(directions, np.float32)
+
+
 def first_below(sdf, level, origins, directions, t, values):
     """Where values, the sdf at the sorted t (R, S), first go below level, by bisection; NaN for nowhere."""
     below = (values[:, :-1] > level) & (values[:, 1:] <= level)
@@ -213,12 +221,12 @@ def test_thinner_shell_is_not_lost_between_samples(half, rays):
 def test_batch_size_changes_nothing(batch, rays):
     origins, directions = rays[0][::5], rays[1][::5]
     t, hit = ray_tracer.trace(torus, origins, directions)
-    points = ray_tracer.least_sdf_points(torus, origins, directions, 20)
+    points = least_sdf_points(torus, origins, directions, 20)
     for start in range(0, len(t), batch):
         part = slice(start, start + batch)
         part_t, part_hit = ray_tracer.trace(torus, origins[part], directions[part])
         assert (part_t == t[part]).all() and (part_hit == hit[part]).all()
-        part_points = ray_tracer.least_sdf_points(torus, origins[part], directions[part], 20)
+        part_points = least_sdf_points(torus, origins[part], directions[part], 20)
         assert (part_points == points[part]).all()
 
 
@@ -403,7 +411,7 @@ def test_nothing_is_evaluated_where_no_ray_meets_the_sphere():
     seen, calls = counted(ball)
     origins, directions = np.float32([[3, 0, 0], [-3, 2, 0]]), ALONG_X.repeat(2, 0)
     t, hit = ray_tracer.trace(seen, origins, directions)
-    points = ray_tracer.least_sdf_points(seen, origins, directions, 10)
+    points = least_sdf_points(seen, origins, directions, 10)
     assert not calls and not hit.any() and not t.any()
     assert (points == np.float32([[3, 0, 0], [0, 2, 0]])).all()
 
@@ -414,7 +422,7 @@ def test_no_rays():
     for origins in (none, np.zeros(3, np.float32)):
         t, hit = ray_tracer.trace(seen, origins, none)
         assert t.shape == hit.shape == (0,) and t.dtype == np.float32 and hit.dtype == bool
-        points = ray_tracer.least_sdf_points(seen, origins, none, 10)
+        points = least_sdf_points(seen, origins, none, 10)
         assert points.shape == (0, 3) and points.dtype == np.float32
     near, far, meets = ray_tracer.intersect_unit_sphere(none, none)
     assert near.shape == far.shape == meets.shape == (0,)
@@ -460,7 +468,7 @@ def test_samples_left_out_change_nothing(rays, monkeypatch, shape):
     def results():
         seen, calls = counted(shape)
         found = (*ray_tracer.trace(seen, *rays, sphere_tracing_steps=0),
-                 ray_tracer.least_sdf_points(seen, *rays, samples=100))
+                 least_sdf_points(seen, *rays, samples=100))
         return found, sum(len(points) for points in calls)
 
     fine, few = results()
@@ -469,6 +477,29 @@ def test_samples_left_out_change_nothing(rays, monkeypatch, shape):
     for ours, theirs in zip(fine, dense):
         assert np.array_equal(ours, theirs)
     assert few < 0.8 * many
+
+
+@pytest.mark.parametrize("sdf", SHAPES)
+def test_a_step_finds_the_hits_that_a_trace_finds(sdf, rays, truths):
+    """Of the rays that seek it the hit, of all others and of those that miss the least sdf of their samples."""
+    true_hit, earliest, latest, clear = truths[sdf]
+    seeks = np.arange(len(true_hit)) % 3 > 0
+    seen, calls = counted(sdf)
+    t, hit = ray_tracer.hit_or_least_sdf(seen, *rays, seeks, samples=100, rng=np.random.default_rng(2),
+                                         tolerance=TOLERANCE)
+    assert np.flatnonzero((hit != (true_hit & seeks)) & clear).tolist() == []
+    sure = hit & clear
+    assert (t >= earliest)[sure].all() and (t <= latest)[sure].all()
+    expected = least_sdf_points(sdf, *rays, 100, np.random.default_rng(2))
+    assert (sdf(rays[0] + t[:, None] * rays[1]) == sdf(expected))[~hit].all()
+    assert len(calls) <= 5 + 8 and sum(len(points) for points in calls) < 0.45 * 100 * len(t)
+
+
+def test_the_hits_of_a_step_take_few_calls():
+    seen, calls = counted(lambda x: np.sin(ball(x, 0.3)) * np.float32(0.9))
+    origins = np.float32([[-3, y, 0.1] for y in np.linspace(-0.25, 0.25, 50)])
+    _, hit = ray_tracer.hit_or_least_sdf(seen, origins, ALONG_X.repeat(50, 0), np.ones(50, bool))
+    assert hit.all() and len(calls) <= 5 + 2
 
 
 def test_the_march_looks_at_few_samples():
@@ -486,7 +517,7 @@ def test_only_gaps_that_can_matter_are_searched():
     t, hit = trace(plates, sphere_tracing_steps=0)
     assert hit and abs(t - 2.07) <= TOLERANCE
 
-    for height, searches in ((0.015, []), (0.009, [99, 99])):  # along a wall: over and under half a gap away
+    for height, searches in ((0.015, []), (0.009, [99])):  # along a wall: over and under half a gap away
         seen, calls = counted(lambda x: np.full(len(x), height, np.float32))
         _, hit = trace(seen, sphere_tracing_steps=0)
         sizes = [len(points) for points in calls]
@@ -510,7 +541,7 @@ def test_few_points_are_evaluated(rays, truths):
 @pytest.mark.parametrize("rng", [None, 5])
 def test_least_sdf_is_the_least_of_the_samples(rng, rays):
     origins, directions = rays
-    points = ray_tracer.least_sdf_points(torus, *rays, samples=50, rng=rng and np.random.default_rng(rng))
+    points = least_sdf_points(torus, *rays, samples=50, rng=rng and np.random.default_rng(rng))
     assert points.dtype == np.float32 and points.shape == origins.shape
     near, far, meets = ray_tracer.intersect_unit_sphere(*rays)
     place = 0.5 if rng is None else np.random.default_rng(rng).random(50)
@@ -527,8 +558,8 @@ def test_least_sdf_points_fill_the_chord():
     rng, x = np.random.default_rng(0), []
     for _ in range(200):
         seen, calls = counted(lambda points: 0 * points[:, 0])  # where all are the least, none is left out
-        ray_tracer.least_sdf_points(seen, np.float32([-3, 0, 0]), ALONG_X.repeat(2, 0), 4, rng)
-        x.append(np.sort(np.concatenate(calls)[:, 0]).reshape(4, 2).T)
+        least_sdf_points(seen, np.float32([-3, 0, 0]), ALONG_X.repeat(2, 0), 4, rng)
+        x.append(np.sort(np.concatenate(calls)[:, 0]).reshape(5, 2).T[:, 1:])     # behind the near end
     x = np.stack(x)
     assert (x[:, 0] == x[:, 1]).all()
     assert (np.floor((x + 1) * 2) == np.arange(4)).all()
@@ -539,7 +570,7 @@ def test_least_sdf_points_fill_the_chord():
 def test_least_sdf_of_a_ray_that_misses_is_its_nearest_point(rays):
     origins, directions = rays
     meets = ray_tracer.intersect_unit_sphere(*rays)[2]
-    points = ray_tracer.least_sdf_points(ball, *rays, samples=10)[~meets]
+    points = least_sdf_points(ball, *rays, samples=10)[~meets]
     t = np.linspace(0, 6, 3001)
     nearest = length((origins[~meets, None] + t[:, None] * directions[~meets, None]).astype(float)).min(1)
     assert (~meets).sum() > 50
@@ -554,14 +585,14 @@ def test_one_origin_serves_all_rays(rays):
     one = ray_tracer.trace(ball, origin, directions)
     each = ray_tracer.trace(ball, np.tile(origin, (3, 1)), directions)
     assert (one[0] == each[0]).all() and one[1].tolist() == each[1].tolist() == [True, True, False]
-    points = ray_tracer.least_sdf_points(ball, origin, directions, 5)
+    points = least_sdf_points(ball, origin, directions, 5)
     assert points.dtype == np.float32 and np.allclose(points[[0, 2]], [[0, 0, 0], [0, -3, 0]], atol=1e-6)
 
 
 def test_arguments_are_left_alone(rays):
     origins, directions = rays[0].copy(), rays[1].copy()
     ray_tracer.trace(torus, origins, directions)
-    ray_tracer.least_sdf_points(torus, origins, directions, 10)
+    least_sdf_points(torus, origins, directions, 10)
     assert (origins == rays[0]).all() and (directions == rays[1]).all()
 
 
@@ -574,7 +605,7 @@ def test_bad_settings_are_refused_even_for_no_rays(settings, words):
 
 def test_no_samples_are_refused():
     with pytest.raises(ValueError, match="samples must be at least 1"):
-        ray_tracer.least_sdf_points(ball, np.zeros((0, 3)), np.zeros((0, 3)), 0)
+        least_sdf_points(ball, np.zeros((0, 3)), np.zeros((0, 3)), 0)
 
 
 def test_sdf_of_the_wrong_shape_is_refused():
