@@ -27,6 +27,7 @@ import numpy as np
 
 COARSE = 16     # of the samples on a ray, every so many-th is looked at first; a power of 2
 SPREAD = (-1 / 4, -1 / 32, 0.0, 1 / 32, 1 / 4)     # about the secant's zero: its error is mostly of second order
+MOST_AHEAD = 64 # points that a ray looks at ahead of it at once
 STEEPEST = 1.5  # the sdf changes by no more than this times the distance; samples are left out by it
 
 
@@ -110,25 +111,24 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, sampled_sdf=None, sampl
     places = 0.5 if rng is None else rng.random(samples)
     # The near end comes first: the surface may be entered before the first sample.
     fractions = np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
-    chords, seeks = (far - near)[rays], seeks[rays]
-    distances = near[rays] + chords * fractions[:, None]
+    seeks = seeks[rays]
+    sought = np.flatnonzero(seeks)
+    distances = near[rays] + (far - near)[rays] * fractions[:, None]
 
     def sdf_at(ray, t):
         at_samples = sdf if sampled_sdf is None else lambda points: sampled_sdf(points, seeks[ray])
         return _evaluate(at_samples, origins, directions, rays[ray], t)
 
-    entries_matter = _entries_matter(distances, tolerance)
+    entries_matter = _entries_matter(distances[:, sought], tolerance)
 
     def matters(known, bounds, numbers):
-        least = bounds <= known[1:].min(axis=0, initial=np.inf)
-        if not seeks.any():
-            return least
-        entered, before_entry = entries_matter(known, bounds, numbers)
-        return np.where(seeks, before_entry | least & ~entered, least)
+        wanted = bounds <= known[1:].min(axis=0, initial=np.inf)
+        entered, before_entry = entries_matter(known[:, sought], bounds[:, sought], numbers)
+        wanted[:, sought] = before_entry | wanted[:, sought] & ~entered
+        return wanted
 
     table, evaluated = _coarse_to_fine(sdf_at, distances, matters)
     t[rays] = distances[1 + table[1:].argmin(axis=0), np.arange(rays.size)]
-    sought = np.flatnonzero(seeks)
     gaps = _gaps(distances[:, sought], table[:, sought], evaluated[:, sought], tolerance)
     seeking = rays[sought]
     ray, t_found = _refine(lambda ray, t: _evaluate(sdf, origins, directions, seeking[ray], t), *gaps,
@@ -246,10 +246,12 @@ def _gaps(t, table, evaluated, tolerance):
     entries[0] = np.abs(table[0]) <= tolerance
     entries[1:] = (above > tolerance) & (below <= tolerance)    # from outside to inside, or on the surface
     doubtful[1:] = (above > tolerance) & (below > tolerance) & (above + below < np.diff(t, axis=0))
-    before = np.cumsum(entries, axis=0) == entries              # up to the first entry, with it
-    ray, end = np.nonzero(((entries | doubtful) & before).T)
+    after = np.zeros(t.shape, bool)
+    np.logical_or.accumulate(entries[:-1], axis=0, out=after[1:])
+    ray, end = np.nonzero(((entries | doubtful) & ~after).T)
     # Where the sdf is steeper than STEEPEST, the sample before an entry may have been left out: take the last before.
-    last = np.maximum.accumulate(np.where(evaluated, np.arange(len(t))[:, None], 0), axis=0)
+    numbers = np.arange(len(t), dtype=np.int16)[:, None]
+    last = np.maximum.accumulate(np.where(evaluated, numbers, np.int16(0)), axis=0)
     pair = np.stack([last[np.maximum(end - 1, 0), ray], end])
     return ray, t[pair, ray], table[pair, ray]
 
@@ -265,14 +267,18 @@ def _coarse_to_fine(sdf_at, t, matters, table=None):
     """
     table = np.full(t.shape, np.nan, np.float32) if table is None else table
     evaluated = ~np.isnan(table)
-    gap, numbers = COARSE, np.arange(0, len(t), COARSE)
+    rays, gap = t.shape[1], COARSE
+    while gap > 1 and gap >= len(t):
+        gap //= 2
+    numbers = np.arange(0, len(t), gap)
     wanted = ~evaluated[numbers]
     while True:
-        number, ray = np.nonzero(wanted)
-        if ray.size:
-            number = numbers[number]
-            table[number, ray] = sdf_at(ray, t[number, ray])
-            evaluated[number, ray] = True
+        places = np.flatnonzero(wanted)
+        if places.size:
+            ray = places % rays
+            places = numbers[places // rays] * rays + ray       # in flat arrays, where numpy looks up faster
+            table.ravel()[places] = sdf_at(ray, t.ravel()[places])
+            evaluated.ravel()[places] = True
         gap //= 2
         if not gap:
             return table, evaluated
@@ -294,44 +300,52 @@ def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,))
     A gap whose far end is inside is a bracket. In any other the ray walks on from the near end by the sdf,
     until it is on the surface, or inside (that makes a bracket), or nothing is left between the ends that the sdf at
     them does not cover. In the last case the far end is the entry if it is on the surface; if not, the gap holds none.
-    spread: the points that each gap is looked at in one call, as offsets in its widths; ascending, with a 0.
+    spread: the points at which a bracket is looked at in one call, as offsets in its widths; ascending, with a 0. A
+    walking ray looks ahead at as many, and at twice as many with each step: few walk on for long.
     """
     spread = np.float32(spread)[:, None]
-    along = np.linspace(0, 1, len(spread), endpoint=False, dtype=np.float32)[:, None]
     reach = _reach(ends[1] - ends[0], steps, tolerance)
     holds = values[1] <= tolerance
     walking = values[1] >= -tolerance
     best = np.abs(values).argmin(0)
     live = np.arange(rays.size)
     t, error = ends[best, live], np.abs(values[best, live])
+
+    def look(gaps, ahead, found, bracket):
+        """The ends of the gaps become the first point not outside, and the last before it that all is free up to."""
+        stop = np.where((found <= tolerance).any(axis=0), (found <= tolerance).argmax(axis=0), len(found))
+        # Between two points outside nothing is left where their sdf covers it, nor before one that is just on the surface.
+        free = np.logical_and.accumulate(
+            bracket | (found[:-1] + np.maximum(found[1:], 2 * tolerance) >= np.diff(ahead, axis=0))
+            | (found[1:] < -tolerance))
+        clear = 1 + np.count_nonzero(free, axis=0)                      # so many of the points
+        last = np.minimum(stop, clear) - 1
+        for end, moved, point in ((0, last >= 0, last), (1, stop < len(found), stop)):
+            gap, column, point = gaps[moved], np.flatnonzero(moved), point[moved]
+            ends[end, gap], values[end, gap] = ahead[point, column], found[point, column]
+            better = gap[np.abs(values[end, gap]) < error[gap]]
+            t[better], error[better] = ends[end, better], np.abs(values[end, better])
+        holds[gaps[stop < len(found)]] = True
+        stopped = gaps[(stop < len(found)) & (stop < clear)]
+        walking[stopped] = False
+        arrived = stopped[np.abs(values[1, stopped]) <= tolerance]
+        t[arrived] = ends[1, arrived]
+        return np.setdiff1d(gaps, arrived)
+
     for step in range(steps):
         live = live[~walking[live] | (values[0, live] + values[1, live] < ends[1, live] - ends[0, live])]
         if not live.size:
             break
-        (near, far), bracketed = ends[:, live], ~walking[live]
-        reached = np.minimum(near + values[0, live], far)       # where the sdf at the near end reaches
-        ahead = reached + (far - reached) * along
-        b = live[bracketed]
-        ahead[:, bracketed] = np.clip(
-            _between(ends[:, b], values[:, b], reach[b] * 0.5 ** step, secant) + spread * (far - near)[bracketed],
-            near[bracketed], far[bracketed])
-        found = sdf_at(np.tile(rays[live], len(spread)), ahead.ravel()).reshape(ahead.shape)
-
-        # The ends of the gap become the first point not outside, and the last before it that all is free up to.
-        stop = np.where((found <= tolerance).any(axis=0), (found <= tolerance).argmax(axis=0), len(spread))
-        free = np.ones(found.shape, bool)
-        free[1:] = np.logical_and.accumulate(bracketed | (found[:-1] + found[1:] >= np.diff(ahead, axis=0)))
-        last = np.minimum(stop, np.count_nonzero(free, axis=0)) - 1
-        for end, moved, point in ((0, last >= 0, last), (1, stop < len(spread), stop)):
-            ray, column, point = live[moved], np.flatnonzero(moved), point[moved]
-            ends[end, ray], values[end, ray] = ahead[point, column], found[point, column]
-            better = np.abs(values[end, ray]) < error[ray]
-            t[ray[better]], error[ray[better]] = ends[end, ray[better]], np.abs(values[end, ray[better]])
-        holds[live] |= stop < len(spread)
-        walking[live] &= stop == len(spread)
-        arrived = (stop < len(spread)) & (np.abs(values[1, live]) <= tolerance)
-        t[live[arrived]] = ends[1, live[arrived]]
-        live = live[~arrived]
+        b, w = live[~walking[live]], live[walking[live]]
+        ahead = _between(ends[:, b], values[:, b], reach[b] * 0.5 ** step, secant)
+        in_brackets = np.clip(ahead + spread * (ends[1, b] - ends[0, b]), ends[0, b], ends[1, b])
+        reached = np.minimum(ends[0, w] + values[0, w], ends[1, w])     # where the sdf at the near end reaches
+        points = min(len(spread) * 2 ** step, MOST_AHEAD)
+        on_the_way = reached + (ends[1, w] - reached) * (np.arange(points, dtype=np.float32) / points)[:, None]
+        found = sdf_at(np.concatenate([np.tile(rays[b], len(spread)), np.tile(rays[w], points)]),
+                       np.concatenate([in_brackets.ravel(), on_the_way.ravel()]))
+        live = np.concatenate([look(b, in_brackets, found[:in_brackets.size].reshape(in_brackets.shape), True),
+                               look(w, on_the_way, found[in_brackets.size:].reshape(on_the_way.shape), False)])
     rays, first = np.unique(rays[holds], return_index=True)
     return rays, t[holds][first]
 
