@@ -84,12 +84,13 @@ def layer_parameters(network):
 def folded_weights(network):
     """Return the weights of "implicit" or "rendering" for a graph, normalised: W = g v / |v|, per output.
 
-    On the CPU as a PackedWeights, else as [(W, b)] of Variables.
+    On the CPU as a PackedWeights, else as [(W, b, transposed W)] of Variables.
     """
     layers = layer_parameters(network)
     if on_cpu():
         return PackedWeights(FoldOnCpu()(*(p for layer in layers for p in layer)), [v.shape for v, _, _ in layers])
-    return [(F.weight_normalization(v, g, dim=1), b) for v, g, b in layers]
+    folded = [(F.weight_normalization(v, g, dim=1), b) for v, g, b in layers]
+    return [(w, b, F.transpose(w, (1, 0))) for w, b in folded]
 
 
 def folded_arrays(network):
@@ -142,16 +143,16 @@ def implicit_graph(x, weights):
     encoded, derivative = positional_encoding(x, POSITION_BANDS)
     columns, count = encoded.shape[1], len(weights)
     h, slopes = encoded, []
-    for layer, (w, b) in enumerate(weights):
+    for layer, (w, b, _) in enumerate(weights):
         if has_skip(layer, count):
             h = F.concatenate(h, encoded, axis=1) * 0.5 ** 0.5
         z = F.affine(h, w, b)
         if layer < count - 1:
             slopes.append(F.sigmoid(z * SOFTPLUS_BETA))
             h = F.softplus(z, beta=SOFTPLUS_BETA)
-    back, from_skip = F.transpose(weights[-1][0][:, :1], (1, 0)), None
+    back, from_skip = weights[-1][2][:1], None
     for layer in range(count - 2, -1, -1):
-        back = F.affine(slopes[layer] * back, F.transpose(weights[layer][0], (1, 0)))
+        back = F.affine(slopes[layer] * back, weights[layer][2])
         if has_skip(layer, count):
             back = back * 0.5 ** 0.5
             back, from_skip = back[:, :-columns], back[:, -columns:]
@@ -169,7 +170,7 @@ def rendering(x, normal, view, feature, weights):
     h = F.concatenate(x, positional_encoding(view, VIEW_BANDS)[0], normal, feature, axis=1)
     if on_cpu():
         return RenderingOnCpu(weights.sizes)(h, weights.packed)
-    for layer, (w, b) in enumerate(weights):
+    for layer, (w, b, _) in enumerate(weights):
         h = F.affine(h, w, b)
         h = F.relu(h) if layer < len(weights) - 1 else F.tanh(h)
     return h
@@ -352,8 +353,8 @@ def training_graph(rays, surface, mask_weight, eikonal_weight):
 def sdf_evaluator():
     """Return the sdf of the current parameters as a callable, points (N, 3) float32 -> (N,) float32.
 
-    Its refresh() takes over parameters that have changed since; its sampled(points, exact) is what
-    ray_tracer.hit_or_least_sdf wants for the samples.
+    Its refresh() takes over parameters that have changed since. Its `roughly` is None or a faster callable that is less
+    exact, for a choice among samples.
     """
     return SdfOnCpu() if on_cpu() else SdfOnGpu()
 
@@ -370,22 +371,22 @@ class SdfOnCpu:
     def __call__(self, points):
         return numpy_network.implicit_sdf(points, self.weights)
 
-    def sampled(self, points, exact):
-        return self(points)
+    roughly = None
 
 
 class SdfOnGpu:
     """The sdf through static graphs of a few sizes, so that a call costs launches and no graph building."""
 
     SIZES = tuple(size for k in range(8, 16) for size in (2 ** k, 3 * 2 ** (k - 1))) + (2 ** 16,)
-    KEPT = 4096     # up to this size a graph keeps its buffers: taking and freeing them would take longer than the work
+    KEPT = 8192     # up to this size a graph keeps its buffers: taking and freeing them would take longer than the work
 
     def __init__(self):
-        folded = folded_weights("implicit")
-        (w, b), skip = folded[-1], SKIP_LAYER
-        folded[-1] = w[:, :1], F.identity(b[:1])
-        if has_skip(skip, len(folded)):
-            folded[skip] = folded[skip][0] * 0.5 ** 0.5, folded[skip][1]
+        folded = [(w, b) for w, b, _ in folded_weights("implicit")]
+        w, b = folded[-1]
+        folded[-1] = w[:, :1], b[:1]
+        if has_skip(SKIP_LAYER, len(folded)):
+            w, b = folded[SKIP_LAYER]
+            folded[SKIP_LAYER] = w * 0.5 ** 0.5, b
         self.folding = F.sink(*(w for w, _ in folded), folded[-1][1])
         self.weights = [(w.get_unlinked_variable(need_grad=False), b.get_unlinked_variable(need_grad=False))
                         for w, b in folded]
@@ -396,40 +397,22 @@ class SdfOnGpu:
         self.folding.forward()
 
     def __call__(self, points):
-        return self.start(points, "float")()
+        return self.evaluate(points, "float")
 
-    def sampled(self, points, exact):
-        """The same where `exact` (N,) bool, elsewhere in half precision, to about 1e-3: enough to choose a sample, and
-        large calls take half the time. The GPU works on one while the other is prepared."""
+    def roughly(self, points):
+        """The same in half precision, to about 1e-3: large calls take half the time."""
+        return self.evaluate(points, "half")
+
+    def evaluate(self, points, precision):
         out = np.empty(len(points), np.float32)
-        parts = [(where, self.start(points[where], precision))
-                 for where, precision in ((np.flatnonzero(exact), "float"), (np.flatnonzero(~exact), "half"))]
-        for where, finish in parts:
-            out[where] = finish()
-        return out
-
-    def start(self, points, precision):
-        """Begin to evaluate; returns the function that waits for the sdf and gives it."""
-        most = self.SIZES[-1]
-        pending = self.launch(points[:most], precision)
-
-        def finish():
-            values = [pending.d[:min(len(points), most), 0].copy()]
-            for start in range(most, len(points), most):
-                part = points[start:start + most]
-                values.append(self.launch(part, precision).d[:len(part), 0].copy())
-            return np.concatenate(values)
-
-        return finish
-
-    def launch(self, points, precision):
-        """The Variable (size, 1) of a graph that has been started on the points; the rows behind them mean nothing."""
-        size = next(size for size in self.SIZES if size >= len(points))
-        x, sdf = self.graph(size, precision)
-        if len(points):
-            x.d[:len(points)] = points
+        for start in range(0, len(points), self.SIZES[-1]):
+            part = points[start:start + self.SIZES[-1]]
+            size = next(size for size in self.SIZES if size >= len(part))
+            x, sdf = self.graph(size, precision)
+            x.d[:len(part)] = part          # the rows behind are left over and not read
             sdf.forward(clear_buffer=size > self.KEPT)
-        return sdf
+            out[start:start + len(part)] = sdf.d[:len(part), 0]
+        return out
 
     def graph(self, size, precision):
         if (size, precision) not in self.graphs:

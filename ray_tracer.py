@@ -25,9 +25,10 @@ rounding (some 2e-7 at a distance of 3) comes in nowhere after that.
 
 import numpy as np
 
-COARSE = 16     # of the samples on a ray, every so many-th is looked at first; a power of 2
+COARSE = 8      # of the samples on a ray, every so many-th is looked at first; a power of 2
 SPREAD = (-1 / 4, -1 / 32, 0.0, 1 / 32, 1 / 4)     # about the secant's zero: its error is mostly of second order
 MOST_AHEAD = 64 # points that a ray looks at ahead of it at once
+ROUGHNESS = 5e-3        # of half precision, with room: 1e-3 to 2e-3 have been seen
 STEEPEST = 1.5  # the sdf changes by no more than this times the distance; samples are left out by it
 
 
@@ -85,7 +86,7 @@ def trace(sdf, origins, directions, *, sphere_tracing_steps=10, tolerance=5e-5, 
     return t, hit
 
 
-def hit_or_least_sdf(sdf, origins, directions, seeks, *, sampled_sdf=None, samples=100, rng=None, tolerance=5e-5,
+def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, samples=100, rng=None, tolerance=5e-5,
                      refinement="secant", refinement_steps=8):
     """Where a training step takes the loss of each ray: at its hit, or else at a sample of least sdf.
 
@@ -95,8 +96,7 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, sampled_sdf=None, sampl
     equal intervals with one sample in each: at a random place drawn from rng (numpy.random.Generator), the same for all
     rays, or in the middle where rng is None. A ray that misses the sphere gives its point nearest to the sphere's
     centre (t >= 0), without an evaluation. Source: the paper's section 3.3 and supplementary material.
-    sampled_sdf: points (N, 3), exact (N,) bool -> (N,) float32, takes sdf's place for the samples; where not `exact`,
-    its values only choose among samples.
+    rough_sdf: takes sdf's place where values only choose among samples; it is off by less than ROUGHNESS.
 
     Returns t (R,) float32, the distance of that point, and hit (R,) bool. Raises ValueError for an unknown refinement,
     for fewer than 1 sample, and for an sdf that gives the wrong shape.
@@ -115,10 +115,6 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, sampled_sdf=None, sampl
     sought = np.flatnonzero(seeks)
     distances = near[rays] + (far - near)[rays] * fractions[:, None]
 
-    def sdf_at(ray, t):
-        at_samples = sdf if sampled_sdf is None else lambda points: sampled_sdf(points, seeks[ray])
-        return _evaluate(at_samples, origins, directions, rays[ray], t)
-
     entries_matter = _entries_matter(distances[:, sought], tolerance)
 
     def matters(known, bounds, numbers):
@@ -127,13 +123,25 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, sampled_sdf=None, sampl
         wanted[:, sought] = before_entry | wanted[:, sought] & ~entered
         return wanted
 
-    table, evaluated = _coarse_to_fine(sdf_at, distances, matters)
+    table, evaluated = _coarse_to_fine(
+        lambda ray, t: _evaluate(rough_sdf or sdf, origins, directions, rays[ray], t), distances, matters)
     t[rays] = distances[1 + table[1:].argmin(axis=0), np.arange(rays.size)]
-    gaps = _gaps(distances[:, sought], table[:, sought], evaluated[:, sought], tolerance)
-    seeking = rays[sought]
-    ray, t_found = _refine(lambda ray, t: _evaluate(sdf, origins, directions, seeking[ray], t), *gaps,
-                           refinement == "secant", refinement_steps, tolerance, SPREAD)
-    t[seeking[ray]], hit[seeking[ray]] = t_found, True
+
+    def sdf_at(ray, t):
+        return _evaluate(sdf, origins, directions, rays[sought[ray]], t)
+
+    distances, table, evaluated = distances[:, sought], table[:, sought], evaluated[:, sought]
+    if rough_sdf:
+        # What the hits hang on is looked at again: the ends of the gaps, and all samples that may have the wrong sign.
+        decisive = evaluated & (np.abs(table) < ROUGHNESS)
+        number, ray = _gap_ends(distances, table, evaluated, tolerance)
+        decisive[number, ray] = True
+        number, ray = np.nonzero(decisive)
+        table[number, ray] = sdf_at(ray, distances[number, ray])
+    number, ray = _gap_ends(distances, table, evaluated, tolerance)
+    ray, t_found = _refine(sdf_at, ray, distances[number, ray], table[number, ray], refinement == "secant",
+                           refinement_steps, tolerance, SPREAD)
+    t[rays[sought[ray]]], hit[rays[sought[ray]]] = t_found, True
     return t, hit
 
 
@@ -201,7 +209,8 @@ def _sphere_trace(sdf_at, rays, ends, steps, tolerance):
 
 
 def _march(sdf_at, rays, ends, values, samples, tolerance):
-    """Sample the rays evenly between their ends; returns the gaps that may hold their entry, as _gaps does."""
+    """Sample the rays evenly between their ends. Returns the gaps that may hold their entry: each one's ray (n,), ends
+    and values (2, n), ordered by ray and distance."""
     t = ends[0] + (ends[1] - ends[0]) * np.linspace(0, 1, samples, dtype=np.float32)[:, None]
     t[-1] = ends[1]
     table = np.full(t.shape, np.nan, np.float32)
@@ -209,8 +218,8 @@ def _march(sdf_at, rays, ends, values, samples, tolerance):
     entries_matter = _entries_matter(t, tolerance)
     table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t,
                                        lambda *seen: entries_matter(*seen)[1], table)
-    gap_rays, ends, values = _gaps(t, table, evaluated, tolerance)
-    return rays[gap_rays], ends, values
+    number, ray = _gap_ends(t, table, evaluated, tolerance)
+    return rays[ray], t[number, ray], table[number, ray]
 
 
 def _entries_matter(t, tolerance):
@@ -234,12 +243,12 @@ def _entries_matter(t, tolerance):
     return matter
 
 
-def _gaps(t, table, evaluated, tolerance):
+def _gap_ends(t, table, evaluated, tolerance):
     """The gaps between samples at t (S, R) that may hold a ray's entry; table and evaluated as _coarse_to_fine gives.
 
     These are the first gap from outside to not outside, and those before it with both ends outside, but closer to the
     surface (the sum of both) than the gap is long. A ray that starts on the surface has a gap of no length there.
-    Returns each gap's ray (n,), ends and values (2, n), ordered by ray and distance.
+    Returns the samples (2, n) at the ends of each gap, and its ray (n,), ordered by ray and distance.
     """
     above, below = table[:-1], table[1:]
     entries, doubtful = np.zeros(t.shape, bool), np.zeros(t.shape, bool)    # of sample number i and the one before
@@ -252,8 +261,7 @@ def _gaps(t, table, evaluated, tolerance):
     # Where the sdf is steeper than STEEPEST, the sample before an entry may have been left out: take the last before.
     numbers = np.arange(len(t), dtype=np.int16)[:, None]
     last = np.maximum.accumulate(np.where(evaluated, numbers, np.int16(0)), axis=0)
-    pair = np.stack([last[np.maximum(end - 1, 0), ray], end])
-    return ray, t[pair, ray], table[pair, ray]
+    return np.stack([last[np.maximum(end - 1, 0), ray], end]), ray
 
 
 def _coarse_to_fine(sdf_at, t, matters, table=None):
@@ -308,8 +316,8 @@ def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,))
     holds = values[1] <= tolerance
     walking = values[1] >= -tolerance
     best = np.abs(values).argmin(0)
-    live = np.arange(rays.size)
-    t, error = ends[best, live], np.abs(values[best, live])
+    everyone = np.arange(rays.size)
+    t, error = ends[best, everyone], np.abs(values[best, everyone])
 
     def look(gaps, ahead, found, bracket):
         """The ends of the gaps become the first point not outside, and the last before it that all is free up to."""
@@ -330,9 +338,11 @@ def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,))
         walking[stopped] = False
         arrived = stopped[np.abs(values[1, stopped]) <= tolerance]
         t[arrived] = ends[1, arrived]
-        return np.setdiff1d(gaps, arrived)
+        still[arrived] = False
 
+    still = np.ones(rays.size, bool)
     for step in range(steps):
+        live = np.flatnonzero(still)
         live = live[~walking[live] | (values[0, live] + values[1, live] < ends[1, live] - ends[0, live])]
         if not live.size:
             break
@@ -344,8 +354,8 @@ def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,))
         on_the_way = reached + (ends[1, w] - reached) * (np.arange(points, dtype=np.float32) / points)[:, None]
         found = sdf_at(np.concatenate([np.tile(rays[b], len(spread)), np.tile(rays[w], points)]),
                        np.concatenate([in_brackets.ravel(), on_the_way.ravel()]))
-        live = np.concatenate([look(b, in_brackets, found[:in_brackets.size].reshape(in_brackets.shape), True),
-                               look(w, on_the_way, found[in_brackets.size:].reshape(on_the_way.shape), False)])
+        look(b, in_brackets, found[:in_brackets.size].reshape(in_brackets.shape), True)
+        look(w, on_the_way, found[in_brackets.size:].reshape(on_the_way.shape), False)
     rays, first = np.unique(rays[holds], return_index=True)
     return rays, t[holds][first]
 

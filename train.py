@@ -38,6 +38,7 @@ def main():
     step = TrainingStep(conf.train.rays, conf.train.mask_weight, conf.train.eikonal_weight)
 
     batches = datasets.training_batches(scene, views, conf.train.rays, conf.train.seed)
+    batch = next(batches)
     log = EpochLog(folder, len(views))
     with tqdm(total=conf.train.epochs * len(views), unit="step", dynamic_ncols=True, smoothing=0.05) as progress:
         for epoch in range(conf.train.epochs):
@@ -45,10 +46,12 @@ def main():
                 scheduled(conf.train.learning_rate, 0.5, conf.train.learning_rate_halved_after, epoch))
             alpha = scheduled(conf.train.alpha, 2.0, conf.train.alpha_doubled_after, epoch)
             for _ in views:
-                _, origin, directions, rgb, mask = next(batches)
+                _, origin, directions, rgb, mask = batch
                 sdf.refresh()
                 points, colored = place_points(sdf, origin, directions, mask, conf.tracer, rng)
                 losses = step(solver, points, colored, directions, rgb, mask, alpha, rng)
+                batch = next(batches)       # while the GPU is still at work on the step
+                losses = {name: float(loss.d) for name, loss in losses.items()}
                 log.add(losses, hits=colored.sum(), learning_rate=solver.learning_rate(), alpha=alpha)
                 progress.set_postfix(epoch=epoch, loss=f"{losses['loss']:.4f}", refresh=False)
                 progress.update()
@@ -84,7 +87,7 @@ def place_points(sdf, origin, directions, mask, tracer, rng):
     traced hit, where there is one in the object mask, else the point of least sdf; and colored (R,) bool, which it is.
     """
     settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
-    t, colored = ray_tracer.hit_or_least_sdf(sdf, origin, directions, mask, sampled_sdf=sdf.sampled, rng=rng,
+    t, colored = ray_tracer.hit_or_least_sdf(sdf, origin, directions, mask, rough_sdf=sdf.roughly, rng=rng,
                                              **settings)
     return origin + t[:, None] * directions, colored
 
@@ -124,13 +127,13 @@ class TrainingStep:
         return g
 
     def __call__(self, solver, *step):
-        """Update the parameters; returns the losses before it as {name: float}. step: what `filled` takes."""
+        """Update the parameters; returns the losses before it as {name: Variable}. step: what `filled` takes."""
         g = self.filled(*step)
         solver.zero_grad()
         g["loss"].forward(clear_no_need_grad=True)
         g["loss"].backward(clear_buffer=True)
         solver.update()
-        return {name: float(g[name].d) for name in ("loss", "color", "mask", "eikonal")}
+        return {name: g[name] for name in ("loss", "color", "mask", "eikonal")}
 
 
 class EpochLog:

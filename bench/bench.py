@@ -145,12 +145,12 @@ def bench_step(scene, tracer, rays, steps, rate, yardstick):
         seconds[name].append(time.perf_counter() - start)
         return result
 
-    def counting(*args, evaluate=sdf):
-        evaluations[counts["stage"]] += len(args[0])
+    def counting(points, evaluate=sdf):
+        evaluations[counts["stage"]] += len(points)
         evaluations[counts["stage"] + " calls"] += 1
-        return evaluate(*args)
+        return evaluate(points)
 
-    counting.sampled = lambda *args: counting(*args, evaluate=sdf.sampled)
+    counting.roughly = sdf.roughly and (lambda points: counting(points, sdf.roughly))
 
     for number in range(2 * steps):
         if number == steps:
