@@ -61,6 +61,26 @@ def replacing(path):
             os.unlink(temporary)
 
 
+@contextlib.contextmanager
+def new_folder(path):
+    """Yield a temporary folder beside `path`, which must not exist or be empty; rename it to `path` if the block succeeds.
+
+    Raises UserError where `path` holds anything, or cannot be written.
+    """
+    path = Path(os.path.abspath(path))
+    try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path}: is there already, and not empty; choose another --output or remove it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=str(path.parent)) as temporary:
+            folder = Path(temporary) / path.name
+            folder.mkdir()
+            yield folder
+            folder.rename(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output")
+
+
 def write_image(path, image):
     """Write `image` (H, W, 3) or (H, W), floats in [0, 1] or uint8, as a picture, replacing `path` whole."""
     import imageio.v2 as imageio  # here: the tracer's and the networks' users need no image library
