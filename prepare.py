@@ -16,19 +16,17 @@ from typing import NamedTuple
 
 import cv2
 import numpy as np
-import skimage.measure
-import skimage.morphology
-from PIL import Image
 from tqdm import tqdm
 
 import cameras_in
 import datasets
 import helper
+import masks_in
 from helper import UserError
 
 SMALL = 256         # pixels: hull and picture are made from views shrunk until their longer side is no longer
 COARSE, FINE = 40, 80  # cells along the sides of the two grids in which the hull is carved
-AGREE = 0.6         # of the union of a mask and the hull's outline, what both must share for the view to be right
+AGREE = 0.9         # of the union of mask and hull in a view, what both share where cameras and masks are right
 
 
 class Look(NamedTuple):
@@ -49,71 +47,13 @@ class Finding(NamedTuple):
 
 # --- photographs and masks --------------------------------------------------------------------------------------------
 
-def mask_sources(views, choice, root):
-    """Return for each view where its mask comes from: a Path, "alpha" or "background".
-
-    choice: --masks. Without it: the masks that the cameras' file names, a folder masks/ or mask/ beside the
-    photographs or in the folder `root`, or the alpha channel. Raises UserError where there is none of these.
-    """
-    if choice in ("alpha", "background"):
-        return [choice] * len(views)
-    if choice is not None:
-        return masks_in(Path(choice), views)
-    if all(view.mask for view in views):
-        return [view.mask for view in views]
-    for parent in (root, views[0].image.parent, views[0].image.parent.parent):
-        for folder in (parent / "masks", parent / "mask"):
-            if folder.is_dir():
-                return masks_in(folder, views)
-    if has_alpha(views[0].image):
-        return ["alpha"] * len(views)
-    raise UserError(f"{root}: no masks found; put them into {root / 'masks'} under the names of the photographs, or say "
-                    "--masks FOLDER, --masks alpha, or --masks background for an object before a plain background")
-
-
-def masks_in(folder, views):
-    """Return each view's mask in a folder: by the photograph's name, else, where the counts are equal, in order."""
-    if not folder.is_dir():
-        raise UserError(f"--masks {folder}: no such folder; name one, or alpha or background")
-    found = [mask_named(folder, view.image) for view in views]
-    if len(set(found) - {None}) < len(views):
-        files = datasets.picture_files(folder)[0]
-        if not any(found) and len(files) == len(views):
-            print(f"notice: {folder}: no names of photographs; the masks are taken in the order of their names")
-            order = sorted(range(len(views)), key=lambda index: views[index].image)
-            return [files[order.index(index)] for index in range(len(views))]
-        name = next(v.image.name for i, v in enumerate(views) if found[i] is None or found[i] in found[:i])
-        raise UserError(f"{folder}: no mask for {name} ({len(views)} views, {len(files)} masks); name it like its "
-                        f"photograph: {Path(name).stem}.png or {name}.png")
-    return found
-
-
-def mask_named(folder, image):
-    """Return the mask of a photograph by its name, as people name them, with or without its folders; None if absent."""
-    for parts in (3, 2, 1):
-        tail = Path(*image.parts[-parts:])
-        names = [tail.name + ".png"] + [tail.stem + end + suffix for end in ("", "_mask") for suffix in
-                                        datasets.SUFFIXES + tuple(s.upper() for s in datasets.SUFFIXES)]
-        for name in names:
-            if (folder / tail.parent / name).is_file():
-                return folder / tail.parent / name
-    return None
-
-
-def has_alpha(path):
-    """Tell whether a picture has transparent colours."""
-    datasets.picture_size(path)
-    with Image.open(str(path)) as picture:
-        return "A" in picture.mode or "transparency" in picture.info
-
-
 def read_view(view, mask_source, threshold):
     """Return a view's image (H, W, 3) uint8, mask (H, W) bool and intrinsics (3, 3), with distortion undone."""
     image = datasets.read_image(view.image)
     if mask_source == "background":
-        mask = background_mask(image, threshold)
+        mask = masks_in.background_mask(image, threshold)
     elif mask_source == "alpha":
-        if not has_alpha(view.image):
+        if not masks_in.has_alpha(view.image):
             raise UserError(f"{view.image}: has no alpha channel; put masks into a folder and name it with --masks")
         mask = datasets.read_picture(view.image, "LA")[..., 1] > 127
     else:
@@ -143,30 +83,6 @@ def undistorted(picture, intrinsics, view):
     return cv2.undistort(picture, intrinsics, coefficients)
 
 
-def background_mask(image, threshold=None):
-    """Return the mask (H, W) bool of an object before a dark or uniform background.
-
-    The background's colour is the median along the image's border. The object is what differs from it by more than
-    `threshold` grey levels in some channel (None: by the spread along the border); then specks and gaps of a few
-    pixels and small holes are closed and pieces below a tenth of the largest dropped.
-    """
-    smooth = cv2.GaussianBlur(image, (0, 0), max(0.5, max(image.shape[:2]) / 1500)).astype(np.float32)
-    width = max(1, min(image.shape[:2]) // 40)
-    border = np.concatenate([side.reshape(-1, 3) for side in (smooth[:width], smooth[-width:], smooth[:, :width],
-                                                              smooth[:, -width:])])
-    colour = np.median(border, axis=0)
-    if threshold is None:  # of the border's pixels a quarter may be the object
-        threshold = 8 + 2 * np.percentile(np.abs(border - colour).max(axis=1), 75)
-    mask = (np.abs(smooth - colour).max(axis=2) > threshold).astype(np.uint8)
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3 + 2 * (max(image.shape[:2]) // 800),) * 2)
-    mask = cv2.morphologyEx(cv2.morphologyEx(mask, cv2.MORPH_CLOSE, disc), cv2.MORPH_OPEN, disc) > 0
-    mask = skimage.morphology.remove_small_holes(mask, mask.size // 1000)
-    labels = skimage.measure.label(mask)
-    sizes = np.bincount(labels.ravel())
-    sizes[0] = 0
-    return (sizes >= max(1, 0.1 * sizes.max()))[labels]
-
-
 def look(name, image, mask, intrinsics, pose):
     """Return what is kept of a view, shrunk."""
     factor = -(-max(mask.shape) // SMALL)
@@ -188,10 +104,11 @@ def project(points, view):
 
 
 def carve(points, reach, views, most_misses):
-    """Count for each point (N, 3) the views in whose frame it is and those whose mask it meets; both (N,).
+    """Count for each point (N, 3) the views that could show it and those whose mask it meets; both (N,) int.
 
-    reach: a point meets a mask that is no farther than the image of this length. Points with more misses than
-    most_misses are given up.
+    A view shows all of the object, unless its mask touches the image's border: then it says nothing of what is
+    outside its frame. reach: a point meets a mask that is no farther than the image of this length. Points with
+    more than most_misses views that could show them and do not are given up.
     """
     seen, met, alive = np.zeros(len(points), int), np.zeros(len(points), int), np.arange(len(points))
     for view in views:
@@ -201,10 +118,16 @@ def carve(points, reach, views, most_misses):
         u, v = np.rint(pixels[framed]).astype(int).T
         away = cv2.distanceTransform((~view.mask).astype(np.uint8), cv2.DIST_L2, 5)
         near = away[v, u] * depth[framed] <= reach * view.intrinsics[0, 0]
-        seen[alive[framed]] += 1
+        seen[alive[framed] if touched_edges(view.mask) else alive] += 1
         met[alive[framed][near]] += 1
         alive = alive[seen[alive] - met[alive] <= most_misses]
     return seen, met
+
+
+def touched_edges(mask):
+    """Return the names of the image's edges that a mask (h, w) touches."""
+    edges = (("upper", mask[0]), ("lower", mask[-1]), ("left", mask[:, 0]), ("right", mask[:, -1]))
+    return [name for name, edge in edges if edge.any()]
 
 
 def grid(low, high, cells):
@@ -214,27 +137,25 @@ def grid(low, high, cells):
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3), spacing
 
 
-def visual_hull(views, cells=FINE):
-    """Return the points (N, 3) of the visual hull of some Looks, on a grid, and its spacing; no points: it is empty.
+def visual_hull(views, cells=FINE, misses=0):
+    """Return the visual hull of some Looks: points (N, 3) on a grid, none where it is empty, and their spacing.
 
-    It is what lies in every mask, but for one in 12 of the views (masks err; IDR's authors ask for 45 of 49), and in
-    the frame of half the views at least.
+    It is what lies in every mask (in all but `misses` of them), and in those of half the views at least.
     """
-    usable = [view for view in views if view.mask.any()]
-    misses, least = len(usable) // 12, max(2, (len(usable) + 1) // 2)
-    centre, half = first_region(usable)
+    least = max(2, (len(views) + 1) // 2)
+    centre, half = first_region(views)
 
     def hull_in(low, high, cells, slack):
         points, spacing = grid(low, high, cells)
-        seen, met = carve(points, slack * spacing, usable, misses)
-        return points[(seen - met <= misses) & (seen >= least)], spacing
+        seen, met = carve(points, slack * spacing, views, misses)
+        return points[(seen - met <= misses) & (met >= least)], spacing
 
     for _ in range(5):  # larger, while the hull reaches the sides
         points, spacing = hull_in(centre - half, centre + half, COARSE, 0.9)
         if not len(points) or np.abs(points - centre).max() < half - spacing:
             break
         half *= 1.6
-    if not len(points) or cells <= COARSE:
+    if not len(points):
         return points, spacing
     return hull_in(points.min(axis=0) - spacing, points.max(axis=0) + spacing, cells, 0.5)
 
@@ -293,12 +214,18 @@ def silhouette(points, spacing, view):
 
 
 def agreements(points, spacing, views):
-    """Return for each Look the share of the union of its mask and the hull's silhouette that both have (N,)."""
+    """Return for each Look the share (N,) of the union of its mask and the hull's silhouette that both have."""
     shares = []
     for view in views:
         outline = silhouette(points, spacing, view)
         shares.append((outline & view.mask).sum() / max(1, (outline | view.mask).sum()))
     return np.array(shares)
+
+
+def agreement(views, average):
+    """Return the average (a function) of the agreements of some Looks with their hull, 0 where it is empty, roughly."""
+    points, spacing = visual_hull(views, COARSE)
+    return average(agreements(points, spacing, views)) if len(points) else 0.0
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
@@ -307,8 +234,7 @@ def judge_masks(views):
     """Return the Findings on each view's mask by itself."""
     findings = []
     for index, view in enumerate(views):
-        edges = [name for name, edge in (("upper", view.mask[0]), ("lower", view.mask[-1]), ("left", view.mask[:, 0]),
-                                         ("right", view.mask[:, -1])) if edge.any()]
+        edges = touched_edges(view.mask)
         if not view.mask.any():
             findings.append(Finding("the mask is empty; the object must be white, more than half of 255, else leave "
                                     "the view out", index))
@@ -321,46 +247,92 @@ def judge_masks(views):
     return findings
 
 
-def judge_agreement(shares, views):
-    """Return the Findings on cameras and masks that contradict one another; shares: agreements, None for no hull."""
-    median = 0.0 if shares is None else np.median(shares)
-    if median >= AGREE:
-        return [Finding(f"mask and hull share only {shares[i]:.0%} of their union; this view's camera or mask "
-                        "contradicts the others'", i) for i in range(len(views))
-                if shares[i] < min(AGREE, median - 0.1) and views[i].mask.any()]
-    text = ("no point of space lies in the masks of enough views" if shares is None else
-            f"the visual hull and the masks share only {median:.0%} of their union in the median view")
-    return [Finding(f"{text}; {explanation(views)}")]
+def judge_agreement(views):
+    """Find the hull of Looks with masks that are not empty; returns its points (N, 3), their spacing and Findings.
+
+    A few views that contradict the others are found and left out of the hull.
+    """
+    points, spacing = visual_hull(views)
+    agreed = np.median(agreements(points, spacing, views)) if len(points) else 0.0
+    doubtful = agreed < 0.95
+    odd = contradicting(views) if doubtful else []
+    if odd:
+        kept = [view for index, view in enumerate(views) if index not in odd]
+        points, spacing = visual_hull(kept)
+        agreed = np.median(agreements(points, spacing, kept))
+    reason = confirmed_reason(views, agreed) if doubtful else ""
+    if agreed < AGREE or reason:
+        text = (f"hull and mask share only {agreed:.0%} of their union in the median view, so cameras and masks contradict "
+                "one another; " if agreed > 0 else "no point of space lies in all masks; ")
+        return points, spacing, [Finding(text + (reason or "look in the picture for a wrong order of images, masks and "
+                                                 "cameras, for other axes, and for intrinsics of another image size"))]
+    shares = agreements(points, spacing, views)
+    return points, spacing, [
+        Finding(f"its mask and the hull of the other views share only {share:.0%} of their union: its mask, its camera or "
+                "its place in the order is wrong; mend it or leave the view out", index)
+        for index, share in enumerate(shares) if share < AGREE - 0.1 or index in odd]
 
 
-def explanation(views):
-    """Return a guess, tried out, at why cameras and masks contradict one another."""
-    usable = [view for view in views if view.mask.any()]
-    chosen = usable[::-(-len(usable) // 24)]
-    guesses = [(f"without view {views.index(left)} ({left.name}) they agree: its camera or mask is wrong",
-                [view for view in usable if view is not left]) for left in usable if len(usable) <= 12]
-    for text, turn in (("with y and z of the cameras turned round they agree: the poses have OpenGL's axes (y up, z "
-                        "backwards), wanted are y down, z into the scene", (1, -1, -1)),
-                       ("with x and y of the cameras turned round they agree: the images or the axes are upside down",
-                        (-1, -1, 1)),
-                       ("with x and z of the cameras turned round they agree: z must point into the scene", (-1, 1, -1))):
-        guesses.append((text, [view._replace(pose=view.pose @ np.diag(turn + (1.0,))) for view in chosen]))
-    guesses.append(("with the poses inverted they agree: world to camera was taken for camera to world, or the reverse",
-                    [view._replace(pose=np.linalg.inv(view.pose)) for view in chosen]))
-    guesses.append(("with black and white of the masks exchanged they agree",
-                    [view._replace(mask=~view.mask) for view in chosen if not view.mask.all()]))
-    for text, changed in guesses:
-        if len(changed) > 1:
-            points, spacing = visual_hull(changed, COARSE)
-            if len(points) and np.median(agreements(points, spacing, changed)) > 0.75:
-                return text
-    return "look for a wrong order of images, masks and cameras, other axes, or intrinsics of another image size"
+def contradicting(views):
+    """Return the indices of the few Looks (none, where few are not to blame) without which the others agree."""
+    odd, kept, agreed = [], list(range(len(views))), agreement(views, np.mean)
+    while len(odd) < max(1, len(views) // 8) and len(kept) > 3:
+        looks = [views[index] for index in kept]
+        suspects = kept
+        if len(kept) > 12:  # those that agree least with the hull that few may contradict
+            points, spacing = visual_hull(looks, COARSE, misses=max(1, len(kept) // 8))
+            if not len(points):
+                return []
+            suspects = [kept[index] for index in np.argsort(agreements(points, spacing, looks))[:4]]
+        without = [agreement([views[index] for index in kept if index != suspect], np.mean) for suspect in suspects]
+        if max(without) < agreed + 0.01:
+            break
+        odd.append(suspects[int(np.argmax(without))])
+        kept, agreed = [index for index in kept if index != odd[-1]], max(without)
+    return sorted(odd) if agreed >= AGREE else []
 
 
-def judge_sphere(points, views):
+def confirmed_reason(views, agreed):
+    """Return the usual mistake whose undoing makes the Looks agree clearly better than `agreed`, "" for none."""
+    for reason, changed in trials(views):
+        changed = changed[::-(-len(changed) // 24)]
+        if all(view.mask.any() for view in changed) and agreement(changed, np.median) > max(AGREE, agreed + 0.02):
+            return reason
+    return ""
+
+
+def trials(views):
+    """Yield the usual mistakes undone: a reason and the Looks that would then agree."""
+    for reason, turn in (("with y and z of the cameras turned round they agree: the poses have OpenGL's axes (y up, z "
+                          "backwards), wanted are y down, z into the scene", (1, -1, -1)),
+                         ("with x and y of the cameras turned round they agree: the images or the cameras are upside "
+                          "down", (-1, -1, 1)),
+                         ("with x and z of the cameras turned round they agree: z must point into the scene",
+                          (-1, 1, -1))):
+        yield reason, [view._replace(pose=view.pose @ np.diag(turn + (1.0,))) for view in views]
+    yield ("with the poses inverted they agree: world to camera was taken for camera to world, or the reverse",
+           [view._replace(pose=np.linalg.inv(view.pose)) for view in views])
+    yield "with black and white of the masks exchanged they agree", [v._replace(mask=~v.mask) for v in views]
+    for factor in (0.5, 2, 0.25, 4):
+        k = np.diag((factor, factor, 1.0))
+        yield (f"with the intrinsics times {factor} they agree: they are for images of another size",
+               [view._replace(intrinsics=k @ view.intrinsics) for view in views])
+    count = len(views)
+    order = sorted(range(count), key=str)  # 0, 1, 10, 11, 2 ...
+    for reason, places in (("with the cameras one place later they agree", np.arange(-1, count - 1)),
+                           ("with the cameras one place earlier they agree", np.arange(1, count + 1) % count),
+                           ("with the cameras sorted as 0, 1, 10, 11, 2 ... they agree: number the images with leading "
+                            "zeros", order),
+                           ("with the images sorted as 0, 1, 10, 11, 2 ... they agree: number the images with leading "
+                            "zeros", np.argsort(order))):
+        yield reason, [view._replace(pose=views[place].pose, intrinsics=views[place].intrinsics)
+                       for view, place in zip(views, places)]
+
+
+def judge_sphere(points, views, trusted):
     """Return the Findings on normalised Looks and their hull: whether the unit sphere holds the object, not the cameras.
 
-    points: of the hull (N, 3), none where there is no trustworthy one.
+    points: of the hull (N, 3); trusted: whether that and the masks are.
     """
     findings = []
     renew = "make the scene anew with prepare.py, which finds the sphere, or mend scale_mat"
@@ -371,12 +343,12 @@ def judge_sphere(points, views):
             findings.append(Finding("the unit sphere is behind the camera; z must point into the scene", index))
         elif np.linalg.norm(centre) < 1:
             findings.append(Finding("the camera is inside the unit sphere; tracing starts outside it: " + renew, index))
-        elif missing.mean() > 0.01:
+        elif trusted and missing.mean() > 0.01:
             findings.append(Finding(f"{missing.mean():.0%} of the masked pixels' rays miss the unit sphere; clean the "
                                     "mask of specks, or " + renew, index))
-        elif len(view.corners) and ray_distances(view, view.corners).max() > 1:
+        elif trusted and len(view.corners) and ray_distances(view, view.corners).max() > 1:
             findings.append(Finding("some masked pixels' rays miss the unit sphere", index, wrong=False))
-    if len(points):
+    if trusted:
         away = np.linalg.norm(points, axis=1)
         if away.max() > 1.05:
             findings.append(Finding(f"the visual hull reaches {away.max():.2f} from the centre of the unit sphere; "
@@ -402,7 +374,7 @@ def say(findings, views):
 ORANGE, WHITE, BLUE, RED = (255, 140, 20), (255, 255, 255), (70, 150, 255), (230, 40, 40)
 
 
-def draw(path, title, views, points, spacing, findings, most=30):
+def draw(path, title, views, points, spacing, findings, most=35):
     """Draw normalised Looks: their cameras around the unit sphere, the hull (N, 3), and outlines over photographs."""
     from matplotlib.figure import Figure
     wrong = {finding.view for finding in findings if finding.wrong}
@@ -411,10 +383,11 @@ def draw(path, title, views, points, spacing, findings, most=30):
     figure = Figure(figsize=(15, 15 * 0.64 * sheet.shape[0] / sheet.shape[1] + 0.9), dpi=80)
     figure.suptitle(title, fontsize=13, x=0.01, ha="left")
     height = 1 - 0.6 / figure.get_figheight()
-    for place, (elevation, azimuth) in enumerate(((20, -60), (88, -90))):
+    for place, (name, elevation, azimuth) in enumerate((("from the side", 18, -60), ("from above", 89.9, -90))):
         axes = figure.add_axes((0.0, height * (0.5 - 0.5 * place), 0.35, 0.5 * height), projection="3d")
         draw_cameras(axes, views, points, wrong)
         axes.view_init(elevation, azimuth)
+        axes.set_title(name, fontsize=10, y=0.97)
     axes = figure.add_axes((0.35, 0.005, 0.645, height - 0.01))
     axes.imshow(sheet, interpolation="lanczos")
     axes.set_axis_off()
@@ -461,32 +434,48 @@ def draw_cameras(axes, views, points, wrong):
     """Draw cameras, each with its image's frame, a tip on its upper side and its axis, around the unit sphere."""
     from matplotlib import colormaps
     from mpl_toolkits.mplot3d.art3d import Line3DCollection
-    angle, centres = np.linspace(0, 2 * np.pi, 60), np.stack([view.pose[:3, 3] for view in views])
+    upright = upright_rotation(views)
+    poses = np.stack([view.pose[:3] for view in views])
+    poses[:, :, 3] /= np.maximum(1, np.linalg.norm(poses[:, :, 3], axis=1) / 6)[:, None]  # far ones, for the drawing
+    poses, points = upright @ poses, points @ upright.T
+    angle, distance = np.linspace(0, 2 * np.pi, 60), np.median(np.linalg.norm(poses[:, :, 3], axis=1))
     for order in ((0, 1, 2), (0, 2, 1), (2, 0, 1)):
         circle = np.stack([np.cos(angle), np.sin(angle), 0 * angle])
-        axes.plot(*circle[list(order)], color=np.divide(BLUE, 255), linewidth=0.8)
+        axes.plot(*circle[list(order)], color=np.divide(BLUE, 255), linewidth=0.9)
     if len(points):
-        some = points[::max(1, len(points) // 2500)]
-        axes.scatter(*some.T, s=2, color=np.divide(ORANGE, 255), alpha=0.35, linewidths=0)
-    distance = np.median(np.linalg.norm(centres, axis=1))
-    for index, view in enumerate(views):
+        axes.scatter(*points[::max(1, len(points) // 2500)].T, s=2, color=np.divide(ORANGE, 255), alpha=0.3, linewidths=0)
+    for index, (view, pose) in enumerate(zip(views, poses)):
         height, width = view.mask.shape
-        frame = np.array([(0, 0), (width, 0), (width, height), (0, height), (width / 2, -0.35 * height)])
+        frame = np.array([(0, 0), (width, 0), (width, height), (0, height), (width / 2, -0.4 * height)])
         local = np.column_stack([frame, np.ones(5)]) @ np.linalg.inv(view.intrinsics).T
-        depth = 0.16 * distance / np.abs(local[:4, :2]).max() / 2
-        corners = depth * local @ view.pose[:3, :3].T + view.pose[:3, 3]
-        centre, ahead = view.pose[:3, 3], view.pose[:3, 3] + view.pose[:3, 2] * np.linalg.norm(view.pose[:3, 3])
-        lines = [(centre, corner) for corner in corners[:4]]
+        corners = 0.08 * distance / np.abs(local[:4, :2]).max() * local @ pose[:, :3].T + pose[:, 3]
+        lines = [(pose[:, 3], corner) for corner in corners[:4]]
         lines += [corners[[a, b]] for a, b in ((0, 1), (1, 2), (2, 3), (3, 0), (0, 4), (4, 1))]
+        lines_ahead = [(pose[:, 3], pose[:, 3] + pose[:, 2] * np.linalg.norm(pose[:, 3]))]
         bad = index in wrong
-        colour = np.divide(RED, 255) if bad else colormaps["viridis"](index / max(1, len(views) - 1))[:3]
+        colour = np.divide(RED, 255) if bad else colormaps["viridis"](0.9 * index / max(1, len(views) - 1))[:3]
         axes.add_collection3d(Line3DCollection(lines, colors=[colour], linewidths=1.6 if bad else 0.9))
-        axes.add_collection3d(Line3DCollection([(centre, ahead)], colors=[colour], linewidths=0.4, linestyles="dotted"))
+        axes.add_collection3d(Line3DCollection(lines_ahead, colors=[colour], linewidths=0.6, linestyles="dotted"))
         if bad or index % -(-len(views) // 12) == 0:
-            axes.text(*(1.08 * centre), str(index), fontsize=8, color=colour)
-    reach = max(1.0, np.percentile(np.linalg.norm(centres, axis=1), 95)) * 0.85
-    axes.set(xlim=(-reach, reach), ylim=(-reach, reach), zlim=(-reach, reach), box_aspect=(1, 1, 1))
+            axes.text(*(1.1 * pose[:, 3]), str(index), fontsize=8, color=colour)
+    box = np.concatenate([poses[:, :, 3], np.eye(3), -np.eye(3)])
+    low, high = box.min(axis=0), box.max(axis=0)
+    reach = (high - low).max() / 2
+    axes.set(**{f"{name}lim": (middle - reach, middle + reach) for name, middle in zip("xyz", (low + high) / 2)})
+    axes.set_box_aspect((1, 1, 1), zoom=1.45)
     axes.set_axis_off()
+
+
+def upright_rotation(views):
+    """Return the rotation (3, 3) after which up, as most of the cameras have it, is z and they look along y."""
+    up = -np.mean([view.pose[:3, 1] for view in views], axis=0)
+    back = np.mean([view.pose[:3, 3] for view in views], axis=0)
+    up = up / np.linalg.norm(up) if np.linalg.norm(up) > 0.05 else np.array((0.0, 0.0, 1.0))
+    side = np.cross(up, back)
+    if np.linalg.norm(side) < 0.05 * np.linalg.norm(back) + 1e-9:
+        side = np.cross(up, np.roll(np.abs(up), 1) + (0.1, 0.2, 0.3))
+    side /= np.linalg.norm(side)
+    return np.stack([side, np.cross(up, side), up])
 
 
 # --- the two commands -------------------------------------------------------------------------------------------------
@@ -498,28 +487,28 @@ def picture_path(scene):
 def understand(views, picture, sphere=None):
     """Find hull and sphere of some Looks, judge them, say the findings and draw the picture.
 
-    sphere: the centre (3,) and radius of the unit sphere, None to find it. Returns centre, radius and the findings;
-    a finding that concerns the whole scene means that centre and radius are not to be trusted.
+    sphere: the centre (3,) and radius of the unit sphere, None to find it. Returns centre, radius and the findings.
     """
     findings = judge_masks(views)
-    usable = [view for view in views if view.mask.any()]
-    if len(usable) < 2:
+    usable = [index for index, view in enumerate(views) if view.mask.any()]
+    looks = [views[index] for index in usable]
+    if len(looks) < 2:
         say(findings, views)
-        raise UserError("two views with masks are needed at least; see the lines above")
-    points, spacing = visual_hull(views)
-    findings += judge_agreement(agreements(points, spacing, views) if len(points) else None, views)
-    if sphere is None and len(points):
-        sphere = enclosing_sphere(points, usable)
-    elif sphere is None:  # for the picture alone
-        sphere = first_region(usable)
+        raise UserError("a scene needs two views with masks at least, better dozens")
+    points, spacing, more = judge_agreement(looks)
+    findings += [finding if finding.view < 0 else finding._replace(view=usable[finding.view]) for finding in more]
+    if sphere is None:
+        odd = {finding.view for finding in findings if finding.wrong}
+        kept = [view for index, view in enumerate(views) if index not in odd]
+        sphere = enclosing_sphere(points, kept) if len(points) else first_region(looks)
     centre, radius = sphere
     units, points, spacing = normalised(views, centre, radius), (points - centre) / radius, spacing / radius
-    if not any(finding.view < 0 for finding in findings):
-        findings += judge_sphere(points, units)
+    trusted = not any(finding.view < 0 for finding in findings)
+    findings += judge_sphere(points, units, trusted)
     say(findings, views)
-    count = sum(finding.wrong for finding in findings)
-    draw(picture, f"{picture.stem[8:]}: {len(views)} views, {count or 'nothing'} wrong.  White: mask.  Orange: visual "
-         "hull of all masks.  Blue: unit sphere.", units, points, spacing, findings)
+    wrong = len({finding.text for finding in findings if finding.wrong})
+    draw(picture, f"{picture.stem[8:]}: {len(views)} views, {wrong or 'nothing'} wrong.   White: mask.   Orange: visual "
+         "hull; it hides the white where they agree.   Blue: unit sphere.", units, points, spacing, findings)
     return centre, radius, findings
 
 
@@ -555,13 +544,14 @@ def prepare(args):
     if missing:
         raise UserError(f"{missing[0]}: no such photograph ({len(missing)} of {len(views)} are missing); say with --images "
                         "where they are")
-    sources = mask_sources(views, args.masks, root)
+    sources = masks_in.mask_sources(views, args.masks, root)
     print(f"read {what}; masks: {sources[0] if isinstance(sources[0], str) else sources[0].parent}")
     with helper.new_folder(args.output) as folder:
         looks, intrinsics = write_scene(folder, views, sources, args.threshold, args.downscale)
         picture = picture_path(args.output)
         centre, radius, findings = understand(looks, picture)
-        fatal = [finding for finding in findings if finding.wrong and (finding.view < 0 or "empty" in finding.text)]
+        fatal = [finding for finding in findings if finding.wrong and (finding.view < 0 or
+                                                                       not looks[finding.view].mask.any())]
         if fatal:
             raise UserError(f"{args.output}: not written, as {fatal[0].text}; see {picture}")
         cameras, scale_mat = {}, np.diag((radius, radius, radius, 1.0))
