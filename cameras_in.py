@@ -89,8 +89,8 @@ def recognise(source):
             raise UserError(f"{source}: has {len(found)} files {pattern}; name the one to read instead of the folder")
         if found:
             return reader, found[0]
-    raise UserError(f"{source}: no cameras found; wanted is {FORMATS}. From photographs alone COLMAP makes them: colmap "
-                    "automatic_reconstructor --workspace_path FOLDER --image_path FOLDER/images")
+    raise UserError(f"{source}: no cameras found; wanted is {FORMATS}. From photographs alone COLMAP makes them: "
+                    "colmap automatic_reconstructor --workspace_path FOLDER --image_path FOLDER/images")
 
 
 # --- what the readers share -------------------------------------------------------------------------------------------
@@ -185,8 +185,8 @@ def picture_folder(folders):
     for folder in folders:
         if folder.is_dir() and datasets.picture_files(folder)[0]:
             return folder
-    raise UserError(f"no photographs ({', '.join(datasets.SUFFIXES)}) in {' or '.join(str(f) for f in folders)}; say "
-                    "with --images where they are")
+    raise UserError(f"{' or '.join(str(f) for f in folders)}: no photographs ({', '.join(datasets.SUFFIXES)}) there; "
+                    "say with --images where they are")
 
 
 # --- COLMAP -----------------------------------------------------------------------------------------------------------
@@ -363,7 +363,7 @@ def text_images(path):
     return rows
 
 
-# --- NeRF's transforms.json: Blender, instant-ngp, nerfstudio -----------------------------------------------------------
+# --- NeRF's transforms.json: Blender, instant-ngp, nerfstudio ---------------------------------------------------------
 
 PERSPECTIVE = ("PERSPECTIVE", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV")
 
@@ -459,7 +459,7 @@ def read_krt(path, images):
 
 
 def read_npz(path, images):
-    """Read the world_mat_i of a cameras.npz; a scale_mat_i is left out. Camera i is of the i-th image by sorted name."""
+    """Read the world_mat_i of a cameras.npz, without any scale_mat_i; camera i is of the i-th image by sorted name."""
     folder = images or picture_folder([path.parent / "image", path.parent / "images", path.parent])
     files = datasets.picture_files(folder)[0]
     matrices, views = datasets.read_matrices(path, len(files), kinds=("world",)), []

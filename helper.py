@@ -63,7 +63,7 @@ def replacing(path):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """Yield a temporary folder beside `path`, which must not exist or be empty; rename it to `path` if the block succeeds.
+    """Yield a temporary folder beside `path`, which is absent or empty; rename it to `path` if the block succeeds.
 
     Raises UserError where `path` holds anything, or cannot be written.
     """
@@ -324,6 +324,8 @@ def decompose_projection(projection):
         raise ValueError("it has values that are not finite")
     if np.linalg.cond(projection[:, :3]) > 1e12:
         raise ValueError("it is singular")
+    if np.linalg.det(projection[:, :3]) < 0:  # P and -P are the same projection
+        projection = -projection
     intrinsics, rotation, centre = cv2.decomposeProjectionMatrix(projection)[:3]
     pose = np.eye(4)
     pose[:3, :3] = rotation.T

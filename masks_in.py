@@ -8,6 +8,7 @@ import skimage.morphology
 from PIL import Image
 
 import datasets
+from cameras_in import natural
 from helper import UserError
 
 
@@ -29,8 +30,8 @@ def mask_sources(views, choice, root):
                 return masks_in(folder, views)
     if has_alpha(views[0].image):
         return ["alpha"] * len(views)
-    raise UserError(f"{root}: no masks found; put them into {root / 'masks'} under the names of the photographs, or say "
-                    "--masks FOLDER, --masks alpha, or --masks background for an object before a plain background")
+    raise UserError(f"{root}: no masks found; put them into {root / 'masks'} under the names of the photographs, or "
+                    "say --masks FOLDER, --masks alpha, or --masks background for an object before a plain background")
 
 
 def masks_in(folder, views):
@@ -42,8 +43,7 @@ def masks_in(folder, views):
         files = datasets.picture_files(folder)[0]
         if not any(found) and len(files) == len(views):
             print(f"notice: {folder}: no names of photographs; the masks are taken in the order of their names")
-            order = sorted(range(len(views)), key=lambda index: views[index].image)
-            return [files[order.index(index)] for index in range(len(views))]
+            return sorted(files, key=natural)
         name = next(v.image.name for i, v in enumerate(views) if found[i] is None or found[i] in found[:i])
         raise UserError(f"{folder}: no mask for {name} ({len(views)} views, {len(files)} masks); name it like its "
                         f"photograph: {Path(name).stem}.png or {name}.png")

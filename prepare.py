@@ -25,8 +25,8 @@ import masks_in
 from helper import UserError
 
 SMALL = 256         # pixels: hull and picture are made from views shrunk until their longer side is no longer
-COARSE, FINE = 40, 80  # cells along the sides of the two grids in which the hull is carved
-AGREE = 0.9         # of the union of mask and hull in a view, what both share where cameras and masks are right
+COARSE, FINE = 50, 80  # cells along the sides of the two grids in which the hull is carved
+AGREE, SURE = 0.92, 0.97  # of the union of mask and hull in a view, what both share where all is (surely) right
 
 
 class Look(NamedTuple):
@@ -205,20 +205,24 @@ def silhouette(points, spacing, view):
     """Return the image (h, w) bool of grid points (N, 3) in a Look."""
     pixels, depth = project(points, view)
     height, width = view.mask.shape
-    pixels = np.rint(pixels[depth > 0])
+    pixels, depth = np.rint(pixels[depth > 0]), depth[depth > 0]
     u, v = pixels[(pixels >= 0).all(axis=1) & (pixels < (width, height)).all(axis=1)].astype(int).T
     shown = np.zeros((height, width), np.uint8)
     shown[v, u] = 1
-    cell = int(np.ceil(spacing * view.intrinsics[0, 0] / np.median(depth))) + 1 if len(u) else 1
+    cell = int(np.ceil(spacing * view.intrinsics[0, 0] / np.median(depth))) + 1 if len(depth) else 1
     return cv2.morphologyEx(shown, cv2.MORPH_CLOSE, np.ones((min(cell, 99),) * 2, np.uint8)) > 0
 
 
 def agreements(points, spacing, views):
-    """Return for each Look the share (N,) of the union of its mask and the hull's silhouette that both have."""
-    shares = []
+    """Return for each Look the share (N,) of the union of its mask and the hull's silhouette that both have.
+
+    A pixel next to both counts as theirs: masks and grid are no finer.
+    """
+    shares, box = [], np.ones((3, 3), np.uint8)
     for view in views:
-        outline = silhouette(points, spacing, view)
-        shares.append((outline & view.mask).sum() / max(1, (outline | view.mask).sum()))
+        mask, outline = view.mask.astype(np.uint8), silhouette(points, spacing, view).astype(np.uint8)
+        apart = (mask > cv2.dilate(outline, box)) | (outline > cv2.dilate(mask, box))
+        shares.append(1 - apart.sum() / max(1, (mask | outline).sum()))
     return np.array(shares)
 
 
@@ -253,24 +257,24 @@ def judge_agreement(views):
     A few views that contradict the others are found and left out of the hull.
     """
     points, spacing = visual_hull(views)
-    agreed = np.median(agreements(points, spacing, views)) if len(points) else 0.0
-    doubtful = agreed < 0.95
-    odd = contradicting(views) if doubtful else []
+    shares = agreements(points, spacing, views) if len(points) else np.zeros(1)
+    agreed, doubtful = np.median(shares), np.median(shares) < SURE or shares.min() < AGREE
+    odd = contradicting(views) if doubtful and agreed > 0.6 else []  # below, more than a few are wrong
     if odd:
         kept = [view for index, view in enumerate(views) if index not in odd]
         points, spacing = visual_hull(kept)
         agreed = np.median(agreements(points, spacing, kept))
     reason = confirmed_reason(views, agreed) if doubtful else ""
     if agreed < AGREE or reason:
-        text = (f"hull and mask share only {agreed:.0%} of their union in the median view, so cameras and masks contradict "
-                "one another; " if agreed > 0 else "no point of space lies in all masks; ")
+        text = (f"hull and mask share only {agreed:.0%} of their union in the median view, so cameras and masks "
+                "contradict one another; " if agreed > 0 else "no point of space lies in all masks; ")
         return points, spacing, [Finding(text + (reason or "look in the picture for a wrong order of images, masks and "
                                                  "cameras, for other axes, and for intrinsics of another image size"))]
     shares = agreements(points, spacing, views)
     return points, spacing, [
-        Finding(f"its mask and the hull of the other views share only {share:.0%} of their union: its mask, its camera or "
-                "its place in the order is wrong; mend it or leave the view out", index)
-        for index, share in enumerate(shares) if share < AGREE - 0.1 or index in odd]
+        Finding(f"its mask and the hull of the other views share only {share:.0%} of their union: its mask, its "
+                "camera or its place in the order is wrong; mend it or leave the view out", index)
+        for index, share in enumerate(shares) if share < (AGREE if index in odd else AGREE - 0.1)]
 
 
 def contradicting(views):
@@ -293,10 +297,10 @@ def contradicting(views):
 
 
 def confirmed_reason(views, agreed):
-    """Return the usual mistake whose undoing makes the Looks agree clearly better than `agreed`, "" for none."""
+    """Return the usual mistake whose undoing halves how much the Looks disagree, "" for none."""
     for reason, changed in trials(views):
         changed = changed[::-(-len(changed) // 24)]
-        if all(view.mask.any() for view in changed) and agreement(changed, np.median) > max(AGREE, agreed + 0.02):
+        if all(view.mask.any() for view in changed) and agreement(changed, np.median) > max(SURE - 0.02, (1 + agreed) / 2):
             return reason
     return ""
 
@@ -329,8 +333,20 @@ def trials(views):
                        for view, place in zip(views, places)]
 
 
+def judge_scale(matrices):
+    """Return the Findings on a scene's scale_mat_i, each (4, 4)."""
+    linear, findings = matrices[0][:3, :3], []
+    if any(not np.allclose(m / m[3, 3], matrices[0] / matrices[0][3, 3], rtol=1e-4, atol=1e-9) for m in matrices):
+        findings.append(Finding("the scale_mat of the views differ; one sphere holds the object, so give all the same"))
+    if not np.allclose(linear @ linear.T, np.eye(3) * (linear[0] @ linear[0]), rtol=1e-3,
+                       atol=1e-3 * (linear[0] @ linear[0])):
+        findings.append(Finding("scale_mat_0 is more than a scale, rotation and shift, so it does not keep the sphere "
+                                "round; write diag(r, r, r, 1) with the centre as its last column"))
+    return findings
+
+
 def judge_sphere(points, views, trusted):
-    """Return the Findings on normalised Looks and their hull: whether the unit sphere holds the object, not the cameras.
+    """Return the Findings on normalised Looks: whether the unit sphere holds the object and not the cameras.
 
     points: of the hull (N, 3); trusted: whether that and the masks are.
     """
@@ -354,8 +370,8 @@ def judge_sphere(points, views, trusted):
             findings.append(Finding(f"the visual hull reaches {away.max():.2f} from the centre of the unit sphere; "
                                     + renew))
         elif away.max() < 0.25:
-            findings.append(Finding(f"the visual hull reaches only {away.max():.2f} from the centre of the unit sphere, "
-                                    "so training starts far from it; " + renew))
+            findings.append(Finding(f"the visual hull reaches only {away.max():.2f} from the centre of the unit "
+                                    "sphere, so training starts far from it; " + renew))
     return findings
 
 
@@ -387,7 +403,7 @@ def draw(path, title, views, points, spacing, findings, most=35):
         axes = figure.add_axes((0.0, height * (0.5 - 0.5 * place), 0.35, 0.5 * height), projection="3d")
         draw_cameras(axes, views, points, wrong)
         axes.view_init(elevation, azimuth)
-        axes.set_title(name, fontsize=10, y=0.97)
+        figure.text(0.01, height * (1 - 0.5 * place) - 0.01, name, fontsize=10, va="top")
     axes = figure.add_axes((0.35, 0.005, 0.645, height - 0.01))
     axes.imshow(sheet, interpolation="lanczos")
     axes.set_axis_off()
@@ -443,7 +459,8 @@ def draw_cameras(axes, views, points, wrong):
         circle = np.stack([np.cos(angle), np.sin(angle), 0 * angle])
         axes.plot(*circle[list(order)], color=np.divide(BLUE, 255), linewidth=0.9)
     if len(points):
-        axes.scatter(*points[::max(1, len(points) // 2500)].T, s=2, color=np.divide(ORANGE, 255), alpha=0.3, linewidths=0)
+        some = points[::max(1, len(points) // 2500)]
+        axes.scatter(*some.T, s=2, color=np.divide(ORANGE, 255), alpha=0.3, linewidths=0)
     for index, (view, pose) in enumerate(zip(views, poses)):
         height, width = view.mask.shape
         frame = np.array([(0, 0), (width, 0), (width, height), (0, height), (width / 2, -0.4 * height)])
@@ -458,11 +475,11 @@ def draw_cameras(axes, views, points, wrong):
         axes.add_collection3d(Line3DCollection(lines_ahead, colors=[colour], linewidths=0.6, linestyles="dotted"))
         if bad or index % -(-len(views) // 12) == 0:
             axes.text(*(1.1 * pose[:, 3]), str(index), fontsize=8, color=colour)
-    box = np.concatenate([poses[:, :, 3], np.eye(3), -np.eye(3)])
+    box = np.concatenate([1.1 * poses[:, :, 3], np.eye(3), -np.eye(3)])
     low, high = box.min(axis=0), box.max(axis=0)
     reach = (high - low).max() / 2
     axes.set(**{f"{name}lim": (middle - reach, middle + reach) for name, middle in zip("xyz", (low + high) / 2)})
-    axes.set_box_aspect((1, 1, 1), zoom=1.45)
+    axes.set_box_aspect((1, 1, 1), zoom=1.3)
     axes.set_axis_off()
 
 
@@ -484,12 +501,13 @@ def picture_path(scene):
     return Path(f"prepare_{Path(scene).absolute().name}.png")
 
 
-def understand(views, picture, sphere=None):
+def understand(views, picture, findings=(), sphere=None):
     """Find hull and sphere of some Looks, judge them, say the findings and draw the picture.
 
-    sphere: the centre (3,) and radius of the unit sphere, None to find it. Returns centre, radius and the findings.
+    findings: earlier ones. sphere: the centre (3,) and radius of the unit sphere, None to find it. Returns centre,
+    radius and all findings.
     """
-    findings = judge_masks(views)
+    findings = [*findings, *judge_masks(views)]
     usable = [index for index, view in enumerate(views) if view.mask.any()]
     looks = [views[index] for index in usable]
     if len(looks) < 2:
@@ -500,15 +518,15 @@ def understand(views, picture, sphere=None):
     if sphere is None:
         odd = {finding.view for finding in findings if finding.wrong}
         kept = [view for index, view in enumerate(views) if index not in odd]
-        sphere = enclosing_sphere(points, kept) if len(points) else first_region(looks)
+        sphere = enclosing_sphere(points, kept) if len(points) > 9 else first_region(looks)
     centre, radius = sphere
     units, points, spacing = normalised(views, centre, radius), (points - centre) / radius, spacing / radius
-    trusted = not any(finding.view < 0 for finding in findings)
+    trusted = not any(finding.view < 0 for finding in more)
     findings += judge_sphere(points, units, trusted)
     say(findings, views)
     wrong = len({finding.text for finding in findings if finding.wrong})
-    draw(picture, f"{picture.stem[8:]}: {len(views)} views, {wrong or 'nothing'} wrong.   White: mask.   Orange: visual "
-         "hull; it hides the white where they agree.   Blue: unit sphere.", units, points, spacing, findings)
+    draw(picture, f"{picture.stem[8:]}: {len(views)} views, {wrong or 'nothing'} wrong.   White: mask.   Orange: "
+         "visual hull; it hides the white where they agree.   Blue: unit sphere.", units, points, spacing, findings)
     return centre, radius, findings
 
 
@@ -516,15 +534,15 @@ def write_scene(folder, views, sources, threshold, downscale):
     """Write image/ and mask/ of the views to an empty folder; returns their Looks and their intrinsics (N, 3, 3)."""
     (folder / "image").mkdir()
     (folder / "mask").mkdir()
-    looks, matrices, digits = [], [], max(3, len(str(len(views) - 1)))
+    looks, matrices, shape, digits = [], [], None, max(3, len(str(len(views) - 1)))
     for index, (view, source) in enumerate(zip(tqdm(views, unit="view", dynamic_ncols=True), sources)):
         image, mask, intrinsics = read_view(view, source, threshold)
         name = f"{index:0{digits}d}_" + re.sub(r"[^A-Za-z0-9.-]", "_", view.image.stem)[:100]  # sorts as the views do
         datasets.check_downscale(image.shape, downscale, view.image)
-        if looks and image.shape[:2] != shape:  # noqa: F821 (it is that of the first view)
+        shape = shape or image.shape[:2]
+        if image.shape[:2] != shape:
             raise UserError(f"{view.image}: {datasets.says_size(image.shape)}, but {views[0].image.name} is "
-                            f"{datasets.says_size(shape)}; all photographs must have one size")  # noqa: F821
-        shape = image.shape[:2]
+                            f"{datasets.says_size(shape)}; all photographs must have one size")
         image, mask = datasets.shrink_image(image, downscale), datasets.shrink_mask(mask, downscale)
         if downscale == 1 and not view.distortion:
             shutil.copyfile(str(view.image), str(folder / "image" / (name + view.image.suffix.lower())))
@@ -542,8 +560,8 @@ def prepare(args):
     root = Path(args.input) if Path(args.input).is_dir() else Path(args.input).parent
     missing = [view.image for view in views if not view.image.is_file()]
     if missing:
-        raise UserError(f"{missing[0]}: no such photograph ({len(missing)} of {len(views)} are missing); say with --images "
-                        "where they are")
+        raise UserError(f"{missing[0]}: no such photograph ({len(missing)} of {len(views)} are missing); say with "
+                        "--images where they are")
     sources = masks_in.mask_sources(views, args.masks, root)
     print(f"read {what}; masks: {sources[0] if isinstance(sources[0], str) else sources[0].parent}")
     with helper.new_folder(args.output) as folder:
@@ -571,8 +589,9 @@ def check(scene):
     path = Path(scene)
     image_files, mask_files = datasets.scene_files(path)
     matrices = datasets.read_matrices(path / "cameras.npz", len(image_files))
-    looks = []
-    for index, (image_file, mask_file) in enumerate(zip(tqdm(image_files, unit="view", dynamic_ncols=True), mask_files)):
+    looks, shape = [], None
+    progress = tqdm(image_files, unit="view", dynamic_ncols=True)
+    for index, (image_file, mask_file) in enumerate(zip(progress, mask_files)):
         try:
             k, pose = helper.decompose_projection(matrices[f"world_mat_{index}"] @ matrices[f"scale_mat_{index}"])
         except ValueError as error:
@@ -581,13 +600,17 @@ def check(scene):
         if mask.shape != image.shape[:2]:
             raise UserError(f"{mask_file}: {datasets.says_size(mask.shape)}, but its image {image_file.name} is "
                             f"{datasets.says_size(image.shape)}; a mask has its image's size")
+        shape = shape or image.shape[:2]
+        if image.shape[:2] != shape:
+            raise UserError(f"{image_file}: {datasets.says_size(image.shape)}, but {image_files[0].name} is "
+                            f"{datasets.says_size(shape)}; all views must have one size")
         looks.append(look(image_file.name, image, mask, k, pose))
-    findings = understand(looks, picture_path(scene), sphere=(np.zeros(3), 1.0))[2]
+    findings = judge_scale([matrices[f"scale_mat_{index}"] for index in range(len(looks))])
+    findings = understand(looks, picture_path(scene), findings, sphere=(np.zeros(3), 1.0))[2]
     count = len({finding.text for finding in findings if finding.wrong})
     if count:
         raise UserError(f"{scene}: {count} thing{'s' * (count > 1)} to mend, in the lines above; see "
                         f"{picture_path(scene)}")
-    datasets.load_scene(path, max(1, min(looks[0].mask.shape) // 8))
     print(f"{scene}: {len(looks)} views, nothing wrong; look at {picture_path(scene)}")
 
 
@@ -595,9 +618,9 @@ def main():
     parser = argparse.ArgumentParser(description="Make a scene from photographs with cameras and masks, or judge one.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"Cameras are {cameras_in.FORMATS}.")
-    parser.add_argument("input", help="the folder of the photographs and cameras, or a camera file; with --check a scene")
+    parser.add_argument("input", help="a folder of photographs and cameras, or a camera file; with --check a scene")
     parser.add_argument("--output", help="the scene's folder, new or empty")
-    parser.add_argument("--check", action="store_true", help="write nothing but the picture; judge the scene in `input`")
+    parser.add_argument("--check", action="store_true", help="judge the scene `input`; writes nothing but the picture")
     parser.add_argument("--images", metavar="FOLDER", help="the photographs, if not where the format has them")
     parser.add_argument("--masks", metavar="FOLDER|alpha|background", help="where the masks come from; by default the "
                         "folder masks/ or mask/, else the alpha channel; background: what differs from the border")
