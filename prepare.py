@@ -110,17 +110,22 @@ def carve(points, reach, views, most_misses):
     outside its frame. reach: a point meets a mask that is no farther than the image of this length. Points with
     more than most_misses views that could show them and do not are given up.
     """
-    seen, met, alive = np.zeros(len(points), int), np.zeros(len(points), int), np.arange(len(points))
-    for view in views:
-        pixels, depth = project(points[alive], view)
-        height, width = view.mask.shape
-        framed = (depth > 0) & (pixels > -0.5).all(axis=1) & (pixels < (width - 0.5, height - 0.5)).all(axis=1)
-        u, v = np.rint(pixels[framed]).astype(int).T
-        away = cv2.distanceTransform((~view.mask).astype(np.uint8), cv2.DIST_L2, 5)
-        near = away[v, u] * depth[framed] <= reach * view.intrinsics[0, 0]
-        seen[alive[framed] if touched_edges(view.mask) else alive] += 1
-        met[alive[framed][near]] += 1
-        alive = alive[seen[alive] - met[alive] <= most_misses]
+    seen, met = np.zeros(len(points), int), np.zeros(len(points), int)
+    away = [cv2.distanceTransform((~view.mask).astype(np.uint8), cv2.DIST_L2, 5) for view in views]
+    cut_off = [bool(touched_edges(view.mask)) for view in views]
+    for start in range(0, len(points), 8192):  # as many as stay in the cache
+        alive = np.arange(start, min(start + 8192, len(points)))
+        for view, distances, cut in zip(views, away, cut_off):
+            pixels, depth = project(points[alive], view)
+            u, v = np.rint(pixels.T)
+            framed = (depth > 0) & (u >= 0) & (v >= 0) & (u < view.mask.shape[1]) & (v < view.mask.shape[0])
+            near = distances[v[framed].astype(int), u[framed].astype(int)]
+            near = near * depth[framed] <= reach * view.intrinsics[0, 0]
+            seen[alive[framed] if cut else alive] += 1
+            met[alive[framed][near]] += 1
+            alive = alive[seen[alive] - met[alive] <= most_misses]
+            if not len(alive):
+                break
     return seen, met
 
 
