@@ -90,7 +90,7 @@ def recognise(source):
         if found:
             return reader, found[0]
     raise UserError(f"{source}: no cameras found; wanted is {FORMATS}. From photographs alone COLMAP makes them: "
-                    "colmap automatic_reconstructor --workspace_path FOLDER --image_path FOLDER/images")
+                    "colmap automatic_reconstructor --dense 0 --workspace_path FOLDER --image_path FOLDER/images")
 
 
 # --- what the readers share -------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """Masks as people have them: a folder, an alpha channel, or an object before a plain background."""
+import os
 from pathlib import Path
 
 import cv2
@@ -52,8 +53,9 @@ def masks_in(folder, views):
 
 def mask_named(folder, image):
     """Return the mask of a photograph by its name, as people name them, with or without its folders; None if absent."""
+    known = Path(os.path.abspath(str(image))).parts[1:]  # without .. and the root, which would lead elsewhere
     for parts in (3, 2, 1):
-        tail = Path(*image.parts[-parts:])
+        tail = Path(*known[-parts:])
         names = [tail.name + ".png"] + [tail.stem + end + suffix for end in ("", "_mask") for suffix in
                                         datasets.SUFFIXES + tuple(s.upper() for s in datasets.SUFFIXES)]
         for name in names:

@@ -305,7 +305,8 @@ def confirmed_reason(views, agreed):
     """Return the usual mistake whose undoing halves how much the Looks disagree, "" for none."""
     for reason, changed in trials(views):
         changed = changed[::-(-len(changed) // 24)]
-        if all(view.mask.any() for view in changed) and agreement(changed, np.median) > max(SURE - 0.02, (1 + agreed) / 2):
+        wanted = max(SURE - 0.02, (1 + agreed) / 2)
+        if all(view.mask.any() for view in changed) and agreement(changed, np.median) > wanted:
             return reason
     return ""
 
@@ -484,7 +485,7 @@ def draw_cameras(axes, views, points, wrong):
     low, high = box.min(axis=0), box.max(axis=0)
     reach = (high - low).max() / 2
     axes.set(**{f"{name}lim": (middle - reach, middle + reach) for name, middle in zip("xyz", (low + high) / 2)})
-    axes.set_box_aspect((1, 1, 1), zoom=1.3)
+    axes.set_box_aspect((1, 1, 1), zoom=1.4)
     axes.set_axis_off()
 
 

@@ -264,6 +264,14 @@ def test_masks_in_every_place(truth, tmp_path):
         masks_in.mask_sources(views, None, source)
 
 
+def test_a_photograph_is_not_its_own_mask(truth, tmp_path, monkeypatch):
+    source = colmap(tmp_path / "input", truth)
+    monkeypatch.chdir(source / "sparse")  # the photographs are ../images/view_5.png ..., beside the masks' folder
+    views = cameras_in.read_views("..")[0]
+    sources = masks_in.mask_sources(views, None, "..")
+    assert [mask.resolve() for mask in sources] == [source.resolve() / "masks" / name for name in NAMES]
+
+
 def test_masks_before_a_background(truth, run, tmp_path):
     k, _, images, masks = truth
     rng = np.random.default_rng(0)
