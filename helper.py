@@ -67,16 +67,16 @@ def new_folder(path):
 
     Raises UserError where `path` holds anything, or cannot be written.
     """
-    path = Path(os.path.abspath(path))
+    target = Path(os.path.abspath(path))
     try:
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise UserError(f"{path}: is there already, and not empty; choose another --output or remove it")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=str(path.parent)) as temporary:
-            folder = Path(temporary) / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=str(target.parent)) as temporary:
+            folder = Path(temporary) / target.name
             folder.mkdir()
             yield folder
-            folder.rename(path)
+            folder.rename(target)
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output")
 

@@ -43,6 +43,7 @@ class Finding(NamedTuple):
     text: str
     view: int = -1          # -1: of the whole scene
     wrong: bool = True      # or only worth knowing
+    fatal: bool = False     # a scene with it is of no use, or cannot be loaded
 
 
 # --- photographs and masks --------------------------------------------------------------------------------------------
@@ -246,7 +247,7 @@ def judge_masks(views):
         edges = touched_edges(view.mask)
         if not view.mask.any():
             findings.append(Finding("the mask is empty; the object must be white, more than half of 255, else leave "
-                                    "the view out", index))
+                                    "the view out", index, fatal=True))
         elif len(edges) == 4 and view.mask.mean() > 0.5:
             findings.append(Finding("the mask covers the image's border all around; the object must be white and the "
                                     "background black", index))
@@ -264,7 +265,7 @@ def judge_agreement(views):
     points, spacing = visual_hull(views)
     shares = agreements(points, spacing, views) if len(points) else np.zeros(1)
     agreed, doubtful = np.median(shares), np.median(shares) < SURE or shares.min() < AGREE
-    odd = contradicting(views) if doubtful and agreed > 0.6 else []  # below, more than a few are wrong
+    odd = contradicting(views) if doubtful else []
     if odd:
         kept = [view for index, view in enumerate(views) if index not in odd]
         points, spacing = visual_hull(kept)
@@ -274,7 +275,8 @@ def judge_agreement(views):
         text = (f"hull and mask share only {agreed:.0%} of their union in the median view, so cameras and masks "
                 "contradict one another; " if agreed > 0 else "no point of space lies in all masks; ")
         return points, spacing, [Finding(text + (reason or "look in the picture for a wrong order of images, masks and "
-                                                 "cameras, for other axes, and for intrinsics of another image size"))]
+                                                 "cameras, for other axes, and for intrinsics of another image size"),
+                                         fatal=True)]
     shares = agreements(points, spacing, views)
     return points, spacing, [
         Finding(f"its mask and the hull of the other views share only {share:.0%} of their union: its mask, its "
@@ -284,14 +286,20 @@ def judge_agreement(views):
 
 def contradicting(views):
     """Return the indices of the few Looks (none, where few are not to blame) without which the others agree."""
-    odd, kept, agreed = [], list(range(len(views))), agreement(views, np.mean)
-    while len(odd) < max(1, len(views) // 8) and len(kept) > 3:
+    few, odd = max(1, len(views) // 8), []
+    if len(views) > 12:  # the hull that few may contradict shows whether only few do, and those that are far off
+        points, spacing = visual_hull(views, COARSE, misses=few)
+        shares = agreements(points, spacing, views) if len(points) else np.zeros(1)
+        if np.median(shares) < 0.8:
+            return []
+        odd = [index for index in np.argsort(shares)[:few] if shares[index] < 0.5]
+    kept = [index for index in range(len(views)) if index not in odd]
+    agreed = agreement([views[index] for index in kept], np.mean)
+    while len(odd) < few and len(kept) > 3:
         looks = [views[index] for index in kept]
         suspects = kept
-        if len(kept) > 12:  # those that agree least with the hull that few may contradict
-            points, spacing = visual_hull(looks, COARSE, misses=max(1, len(kept) // 8))
-            if not len(points):
-                return []
+        if len(kept) > 12:  # those that agree least with that hull
+            points, spacing = visual_hull(looks, COARSE, misses=few)
             suspects = [kept[index] for index in np.argsort(agreements(points, spacing, looks))[:4]]
         without = [agreement([views[index] for index in kept if index != suspect], np.mean) for suspect in suspects]
         if max(without) < agreed + 0.01:
@@ -362,7 +370,8 @@ def judge_sphere(points, views, trusted):
         centre, axis = view.pose[:3, 3], view.pose[:3, 2]
         missing = ray_distances(view, np.argwhere(view.mask)[:, ::-1]) > 1 if view.mask.any() else np.zeros(1, bool)
         if axis @ centre > 1:
-            findings.append(Finding("the unit sphere is behind the camera; z must point into the scene", index))
+            findings.append(Finding("the unit sphere is behind the camera; z must point into the scene", index,
+                                    fatal=True))
         elif np.linalg.norm(centre) < 1:
             findings.append(Finding("the camera is inside the unit sphere; tracing starts outside it: " + renew, index))
         elif trusted and missing.mean() > 0.01:
@@ -574,10 +583,10 @@ def prepare(args):
         looks, intrinsics = write_scene(folder, views, sources, args.threshold, args.downscale)
         picture = picture_path(args.output)
         centre, radius, findings = understand(looks, picture)
-        fatal = [finding for finding in findings if finding.wrong and (finding.view < 0 or
-                                                                       not looks[finding.view].mask.any())]
+        fatal = [finding for finding in findings if finding.fatal]
         if fatal:
-            raise UserError(f"{args.output}: not written, as {fatal[0].text}; see {picture}")
+            where = f"view {fatal[0].view} ({looks[fatal[0].view].name}): " if fatal[0].view >= 0 else ""
+            raise UserError(f"{args.output}: not written; {where}{fatal[0].text}; see {picture}")
         cameras, scale_mat = {}, np.diag((radius, radius, radius, 1.0))
         scale_mat[:3, 3] = centre
         for index, view in enumerate(views):
@@ -585,7 +594,6 @@ def prepare(args):
             world_mat[:3] = intrinsics[index] @ world_mat[:3]
             cameras[f"world_mat_{index}"], cameras[f"scale_mat_{index}"] = world_mat, scale_mat
         np.savez(str(folder / "cameras.npz"), **cameras)
-        datasets.load_cameras(folder / "cameras.npz", len(views))
     print(f"{args.output}: {len(views)} views; the unit sphere lies at {np.array2string(centre, precision=4)}, radius "
           f"{radius:.4g}; look at {picture}")
 

@@ -2,6 +2,7 @@
 import json
 import struct
 import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -268,7 +269,7 @@ def test_a_photograph_is_not_its_own_mask(truth, tmp_path, monkeypatch):
     source = colmap(tmp_path / "input", truth)
     monkeypatch.chdir(source / "sparse")  # the photographs are ../images/view_5.png ..., beside the masks' folder
     views = cameras_in.read_views("..")[0]
-    sources = masks_in.mask_sources(views, None, "..")
+    sources = masks_in.mask_sources(views, None, Path(".."))
     assert [mask.resolve() for mask in sources] == [source.resolve() / "masks" / name for name in NAMES]
 
 
@@ -338,6 +339,12 @@ def test_one_wrong_view_is_named(truth, run, tmp_path):
     changed = wrong_cameras(truth, lambda poses: poses[:3] + [poses[6]] + poses[4:])
     status, _, error = run(plain(tmp_path / "input", changed), "--output", "mine")
     assert status == 0 and error.startswith("wrong: view 3 (view_8.png): ") and error.count("\n") == 0
+    datasets.load_scene(tmp_path / "mine")
+
+
+def test_one_view_that_looks_away_is_refused_by_name(truth, refused, tmp_path):
+    changed = wrong_cameras(truth, lambda poses: poses[:3] + [poses[3] @ np.diag((1, -1, -1, 1))] + poses[4:])
+    refused(plain(tmp_path / "input", changed), "view 3 (view_8.png)", "behind the camera")
 
 
 def spoiled(tmp_path, truth, change):
