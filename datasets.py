@@ -7,6 +7,7 @@ unit sphere to the object's region of the world. Here everything is in the coord
 and pixel centres are at integers (u, v).
 """
 import sys
+import warnings
 from contextlib import closing
 from pathlib import Path
 from typing import List, NamedTuple
@@ -20,6 +21,7 @@ from tqdm import tqdm
 from helper import UserError, decompose_projection, pixel_rays
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
+MOST_PIXELS = 80 * 10 ** 6  # of a picture: a small file may unpack to more than the memory
 
 
 class Scene(NamedTuple):
@@ -124,6 +126,7 @@ def read_mask(path):
 
 def read_picture(path, mode):
     """Read a picture (grey, palette, RGB, RGBA; 1, 8 or 16 bits) as uint8 in Pillow's mode "RGB" or "LA"."""
+    picture_size(path)
     try:
         with Image.open(path) as picture:
             if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
@@ -131,8 +134,29 @@ def read_picture(path, mode):
             # By way of RGBA, as a palette may have transparent colours.
             return np.asarray((picture.convert("RGBA") if mode == "LA" else picture).convert(mode))
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
-        reason = getattr(error, "strerror", None) or "truncated, or not of the format that its name says"
-        raise UserError(f"{path}: cannot be read as an image ({reason}); replace this file")
+        raise unreadable(path, error)
+
+
+def picture_size(path):
+    """Return a picture's width and height from its header; UserError where it is unreadable or too large."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is ours
+            with Image.open(path) as picture:
+                width, height = picture.size
+    except Image.DecompressionBombError:
+        width, height = MOST_PIXELS, 2
+    except Exception as error:
+        raise unreadable(path, error)
+    if width * height > MOST_PIXELS:
+        raise UserError(f"{path}: has more than {MOST_PIXELS // 10 ** 6} million pixels; shrink it")
+    return width, height
+
+
+def unreadable(path, error):
+    """Return the UserError for a picture at which a reader of Pillow's failed with `error`."""
+    reason = getattr(error, "strerror", None) or "truncated, or not of the format that its name says"
+    return UserError(f"{path}: cannot be read as an image ({reason}); replace this file")
 
 
 def load_cameras(path, count):
@@ -158,9 +182,9 @@ def load_cameras(path, count):
     return intrinsics, poses, matrices["scale_mat_0"]
 
 
-def read_matrices(path, count):
+def read_matrices(path, count, kinds=("world", "scale")):
     """Return {"world_mat_i" and "scale_mat_i": (4, 4) float64} of a cameras.npz with just `count` cameras."""
-    keys = [f"{kind}_mat_{view}" for view in range(count) for kind in ("world", "scale")]
+    keys = [f"{kind}_mat_{view}" for view in range(count) for kind in kinds]
     if not path.is_file():
         raise UserError(f"{path}: no such file; a scene holds image/, mask/ and cameras.npz")
     try:

@@ -62,6 +62,26 @@ def replacing(path):
             os.unlink(temporary)
 
 
+@contextlib.contextmanager
+def new_folder(path):
+    """Yield a temporary folder beside `path`, which is absent or empty; rename it to `path` if the block succeeds.
+
+    Raises UserError where `path` holds anything, or cannot be written.
+    """
+    target = Path(os.path.abspath(path))
+    try:
+        if target.exists() and (not target.is_dir() or any(target.iterdir())):
+            raise UserError(f"{path}: is there already, and not empty; choose another --output or remove it")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=str(target.parent)) as temporary:
+            folder = Path(temporary) / target.name
+            folder.mkdir()
+            yield folder
+            folder.rename(target)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output")
+
+
 def write_image(path, image):
     """Write `image` (H, W, 3) or (H, W), floats in [0, 1] or uint8, as a picture, replacing `path` whole."""
     import imageio.v2 as imageio  # here: the tracer's and the networks' users need no image library
@@ -344,6 +364,8 @@ def decompose_projection(projection):
         raise ValueError("it has values that are not finite")
     if np.linalg.cond(projection[:, :3]) > 1e12:
         raise ValueError("it is singular")
+    if np.linalg.det(projection[:, :3]) < 0:  # P and -P are the same projection
+        projection = -projection
     intrinsics, rotation, centre = cv2.decomposeProjectionMatrix(projection)[:3]
     pose = np.eye(4)
     pose[:3, :3] = rotation.T

@@ -8,7 +8,6 @@ give the same bytes.
 """
 import argparse
 import json
-import tempfile
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -257,16 +256,9 @@ def main():
     if made_already(output, settings):
         print(f"{output}: is there already, made with these settings")
         return
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=str(output.parent)) as temporary:
-            scene = Path(temporary) / output.name
-            scene.mkdir()
-            covered = write_scene(scene, args.views, args.held_out, args.size)
-            (scene / "scene.json").write_text(json.dumps(settings) + "\n")
-            scene.rename(output)
-    except OSError as error:
-        raise helper.UserError(f"{output}: cannot be written ({error.strerror}); choose another --output")
+    with helper.new_folder(output) as scene:
+        covered = write_scene(scene, args.views, args.held_out, args.size)
+        (scene / "scene.json").write_text(json.dumps(settings) + "\n")
     print(f"{output}: {args.views} views to train on and {args.held_out} held out, {args.size}x{args.size} "
           f"pixels, the object on {covered:.0%} of them; surface.ply holds its exact surface")
 

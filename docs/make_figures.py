@@ -1,6 +1,7 @@
 """Make the README's pictures. What is named is made; the scenes must lie where the runs' configurations say.
 
     python docs/make_figures.py --method --initial --demo results_demo --scan65 results_scan65 scan65_cpu.png
+    python docs/make_figures.py --check data/demo
 """
 import argparse
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import trimesh
 from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyBboxPatch
+from PIL import Image
 
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
@@ -21,6 +23,7 @@ import datasets             # noqa: E402
 import helper               # noqa: E402
 import make_scene           # noqa: E402
 import network              # noqa: E402
+import prepare              # noqa: E402
 import ray_tracer           # noqa: E402
 import synthesize           # noqa: E402
 
@@ -35,6 +38,7 @@ def main():
     parser.add_argument("--demo", metavar="FOLDER", help="the run of make demo, after extract.py")
     parser.add_argument("--scan65", nargs=2, metavar=("FOLDER", "PICTURE"), action="append", default=[],
                         help="a run on DTU's scan 65, after extract.py, and the name of its picture")
+    parser.add_argument("--check", metavar="SCENE", help="what prepare.py --check draws of a scene")
     args = parser.parse_args()
     if args.method:
         draw_method(DOCS / "method.png")
@@ -44,6 +48,10 @@ def main():
         write_labelled(DOCS / "demo.png", demo_picture(Path(args.demo), views=(36, 37), size=288),
                        columns=("a held-out view", "another held-out view", "its normals", "its shape"),
                        rows=("true", "learnt"))
+    if args.check:
+        prepare.check(args.check)
+        with Image.open(str(prepare.picture_path(args.check))) as picture:  # a palette makes it a third of the size
+            picture.convert("RGB").quantize(256).save(str(DOCS / "prepare.png"), optimize=True)
     for folder, picture in args.scan65:
         write_labelled(DOCS / picture, scan_picture(Path(folder), view=20, shape=(340, 390)),
                        ("view 20", "its normals", "the extracted mesh"))

@@ -1,0 +1,476 @@
+"""Cameras as other programs write them -> views: COLMAP, NeRF's transforms.json, Middlebury, cameras.npz, K R t.
+
+Files from strangers are data: nothing is unpickled, a path that they name stays inside the folder that it is
+relative to, and what does not fit is refused in one line. The pixel centres of COLMAP and transforms.json are
+at half numbers; here, as everywhere else, they are at whole ones.
+"""
+import json
+import os
+import re
+import struct
+from pathlib import Path
+from typing import NamedTuple, Optional, Tuple
+
+import numpy as np
+
+import datasets
+from helper import UserError, decompose_projection
+
+FORMATS = """a COLMAP model (cameras and images, .bin or .txt, in the folder itself, sparse/ or sparse/0/), \
+transforms.json, cameras.npz, a Middlebury *_par.txt, or cameras.json with K, R and t of each image"""
+MAX_NAME = 4096  # bytes; a longer name in a COLMAP file means a broken file
+
+# COLMAP's camera models, by their numbers in cameras.bin: name and parameters. Those that OpenCV can undo say
+# where its k1, k2, p1, p2, k3 ... (or, for a fisheye, k1 to k4) come from; the others have None.
+COLMAP_MODELS = [
+    ("SIMPLE_PINHOLE", "f cx cy"),
+    ("PINHOLE", "fx fy cx cy"),
+    ("SIMPLE_RADIAL", "f cx cy k1"),
+    ("RADIAL", "f cx cy k1 k2"),
+    ("OPENCV", "fx fy cx cy k1 k2 p1 p2"),
+    ("OPENCV_FISHEYE", "fx fy cx cy k1 k2 k3 k4"),
+    ("FULL_OPENCV", "fx fy cx cy k1 k2 p1 p2 k3 k4 k5 k6"),
+    ("FOV", "fx fy cx cy omega"),
+    ("SIMPLE_RADIAL_FISHEYE", "f cx cy k1"),
+    ("RADIAL_FISHEYE", "f cx cy k1 k2"),
+    ("THIN_PRISM_FISHEYE", "fx fy cx cy k1 k2 p1 p2 k3 k4 sx1 sy1"),
+]
+UNUSABLE = ("FOV", "THIN_PRISM_FISHEYE")
+OPENCV_ORDER = ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")
+
+
+class View(NamedTuple):
+    image: Path                             # the photograph
+    mask: Optional[Path]                    # its mask, where the cameras' file names one
+    intrinsics: np.ndarray                  # (3, 3) float64, pixels
+    pose: np.ndarray                        # (4, 4) float64, camera to world; x right, y down, z into the scene
+    size: Optional[Tuple[int, int]] = None  # width and height of the image that the intrinsics are for, where said
+    distortion: Tuple[float, ...] = ()      # OpenCV's coefficients; none: a pinhole camera
+    fisheye: bool = False                   # whether they are those of OpenCV's fisheye model
+
+
+def read_views(source, images=None):
+    """Read the views that `source`, a folder or a camera file, describes.
+
+    images: the folder of the photographs, None to look for it. Returns the views in the order of their names and a
+    text that says what was read. Raises UserError where nothing is recognised and where a file does not fit.
+    """
+    source = Path(source)
+    if not source.exists():
+        raise UserError(f"{source}: no such file or folder; name the folder of your photographs and cameras")
+    reader, path = recognise(source)
+    root = source if source.is_dir() else source.parent
+    views = reader(path, Path(images) if images else None)
+    for view in views:
+        check_camera(path, view)
+    relative = os.path.relpath(str(path), str(root))
+    return views, f"{len(views)} cameras of {path.name if relative == '.' else relative} ({TITLES[reader]})"
+
+
+def recognise(source):
+    """Return the reader for a folder or a camera file, and the path that it reads; UserError where there is none."""
+    if source.is_file():
+        for fits, reader in ((source.suffix == ".json" and "transforms" in source.name, read_transforms),
+                             (source.suffix == ".json", read_krt),
+                             (source.suffix == ".npz", read_npz),
+                             (source.name.endswith("_par.txt"), read_middlebury)):
+            if fits:
+                return reader, source
+        raise UserError(f"{source}: not a camera file that is known here; name {FORMATS}")
+    for name, reader in (("transforms.json", read_transforms), ("transforms_train.json", read_transforms)):
+        if (source / name).is_file():
+            return reader, source / name
+    models = colmap_models(source)
+    if models:
+        return read_colmap, largest_model(models)
+    for pattern, reader in (("cameras.npz", read_npz), ("*_par.txt", read_middlebury), ("cameras.json", read_krt)):
+        found = sorted(source.glob(pattern))
+        if len(found) > 1:
+            raise UserError(f"{source}: has {len(found)} files {pattern}; name the one to read instead of the folder")
+        if found:
+            return reader, found[0]
+    raise UserError(f"{source}: no cameras found; wanted is {FORMATS}. From photographs alone COLMAP makes them: "
+                    "colmap automatic_reconstructor --dense 0 --workspace_path FOLDER --image_path FOLDER/images")
+
+
+# --- what the readers share -------------------------------------------------------------------------------------------
+
+def natural(name):
+    """Return a key that sorts names as people do: view_2 before view_10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", str(name))]
+
+
+def inside(folder, name, source):
+    """Return folder / name for a path that the file `source` names; UserError where it leads out of the folder.
+
+    Links in the folder are followed: they are of the user's making, the name is not.
+    """
+    name = str(name).replace("\\", "/")
+    path = os.path.normpath(name)
+    if "\0" in name or path in (".", "..") or path.startswith("../") or os.path.isabs(path) or name[1:2] == ":":
+        raise UserError(f"{source}: the path {name[:200]!r} leads out of {folder}; only files inside it are read")
+    return Path(folder) / path
+
+
+def read_text(path):
+    """Return a text file whole; UserError where it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not a text file'})")
+
+
+def read_json(path, wanted):
+    """Return a JSON file's mapping; UserError where it is broken or something else."""
+    try:
+        tree = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        where = f", line {error.lineno}" if hasattr(error, "lineno") else ""
+        raise UserError(f"{path}{where}: not valid JSON ({getattr(error, 'msg', 'it cannot be parsed')})")
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: must be a mapping with {wanted}")
+    return tree
+
+
+def number(value, where):
+    """Return `value` as a float if it is a finite number; UserError naming `where` otherwise."""
+    try:
+        fits = type(value) in (int, float) and abs(float(value)) < 1e15
+    except OverflowError:
+        fits = False
+    if not fits:
+        raise UserError(f"{where} must be a number, not {str(value)[:60]!r}")
+    return float(value)
+
+
+def matrix(value, shapes, where):
+    """Return nested lists as a float64 array of one of the `shapes`; UserError naming `where` otherwise."""
+    try:
+        array = np.array(value, np.float64)
+        fits = array.shape in shapes and bool(np.isfinite(array).all())
+    except (TypeError, ValueError, OverflowError):
+        fits = False
+    if not fits:
+        raise UserError(f"{where} must be finite numbers of shape {' or '.join(str(shape) for shape in shapes)}")
+    return array
+
+
+def camera_matrix(fx, fy, cx, cy):
+    return np.array([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])
+
+
+def pose_from(rotation, translation):
+    """Return the pose (4, 4) of x_camera = R x_world + t."""
+    pose = np.eye(4)
+    pose[:3, :3] = rotation.T
+    pose[:3, 3] = -rotation.T @ translation
+    return pose
+
+
+def check_camera(path, view):
+    """Raise UserError unless the view's pose is a rigid motion and its focal lengths are positive."""
+    where = f"{path}: the camera of {view.image.name}"
+    rotation = view.pose[:3, :3]
+    if not (np.isfinite(view.pose).all() and np.isfinite(view.intrinsics).all()):
+        raise UserError(f"{where} has values that are not finite; mend or remove this view")
+    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-2 or np.linalg.det(rotation) < 0:
+        raise UserError(f"{where}: its rotation is {'mirrored' if np.linalg.det(rotation) < 0 else 'not a rotation'}; "
+                        "R R^T must be 1 and det R 1, without scale")
+    if not (view.intrinsics[0, 0] > 0 and view.intrinsics[1, 1] > 0):
+        raise UserError(f"{where}: its focal length must be more than 0")
+
+
+def picture_folder(folders):
+    """Return the first of the folders that holds pictures; UserError where none does."""
+    for folder in folders:
+        if folder.is_dir() and datasets.picture_files(folder)[0]:
+            return folder
+    raise UserError(f"{' or '.join(str(f) for f in folders)}: no photographs ({', '.join(datasets.SUFFIXES)}) there; "
+                    "say with --images where they are")
+
+
+# --- COLMAP -----------------------------------------------------------------------------------------------------------
+# A short reader of our own: pycolmap (wheels for 3.8 to 3.10 up to 3.12.5, 54 MB installed) insists on the points
+# and tracks, which are not needed here, takes a truncated cameras.bin for whole, and loops for ever on other
+# truncated files.
+
+def colmap_models(folder):
+    """Return the folders of the COLMAP models in a folder or where COLMAP and nerfstudio put them."""
+    places = [folder, folder / "sparse"] + sorted((folder / "sparse").glob("[0-9]*"), key=natural)
+    places += sorted((folder / "colmap" / "sparse").glob("[0-9]*"), key=natural)
+    return [place for place in places
+            if any((place / f"cameras{s}").is_file() and (place / f"images{s}").is_file() for s in (".bin", ".txt"))]
+
+
+def largest_model(models):
+    """Return the model with the most images: COLMAP starts a new one where photographs do not connect."""
+    if len(models) == 1:
+        return models[0]
+    counts = [len(colmap_images(model)) for model in models]
+    best = counts.index(max(counts))
+    print(f"notice: {len(models)} COLMAP models, of {', '.join(map(str, counts))} images; reading {models[best]}, for "
+          "another name its folder")
+    return models[best]
+
+
+def read_colmap(model, images):
+    """Read a COLMAP model, text or binary, in the folder `model`, as views."""
+    cameras, posed = colmap_cameras(model), colmap_images(model)
+    if not posed:
+        raise UserError(f"{model}: no image is registered in this model; COLMAP found no cameras")
+    # Beside the model, or where it lies in a workspace: images/ and sparse/0/.
+    parents = [model, model.absolute().parent, model.absolute().parent.parent, model.absolute().parent.parent.parent]
+    folder = images or picture_folder([parent / "images" for parent in parents])
+    views = []
+    for name, rotation, translation, camera in sorted(posed, key=lambda entry: natural(entry[0])):
+        if camera not in cameras:
+            raise UserError(f"{model}: image {name} has the camera {camera}, which the model's cameras lack")
+        image = inside(folder, name, model)
+        views.append(View(image, None, pose=pose_from(rotation, translation), **cameras[camera]))
+    return views
+
+
+def colmap_cameras(model):
+    """Return {number: what View takes of it} for the cameras of a COLMAP model."""
+    path = model / "cameras.bin"
+    rows = binary_cameras(path) if path.is_file() else text_cameras(model / "cameras.txt")
+    path = path if path.is_file() else model / "cameras.txt"
+    return {camera: colmap_intrinsics(f"{path}: camera {camera}", *row) for camera, *row in rows}
+
+
+def colmap_images(model):
+    """Return (name, rotation (3, 3), translation (3,), camera's number) for each image of a COLMAP model."""
+    path = model / "images.bin"
+    rows = binary_images(path) if path.is_file() else text_images(model / "images.txt")
+    return [(name, quaternion_rotation(values[:4], f"{model}: image {name}"), np.array(values[4:7]), camera)
+            for name, values, camera in rows]
+
+
+def colmap_intrinsics(where, name, width, height, values):
+    """Return intrinsics, size and distortion, as View names them, of a COLMAP camera."""
+    names = dict(COLMAP_MODELS).get(name)
+    if names is None or name in UNUSABLE:
+        raise UserError(f"{where}: the model {name[:40]} cannot be undistorted here; run colmap image_undistorter and "
+                        "give this script its output folder")
+    if len(values) != len(names.split()) or not np.isfinite(values).all():
+        raise UserError(f"{where}: {name} has the {len(names.split())} finite parameters {names}, not {len(values)}")
+    p = dict(zip(names.split(), values))
+    k = camera_matrix(p.get("fx", p.get("f")), p.get("fy", p.get("f")), p["cx"] - 0.5, p["cy"] - 0.5)
+    fisheye = name.endswith("FISHEYE")
+    order = ("k1", "k2", "k3", "k4") if fisheye else OPENCV_ORDER
+    distortion = tuple(p.get(key, 0.0) for key in order)
+    return {"intrinsics": k, "size": (width, height), "fisheye": fisheye and any(distortion),
+            "distortion": distortion if any(distortion) else ()}
+
+
+def quaternion_rotation(q, where):
+    """Return the rotation (3, 3) of a quaternion w, x, y, z; UserError where it is 0 or not finite."""
+    q = np.array(q, np.float64)
+    length = np.linalg.norm(q)
+    if not (np.isfinite(length) and length > 1e-6):
+        raise UserError(f"{where}: its quaternion {q.tolist()} is no rotation")
+    w, x, y, z = q / length
+    return np.array([[1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+                     [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+                     [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)]])
+
+
+def unpack(file, layout):
+    """Return the next little-endian values of a binary file; ValueError where it ends."""
+    size = struct.calcsize("<" + layout)
+    content = file.read(size)
+    if len(content) < size:
+        raise ValueError("it ends too early: truncated, or not COLMAP's")
+    return struct.unpack("<" + layout, content)
+
+
+def binary_rows(path, read_row):
+    """Return read_row(file) for each entry of a COLMAP binary file; UserError where it is not whole."""
+    try:
+        with open(str(path), "rb") as file:
+            count, = unpack(file, "Q")
+            if count > os.path.getsize(str(path)):  # an entry is longer than a byte
+                raise ValueError(f"it says that it has {count} entries: not COLMAP's, or damaged")
+            rows = [read_row(file) for _ in range(count)]
+            if file.read(1):
+                raise ValueError("it goes on after its last entry: not COLMAP's, or damaged")
+            return rows
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})")
+    except (ValueError, UnicodeDecodeError) as error:
+        reason = "a name is not text" if isinstance(error, UnicodeDecodeError) else error
+        raise UserError(f"{path}: {reason}; copy the model again")
+
+
+def binary_cameras(path):
+    """Return (number, model's name, width, height, parameters) of each camera in a cameras.bin."""
+    def row(file):
+        camera, model, width, height = unpack(file, "iiQQ")
+        if not 0 <= model < len(COLMAP_MODELS):
+            raise ValueError(f"camera {camera} has the unknown model {model}")
+        name, names = COLMAP_MODELS[model]
+        return camera, name, width, height, unpack(file, f"{len(names.split())}d")
+    return binary_rows(path, row)
+
+
+def binary_images(path):
+    """Return (name, quaternion and translation, camera's number) of each image in an images.bin."""
+    size = os.path.getsize(str(path))
+
+    def row(file):
+        _, *values, camera = unpack(file, "i7di")
+        start, name = file.tell(), file.read(MAX_NAME)
+        if b"\0" not in name:
+            raise ValueError("a name has no end: truncated, or not COLMAP's")
+        name = name[:name.index(b"\0")]
+        file.seek(start + len(name) + 1)
+        points, = unpack(file, "Q")
+        if file.tell() + 24 * points > size:
+            raise ValueError("it ends too early: truncated, or not COLMAP's")
+        file.seek(24 * points, os.SEEK_CUR)  # x, y and the 3D point of each keypoint
+        return name.decode("utf-8"), values, camera
+    return binary_rows(path, row)
+
+
+def text_cameras(path):
+    """Return what binary_cameras does, of a cameras.txt."""
+    rows = []
+    for index, line in enumerate(read_text(path).splitlines(), 1):
+        words = line.split()
+        if words and not words[0].startswith("#"):
+            try:
+                rows.append((int(words[0]), words[1], int(words[2]), int(words[3]), [float(w) for w in words[4:]]))
+            except (ValueError, IndexError):
+                raise UserError(f"{path}, line {index}: wanted are number, model, width, height and parameters")
+    return rows
+
+
+def text_images(path):
+    """Return what binary_images does, of an images.txt: two lines per image, the second with its keypoints."""
+    rows, keypoints_follow = [], False
+    for index, line in enumerate(read_text(path).splitlines(), 1):
+        if line.startswith("#") or not (line.strip() or keypoints_follow):
+            continue
+        if not keypoints_follow:
+            words = line.split(None, 9)
+            try:
+                int(words[0])
+                rows.append((words[9].strip(), [float(word) for word in words[1:8]], int(words[8])))
+            except (ValueError, IndexError):
+                raise UserError(f"{path}, line {index}: wanted are number, quaternion, translation, camera and name, "
+                                "and a line of keypoints, which may be empty")
+        keypoints_follow = not keypoints_follow
+    return rows
+
+
+# --- NeRF's transforms.json: Blender, instant-ngp, nerfstudio ---------------------------------------------------------
+
+PERSPECTIVE = ("PERSPECTIVE", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "OPENCV")
+
+
+def read_transforms(path, images):
+    """Read a transforms.json (camera to world, y up and z backwards) as views; frames may override its intrinsics."""
+    tree = read_json(path, "frames")
+    frames = tree.get("frames")
+    if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
+        raise UserError(f"{path}: frames must be a list of frames, each with file_path and transform_matrix")
+    views = []
+    for index, frame in enumerate(frames):
+        where = f"{path}: frames[{index}]"
+        if not isinstance(frame.get("file_path"), str):
+            raise UserError(f"{where}.file_path must name the image of this frame")
+        image = inside(images or path.parent, Path(frame["file_path"]).name if images else frame["file_path"], where)
+        if image.suffix.lower() not in datasets.SUFFIXES and image.with_name(image.name + ".png").is_file():
+            image = image.with_name(image.name + ".png")  # Blender's names have no suffix
+        mask = frame.get("mask_path")
+        pose = matrix(frame.get("transform_matrix"), ((4, 4), (3, 4)), f"{where}.transform_matrix")
+        pose = np.vstack([pose[:3], (0, 0, 0, 1)]) @ np.diag((1.0, -1.0, -1.0, 1.0))
+        views.append(View(image, inside(path.parent, mask, where) if isinstance(mask, str) else None, pose=pose,
+                          **transforms_intrinsics(where, {**tree, **frame}, image)))
+    return sorted(views, key=lambda view: natural(view.image))
+
+
+def transforms_intrinsics(where, keys, image):
+    """Return intrinsics, size and distortion, as View names them, from a frame's keys."""
+    def get(key, default=None):
+        return number(keys[key], f"{where}: {key}") if keys.get(key) is not None else default
+
+    name = keys.get("camera_model", "OPENCV")
+    fisheye = name == "OPENCV_FISHEYE" or keys.get("is_fisheye") is True
+    if not fisheye and name not in PERSPECTIVE:
+        raise UserError(f"{where}: the camera_model {str(name)[:40]} is not known here; one of "
+                        f"{', '.join(PERSPECTIVE)} or OPENCV_FISHEYE is")
+    width, height = get("w"), get("h")
+    if width is None or height is None:
+        width, height = datasets.picture_size(image)
+    fx, fy = get("fl_x"), get("fl_y")
+    for axis, size in (("x", width), ("y", height)):
+        angle = get(f"camera_angle_{axis}")
+        if axis == "x" and fx is None and angle:
+            fx = size / 2 / np.tan(angle / 2)
+        if axis == "y" and fy is None and angle:
+            fy = size / 2 / np.tan(angle / 2)
+    if fx is None and fy is None:
+        raise UserError(f"{where}: has no focal length; wanted is fl_x, or camera_angle_x in radians")
+    fx, fy = fx if fx is not None else fy, fy if fy is not None else fx
+    order = ("k1", "k2", "k3", "k4") if fisheye else OPENCV_ORDER[:5]
+    if not fisheye and get("k4"):
+        raise UserError(f"{where}: k4 is only known of a camera_model OPENCV_FISHEYE; undistort the images first")
+    distortion = tuple(get(key, 0.0) for key in order)
+    return {"intrinsics": camera_matrix(fx, fy, get("cx", width / 2) - 0.5, get("cy", height / 2) - 0.5),
+            "size": (int(width), int(height)), "fisheye": fisheye and any(distortion),
+            "distortion": distortion if any(distortion) else ()}
+
+
+# --- the others -------------------------------------------------------------------------------------------------------
+
+def read_middlebury(path, images):
+    """Read a Middlebury *_par.txt: the count, then a line "name k11 ... k33 r11 ... r33 t1 t2 t3" per image."""
+    lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
+    folder, views = images or path.parent, []
+    if not lines or not lines[0][0].isdigit() or int(lines[0][0]) != len(lines) - 1:
+        raise UserError(f"{path}: its first line must be the number of the lines that follow, here {len(lines) - 1}")
+    for index, words in enumerate(lines[1:], 2):
+        try:
+            values = np.array([float(word) for word in words[1:]])
+            fits = len(values) == 21 and bool(np.isfinite(values).all())
+        except ValueError:
+            fits = False
+        if not fits:
+            raise UserError(f"{path}, line {index}: wanted are a name and the 21 finite numbers of K, R and t")
+        views.append(View(inside(folder, words[0], path), None, values[:9].reshape(3, 3) / values[8] if values[8] else
+                          np.full((3, 3), np.nan), pose_from(values[9:18].reshape(3, 3), values[18:])))
+    return sorted(views, key=lambda view: natural(view.image))
+
+
+def read_krt(path, images):
+    """Read a cameras.json: {"name of the image": {"K": 3x3, "R": 3x3, "t": 3}}, x_camera = R x_world + t."""
+    tree = read_json(path, 'an entry "name of the image": {"K": 3x3, "R": 3x3, "t": 3} per view')
+    folder = images or picture_folder([path.parent / "images", path.parent / "image", path.parent])
+    views = []
+    for name in sorted(tree, key=natural):
+        entry = tree[name] if isinstance(tree[name], dict) else {}
+        k, r = (matrix(entry.get(key), ((3, 3),), f"{path}: {key} of {name[:200]}") for key in "KR")
+        t = matrix(entry.get("t"), ((3,), (3, 1)), f"{path}: t of {name[:200]}")
+        if abs(k[2, 2] - 1) > 1e-6 or np.abs(k[2, :2]).max() > 1e-6 or abs(k[1, 0]) > 1e-6:
+            raise UserError(f"{path}: K of {name[:200]} must be [[fx, skew, cx], [0, fy, cy], [0, 0, 1]]")
+        views.append(View(inside(folder, name, path), None, k, pose_from(r, t.ravel())))
+    return views
+
+
+def read_npz(path, images):
+    """Read the world_mat_i of a cameras.npz, without any scale_mat_i; camera i is of the i-th image by sorted name."""
+    folder = images or picture_folder([path.parent / "image", path.parent / "images", path.parent])
+    files = datasets.picture_files(folder)[0]
+    matrices, views = datasets.read_matrices(path, len(files), kinds=("world",)), []
+    for index, file in enumerate(files):
+        try:
+            intrinsics, pose = decompose_projection(matrices[f"world_mat_{index}"])
+        except ValueError as error:
+            raise UserError(f"{path}: world_mat_{index} cannot be used: {error}; mend this matrix")
+        views.append(View(file, None, intrinsics, pose))
+    return views
+
+
+TITLES = {read_colmap: "a COLMAP model", read_transforms: "NeRF's axes: y up, z backwards", read_krt: "K, R, t",
+          read_middlebury: "Middlebury's K, R, t", read_npz: "world_mat"}

@@ -1,0 +1,528 @@
+"""The embedded scene in every form in which people have cameras and masks: what is found, refused and said."""
+import json
+import struct
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from PIL import Image
+
+import cameras_in
+import datasets
+import helper
+import make_scene
+import masks_in
+import prepare
+from conftest import SHARED
+
+SIZE, VIEWS = 64, 8
+NAMES = [f"view_{index + 5}.png" for index in range(VIEWS)]  # view_10 comes after view_9, not before view_5
+
+
+# --- the embedded scene in every form -------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def truth():
+    """K (3, 3), the poses (N, 4, 4) in world units, images and masks of a few views of the embedded scene."""
+    intrinsics, poses, images, masks = make_scene.camera_intrinsics(SIZE), [], [], []
+    for direction in make_scene.fibonacci_sphere(VIEWS):
+        pose = make_scene.look_at(3.1 * direction, np.zeros(3), (0, 0, 1))
+        image, mask = make_scene.render(intrinsics, pose, SIZE)
+        pose[:3, 3] = make_scene.SCALE * pose[:3, 3] + make_scene.OFFSET
+        poses.append(pose), images.append(image), masks.append(mask)
+    return intrinsics, np.stack(poses), images, masks
+
+
+def save(path, array):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path)
+
+
+def photographs(folder, truth, where="images", masks="masks"):
+    for name, image, mask in zip(NAMES, *truth[2:]):
+        save(folder / where / name, image)
+        if masks:
+            save(folder / masks / name, mask)
+
+
+def quaternion(rotation):
+    """Return w, x, y, z of a rotation, by its axis and angle."""
+    vector = cv2.Rodrigues(rotation)[0][:, 0]
+    angle = np.linalg.norm(vector)
+    return np.concatenate([[np.cos(angle / 2)], np.sin(angle / 2) * vector / max(angle, 1e-12)])
+
+
+def colmap(folder, truth, binary=True, model="SIMPLE_RADIAL", extra=(0.0,)):
+    """Write a COLMAP workspace; pixel centres are at half numbers there."""
+    k, poses = truth[:2]
+    photographs(folder, truth)
+    sparse = folder / "sparse" / "0"
+    sparse.mkdir(parents=True)
+    focal = [k[0, 0]] if model.startswith("SIMPLE") or model.startswith("RADIAL") else [k[0, 0], k[1, 1]]
+    values = [*focal, k[0, 2] + 0.5, k[1, 2] + 0.5, *extra]
+    lines, content = [], struct.pack("<Q", VIEWS)
+    for index, (name, pose) in enumerate(zip(NAMES, poses)):
+        motion = [*quaternion(pose[:3, :3].T), *(-pose[:3, :3].T @ pose[:3, 3])]
+        lines.append(f"{index + 1} {' '.join(map(repr, map(float, motion)))} 7 {name}\n1.0 2.0 -1\n")
+        content += struct.pack("<i7di", index + 1, *motion, 7) + name.encode() + b"\0"
+        content += struct.pack("<Q2dq", 1, 1.0, 2.0, -1)
+    if binary:
+        number = [name for name, _ in cameras_in.COLMAP_MODELS].index(model)
+        (sparse / "cameras.bin").write_bytes(struct.pack(f"<QiiQQ{len(values)}d", 1, 7, number, SIZE, SIZE, *values))
+        (sparse / "images.bin").write_bytes(content)
+    else:
+        parameters = " ".join(repr(float(value)) for value in values)
+        (sparse / "cameras.txt").write_text(f"# a comment\n7 {model} {SIZE} {SIZE} {parameters}\n")
+        (sparse / "images.txt").write_text("# a comment\n" + "".join(reversed(lines)))
+    return folder
+
+
+def colmap_text(folder, truth):
+    return colmap(folder, truth, binary=False)
+
+
+def nerfstudio(folder, truth, **changes):
+    k, poses = truth[:2]
+    photographs(folder, truth, masks="mattes")
+    frames = [{"file_path": f"images/{name}", "mask_path": f"mattes/{name}",
+               "transform_matrix": (pose @ np.diag((1, -1, -1, 1))).tolist()} for name, pose in zip(NAMES, poses)]
+    tree = {"camera_model": "OPENCV", "fl_x": k[0, 0], "fl_y": k[1, 1], "cx": k[0, 2] + 0.5, "cy": k[1, 2] + 0.5,
+            "w": SIZE, "h": SIZE, "k1": 0, "k2": 0, "p1": 0, "p2": 0, "frames": frames[::-1], **changes}
+    (folder / "transforms.json").write_text(json.dumps(tree))
+    return folder
+
+
+def blender(folder, truth):
+    """NeRF's synthetic scenes: one angle, names without suffix, masks in the alpha channel."""
+    k, poses, images, masks = truth
+    for name, image, mask in zip(NAMES, images, masks):
+        save(folder / "train" / name, np.dstack([image, mask]))
+    frames = [{"file_path": f"./train/{name[:-4]}", "transform_matrix": (pose @ np.diag((1, -1, -1, 1))).tolist()}
+              for name, pose in zip(NAMES, poses)]
+    tree = {"camera_angle_x": 2 * np.arctan(SIZE / 2 / k[0, 0]), "frames": frames}
+    (folder / "transforms_train.json").write_text(json.dumps(tree))
+    return folder
+
+
+def middlebury(folder, truth):
+    k, poses = truth[:2]
+    photographs(folder, truth, where=".")
+    lines = [str(VIEWS)]
+    for name, pose in zip(NAMES, poses):
+        rotation = pose[:3, :3].T
+        numbers = [*k.ravel(), *rotation.ravel(), *(-rotation @ pose[:3, 3])]
+        lines.append(" ".join([name] + [repr(float(number)) for number in numbers]))
+    (folder / "teapot_par.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def plain(folder, truth):
+    k, poses = truth[:2]
+    photographs(folder, truth)
+    tree = {name: {"K": k.tolist(), "R": pose[:3, :3].T.tolist(), "t": (-pose[:3, :3].T @ pose[:3, 3]).tolist()}
+            for name, pose in zip(NAMES, poses)}
+    (folder / "cameras.json").write_text(json.dumps(tree))
+    return folder
+
+
+def unnormalised(folder, truth):
+    """The authors' form without scale_mat; here names sort as plain text."""
+    k, poses, images, masks = truth
+    arrays = {}
+    for index, (pose, image, mask) in enumerate(zip(poses, images, masks)):
+        save(folder / "image" / f"{index:03d}.png", image)
+        save(folder / "mask" / f"{index:03d}.png", mask)
+        matrix = np.linalg.inv(pose)
+        matrix[:3] = k @ matrix[:3]
+        arrays[f"world_mat_{index}"] = -0.5 * matrix  # a projection's scale and sign are nothing
+    np.savez(folder / "cameras.npz", **arrays)
+    return folder
+
+
+FORMS = (colmap, colmap_text, nerfstudio, blender, middlebury, plain, unnormalised)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """A function that runs the script in this process, in tmp_path; returns its status, output and errors."""
+    def run(*arguments, drawn=False):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
+        with monkeypatch.context() as patch:
+            if not drawn:
+                patch.setattr(prepare, "draw", lambda *_, **__: None)
+            try:
+                helper.run(prepare.main)
+                status = 0
+            except SystemExit as stopped:
+                status = stopped.code
+        out, error = capsys.readouterr()
+        said = [line for line in error.splitlines() if line.startswith(("error:", "wrong:", "notice:"))]
+        return status, out, "\n".join(said)
+    return run
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """A function that runs the script, which must refuse in one line with all `words` and write nothing."""
+    def refused(source, *words, options=()):
+        before = sorted(tmp_path.rglob("*"))
+        status, _, error = run(source, "--output", tmp_path / "scene", *options)
+        assert status == 2 and error.splitlines()[-1].startswith("error:")
+        for word in words:
+            assert str(word) in error.splitlines()[-1]
+        assert sorted(tmp_path.rglob("*")) == before
+        return error
+    return refused
+
+
+def world_points():
+    """Points (N, 3) of the object's surface in world units."""
+    return make_scene.surface_mesh(48).vertices * make_scene.SCALE + make_scene.OFFSET
+
+
+# --- what comes out -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_scene_from_every_form(form, truth, run, tmp_path):
+    k, poses, images, masks = truth
+    source = tmp_path / "input"
+    source.mkdir()
+    status, out, error = run(form(source, truth), "--output", "scenes/mine")
+    assert (status, error) == (0, "") and "8 views" in out
+    scene = datasets.load_scene(tmp_path / "scenes" / "mine")
+    np.testing.assert_array_equal(scene.images, images)
+    np.testing.assert_array_equal(scene.masks, np.stack(masks) > 0)
+    centre, radius = scene.scale_mat[:3, 3], scene.scale_mat[0, 0]
+    np.testing.assert_array_equal(scene.scale_mat[:3, :3], radius * np.eye(3))
+    for intrinsics, found, pose in zip(scene.intrinsics, scene.poses, poses):
+        np.testing.assert_allclose(intrinsics, k, atol=1e-6)
+        np.testing.assert_allclose(found[:3, :3], pose[:3, :3], atol=1e-7)
+        np.testing.assert_allclose(radius * found[:3, 3] + centre, pose[:3, 3], atol=1e-4)
+    away = np.linalg.norm(world_points() - centre, axis=1) / radius
+    assert 0.4 < away.max() < 0.92  # the object inside the unit sphere, and not lost in it
+    for view, mask in enumerate(scene.masks):
+        v, u = np.nonzero(mask)
+        origin, directions, _, _ = datasets.view_rays(scene, view, np.stack([u, v], axis=1))
+        assert np.linalg.norm(np.cross(origin[None], directions), axis=1).max() < 1
+
+
+def distorted(picture, k, coefficients, fisheye):
+    """Return a picture as a lens with these coefficients would have taken it."""
+    grid = helper.pixel_grid(SIZE, SIZE)[:, None].astype(np.float64)
+    undo = cv2.fisheye.undistortPoints if fisheye else cv2.undistortPoints
+    maps = undo(grid, k, np.array(coefficients), None, k).reshape(SIZE, SIZE, 2).astype(np.float32)
+    return cv2.remap(picture, maps, None, cv2.INTER_LINEAR)
+
+
+@pytest.mark.parametrize("model, extra, coefficients", [
+    ("SIMPLE_RADIAL", (0.3,), (0.3, 0, 0, 0)), ("OPENCV", (0.3, 0.2, 0.02, -0.02), (0.3, 0.2, 0.02, -0.02)),
+    ("OPENCV_FISHEYE", (0.8, 0.2, 0, 0), (0.8, 0.2, 0, 0)), ("transforms.json", (), (0.3, 0.2, 0.02, -0.02))])
+def test_distortion_is_undone(model, extra, coefficients, truth, run, tmp_path):
+    k, poses, images, masks = truth
+    fisheye = model.endswith("FISHEYE")
+    bent = [[distorted(picture, k, coefficients, fisheye) for picture in pictures] for pictures in (images, masks)]
+    source = tmp_path / "input"
+    source.mkdir()
+    if model == "transforms.json":
+        nerfstudio(source, (k, poses, *bent), **dict(zip(("k1", "k2", "p1", "p2"), coefficients)))
+    else:
+        colmap(source, (k, poses, *bent), model=model, extra=extra)
+    assert run(source, "--output", "mine")[0] == 0
+    scene = datasets.load_scene(tmp_path / "mine")
+    differs = np.mean([(bent > 127) != (mask > 0) for bent, mask in zip(bent[1], masks)])
+    assert np.mean(scene.masks != (np.stack(masks) > 0)) < 0.25 * differs
+
+
+def test_downscale_and_photographs_of_another_size(truth, run, tmp_path):
+    source = colmap(tmp_path / "input", truth)
+    assert run(source, "--output", "half", "--downscale", 2)[0] == 0
+    half = datasets.load_scene(tmp_path / "half")
+    whole = truth[0]
+    np.testing.assert_allclose(half.intrinsics[0], datasets.shrink_intrinsics(whole, 2), atol=1e-6)
+    for name in NAMES:  # COLMAP saw the photographs larger than they are now
+        for where in ("images", "masks"):
+            picture = Image.open(source / where / name)
+            picture.resize((SIZE // 2, SIZE // 2), Image.BOX).save(source / where / name)
+    assert run(source, "--output", "small")[0] == 0
+    np.testing.assert_allclose(datasets.load_scene(tmp_path / "small").intrinsics, half.intrinsics, atol=1e-6)
+
+
+def test_masks_in_every_place(truth, tmp_path):
+    source = colmap(tmp_path / "input", truth)
+    views = cameras_in.read_views(source)[0]
+    assert [mask.name for mask in masks_in.mask_sources(views, None, source)] == NAMES
+    for name in NAMES:
+        (source / "masks" / name).rename(source / "masks" / f"{name}.png")  # COLMAP's own names
+    assert [mask.name for mask in masks_in.mask_sources(views, None, source)] == [f"{name}.png" for name in NAMES]
+    for index, name in enumerate(NAMES):
+        (source / "masks" / f"{name}.png").rename(source / "masks" / f"{index:03d}.png")
+    assert [m.name for m in masks_in.mask_sources(views, None, source)] == [f"{i:03d}.png" for i in range(VIEWS)]
+    (source / "masks" / "003.png").unlink()
+    with pytest.raises(helper.UserError, match="no mask for view_5.png"):
+        masks_in.mask_sources(views, None, source)
+
+
+def test_a_photograph_is_not_its_own_mask(truth, tmp_path, monkeypatch):
+    source = colmap(tmp_path / "input", truth)
+    monkeypatch.chdir(source / "sparse")  # the photographs are ../images/view_5.png ..., beside the masks' folder
+    views = cameras_in.read_views("..")[0]
+    sources = masks_in.mask_sources(views, None, Path(".."))
+    assert [mask.resolve() for mask in sources] == [source.resolve() / "masks" / name for name in NAMES]
+
+
+def test_masks_before_a_background(truth, run, tmp_path):
+    k, _, images, masks = truth
+    rng = np.random.default_rng(0)
+    for image, mask in zip(images, masks):
+        noisy = np.clip(image + rng.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
+        noisy[3:4, 5:7] = 255  # a speck
+        found = masks_in.background_mask(noisy)
+        assert (found & (mask > 0)).sum() / (found | (mask > 0)).sum() > 0.93
+    dark = [np.where(mask[..., None] > 0, image, 10).astype(np.uint8) for image, mask in zip(images, masks)]
+    source = middlebury(tmp_path / "input", (*truth[:2], dark, masks))
+    assert run(source, "--output", "mine", "--masks", "background")[0] == 0
+    agree = datasets.load_scene(tmp_path / "mine").masks == (np.stack(masks) > 0)
+    assert agree.mean() > 0.97
+
+
+def test_the_hull_holds_the_object(truth):
+    k, poses, images, masks = truth
+    looks = [prepare.look(*view[:2], view[2] > 0, k, view[3]) for view in zip(NAMES, images, masks, poses)]
+    points, spacing = prepare.visual_hull(looks)
+    nearest = np.sqrt(((world_points()[::20, None] - points[None, ::7]) ** 2).sum(axis=2).min(axis=1))
+    assert nearest.max() < 7 * spacing
+    assert prepare.agreements(points, spacing, looks).min() > 0.95
+    centre, radius = prepare.enclosing_sphere(points, looks)
+    assert np.linalg.norm(points - centre, axis=1).max() < radius
+
+
+# --- what is said of wrong scenes -----------------------------------------------------------------------------------
+
+def test_check_of_a_right_scene_and_the_picture(truth, run, tmp_path):
+    source = unnormalised(tmp_path / "input", truth)
+    assert run(source, "--output", "mine")[0] == 0
+    status, out, error = run("mine", "--check", drawn=True)
+    assert (status, error) == (0, "") and "nothing wrong" in out
+    picture = datasets.read_image(tmp_path / "prepare_mine.png")
+    orange = np.abs(picture.astype(int) - prepare.ORANGE).max(axis=2) < 60
+    assert orange.mean() > 0.002 and picture.shape[1] > 800
+    assert not (np.abs(picture.astype(int) - prepare.RED).max(axis=2) < 20).mean() > 0.001
+
+
+def wrong_cameras(truth, change):
+    k, poses, images, masks = truth
+    return (k, np.stack(change(list(poses))), images, masks)
+
+
+@pytest.mark.parametrize("words, change", [
+    ("OpenGL", lambda poses: [pose @ np.diag((1, -1, -1, 1)) for pose in poses]),
+    ("upside down", lambda poses: [pose @ np.diag((-1, -1, 1, 1)) for pose in poses]),
+    ("one place later", lambda poses: poses[1:] + poses[:1]),
+    ("inverted", lambda poses: [np.linalg.inv(pose) for pose in poses])])
+def test_wrong_cameras_are_named_and_nothing_is_written(words, change, truth, refused, tmp_path):
+    error = refused(plain(tmp_path / "input", wrong_cameras(truth, change)), words, "prepare_scene.png")
+    assert error.startswith("wrong: ")
+
+
+def test_a_picture_is_drawn_of_wrong_cameras(truth, run, tmp_path):
+    source = plain(tmp_path / "input", wrong_cameras(truth, lambda poses: [p @ np.diag((1, -1, -1, 1)) for p in poses]))
+    assert run(source, "--output", "mine", drawn=True)[0] == 2
+    picture = datasets.read_image(tmp_path / "prepare_mine.png")
+    assert (np.abs(picture.astype(int) - prepare.RED).max(axis=2) < 20).mean() > 0.002
+    assert not (tmp_path / "mine").exists()
+
+
+def test_one_wrong_view_is_named(truth, run, tmp_path):
+    changed = wrong_cameras(truth, lambda poses: poses[:3] + [poses[6]] + poses[4:])
+    status, _, error = run(plain(tmp_path / "input", changed), "--output", "mine")
+    assert status == 0 and error.startswith("wrong: view 3 (view_8.png): ") and error.count("\n") == 0
+    datasets.load_scene(tmp_path / "mine")
+
+
+def test_one_view_that_looks_away_is_refused_by_name(truth, refused, tmp_path):
+    changed = wrong_cameras(truth, lambda poses: poses[:3] + [poses[3] @ np.diag((1, -1, -1, 1))] + poses[4:])
+    refused(plain(tmp_path / "input", changed), "view 3 (view_8.png)", "behind the camera")
+
+
+def spoiled(tmp_path, truth, change):
+    """Make a right scene, then change its arrays; returns its folder."""
+    folder = unnormalised(tmp_path / "scene", truth)
+    scale_mat = np.diag((300.0, 300, 300, 1))
+    scale_mat[:3, 3] = make_scene.OFFSET
+    with np.load(folder / "cameras.npz") as stored:
+        arrays = {**stored, **{f"scale_mat_{index}": scale_mat.copy() for index in range(VIEWS)}}
+    change(arrays)
+    np.savez(folder / "cameras.npz", **arrays)
+    return folder
+
+
+def scale_by(factor):
+    def change(arrays):
+        for index in range(VIEWS):
+            arrays[f"scale_mat_{index}"][:3, :3] *= factor
+    return change
+
+
+@pytest.mark.parametrize("words, change", [
+    ("", lambda arrays: None),
+    ("miss the unit sphere", scale_by(0.3)),
+    ("inside the unit sphere", scale_by(4)),
+    ("so training starts far from it", scale_by(2.8)),
+    ("scale_mat of the views differ", lambda arrays: arrays.update(scale_mat_2=np.diag((9.0, 9, 9, 1)))),
+    ("round", lambda arrays: [arrays[f"scale_mat_{i}"].__setitem__((0, 0), 200.0) for i in range(VIEWS)])])
+def test_check_of_scale_matrices(words, change, truth, run, tmp_path):
+    status, out, error = run("--check", spoiled(tmp_path, truth, change))
+    assert (status, error) == (0, "") if not words else (status == 2 and words in error)
+
+
+def test_check_of_masks(truth, run, tmp_path):
+    folder = spoiled(tmp_path, truth, lambda arrays: None)
+    mask = np.asarray(Image.open(folder / "mask/002.png"))
+    save(folder / "mask/002.png", mask // 255)              # 1 where it should be 255
+    save(folder / "mask/004.png", np.roll(mask, SIZE // 2, axis=1))
+    status, _, error = run("--check", folder)
+    assert status == 2 and "view 2 (002.png): the mask is empty" in error
+    assert "notice: view 4 (004.png): the mask touches" in error and "wrong: view 4 (004.png)" in error
+    for index in range(VIEWS):
+        save(folder / f"mask/{index:03d}.png", 255 - truth[3][index])
+    status, _, error = run("--check", folder)
+    assert status == 2 and "background black" in error and "black and white of the masks exchanged" in error
+
+
+# --- what is refused ------------------------------------------------------------------------------------------------
+
+def test_refuses_without_touching_what_is_there(truth, run, refused, tmp_path):
+    source = colmap(tmp_path / "input", truth)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    status, _, error = run(source, "--output", "full")
+    assert status == 2 and "not empty" in error and [p.name for p in (tmp_path / "full").iterdir()] == ["notes.txt"]
+    assert run(source)[0] == 2
+    refused(tmp_path / "nowhere", "no such file or folder")
+    refused(tmp_path / "full", "no cameras found", "COLMAP")
+    refused(source, "--downscale", options=("--downscale", 0))
+    refused(source, "--threshold", options=("--threshold", 300))
+    refused(source, "no such folder", options=("--masks", "nowhere"))
+    refused(source, "no alpha channel", options=("--masks", "alpha"))
+    (source / "images" / "view_7.png").unlink()
+    refused(source, "view_7.png", "1 of 8")
+
+
+def test_truncated_colmap_files(truth, tmp_path):
+    source = colmap(tmp_path / "input", truth)
+    for name in ("cameras.bin", "images.bin"):
+        path = source / "sparse" / "0" / name
+        whole = path.read_bytes()
+        for length in list(range(0, 120)) + list(range(120, len(whole), 37)) + [len(whole) - 1]:
+            if length < len(whole):
+                path.write_bytes(whole[:length])
+                with pytest.raises(helper.UserError, match=name):
+                    cameras_in.read_views(source)
+        for broken in (whole + b"\0", b"\xff" * len(whole), whole[:8] + b"\xff" * (len(whole) - 8)):
+            path.write_bytes(broken)
+            with pytest.raises(helper.UserError, match=name):
+                cameras_in.read_views(source)
+        path.write_bytes(whole)
+    assert len(cameras_in.read_views(source)[0]) == VIEWS
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_random_damage_is_refused_in_one_line_or_harmless(form, truth, tmp_path):
+    source = tmp_path / "input"
+    source.mkdir()
+    form(source, truth)
+    rng = np.random.default_rng(0)
+    names = ("*.bin", "*.txt", "*.json", "*.npz")
+    for path in [path for name in names for path in source.rglob(name)]:
+        whole = path.read_bytes()
+        for _ in range(40):
+            content = bytearray(whole)
+            for place in rng.integers(0, len(whole), 3):
+                content[place] = rng.integers(0, 256)
+            path.write_bytes(content)
+            try:
+                for view in cameras_in.read_views(source)[0]:
+                    assert np.isfinite(view.pose).all() and np.isfinite(view.intrinsics).all()
+            except helper.UserError as error:
+                assert "\n" not in str(error)
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("words, changes", [
+    (("frames",), {"frames": []}), (("frames",), {"frames": [1]}), (("frames[0].file_path",), {"frames": [{}]}),
+    (("camera_model", "EQUIRECTANGULAR"), {"camera_model": "EQUIRECTANGULAR"}),
+    (("fl_x", "number"), {"fl_x": "wide"}), (("fl_x", "number"), {"fl_x": float("nan")}),
+    (("focal length",), {"fl_x": None, "fl_y": None}), (("focal length", "more than 0"), {"fl_x": -5}),
+    (("k4",), {"k4": 0.1})])
+def test_refuses_wrong_keys_of_transforms(words, changes, truth, refused, tmp_path):
+    refused(nerfstudio(tmp_path / "input", truth, **changes), "transforms.json", *words)
+
+
+@pytest.mark.parametrize("words, pose", [
+    ("shape", np.eye(3)), ("shape", "x"), ("finite", np.full((4, 4), np.nan)), ("mirrored", np.diag((1.0, 1, -1, 1))),
+    ("not a rotation", np.diag((2.0, 2, 2, 1)))])
+def test_refuses_wrong_matrices(words, pose, truth, refused, tmp_path):
+    source = nerfstudio(tmp_path / "input", truth)
+    tree = json.loads((source / "transforms.json").read_text())
+    tree["frames"][0]["transform_matrix"] = pose if isinstance(pose, str) else pose.tolist()
+    (source / "transforms.json").write_text(json.dumps(tree))
+    refused(source, "transforms.json", words)
+    (source / "transforms.json").write_text('{"frames": [')
+    refused(source, "transforms.json", "line 1", "not valid JSON")
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/secret.png", "images/../../secret.png", "..\\secret.png",
+                                  "C:/secret.png", "a\0b.png", ".."])
+def test_no_path_leads_out_of_the_folder(name, truth, refused, tmp_path):
+    save(tmp_path / "secret.png", truth[2][0])
+    source = nerfstudio(tmp_path / "nerf", truth)
+    tree = json.loads((source / "transforms.json").read_text())
+    for key in ("mask_path", "file_path"):
+        tree["frames"][0][key] = name
+        (source / "transforms.json").write_text(json.dumps(tree))
+        refused(source, "transforms.json", "leads out of")
+    source = colmap_text(tmp_path / "colmap", truth)
+    text = (source / "sparse/0/images.txt").read_text()
+    (source / "sparse/0/images.txt").write_text(text.replace("view_7.png", name))
+    refused(source, "leads out of")
+
+
+def test_sizes_are_bounded(truth, refused, tmp_path, monkeypatch):
+    source = colmap(tmp_path / "input", truth)
+    monkeypatch.setattr(datasets, "MOST_PIXELS", SIZE * SIZE - 1)
+    refused(source, "view_5.png", "million pixels")
+
+
+def test_sizes_that_differ(truth, refused, tmp_path):
+    source = colmap(tmp_path / "input", truth)
+    save(source / "masks" / "view_6.png", truth[3][1][:-1])
+    refused(source, "view_6.png", "64x63")
+    save(source / "masks" / "view_6.png", truth[3][1])
+    save(source / "images" / "view_6.png", np.zeros((SIZE // 2, SIZE, 3), np.uint8))
+    refused(source, "view_6.png", "64x32")
+
+
+# --- the real thing -------------------------------------------------------------------------------------------------
+
+def test_scan65_is_normalised_as_its_authors_did(tmp_path, run, capsys):
+    source = SHARED / "data" / "dtu_scan65"
+    if not source.is_dir():
+        pytest.skip("DTU's scan 65 (shared/data/dtu_scan65) is not there")
+    folder, arrays, views = tmp_path / "input", {}, range(0, 49, 4)
+    with np.load(source / "cameras.npz") as stored:
+        authors = stored["scale_mat_0"]
+        for new, view in enumerate(views):
+            arrays[f"world_mat_{new}"] = stored[f"world_mat_{view}"]
+    for name in ("image", "mask"):
+        (folder / name).mkdir(parents=True)
+        files = sorted((source / name).iterdir())
+        for view in views:
+            (folder / name / files[view].name).symlink_to(files[view])
+    np.savez(folder / "cameras.npz", **arrays)
+    assert run(folder, "--output", "scan65", "--downscale", 4)[0] == 0
+    scale_mat = datasets.load_scene(tmp_path / "scan65").scale_mat
+    assert np.linalg.norm(scale_mat[:3, 3] - authors[:3, 3]) < 0.1 * authors[0, 0]
+    assert 0.9 < scale_mat[0, 0] / authors[0, 0] < 1.15
