@@ -29,7 +29,7 @@ import ray_tracer  # noqa: E402
 import synthesize  # noqa: E402
 import train  # noqa: E402
 
-SETTINGS = {"dtu": (512, 256, 2048), "small": (128, 64, 512), "demo": (64, 32, 512)}    # width, feature, rays
+SETTINGS = {"dtu": (512, 256, 2048), "small": (128, 64, 512), "demo": (64, 32, 256)}    # width, feature, rays
 STAGES = {"_coarse_to_fine": "samples", "_refine": "refinement"}
 
 
