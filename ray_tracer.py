@@ -262,8 +262,8 @@ def _gap_ends(t, table, evaluated, tolerance):
     np.logical_or.accumulate(entries[:-1], axis=0, out=after[1:])
     ray, end = np.nonzero(((entries | doubtful) & ~after).T)
     # Where the sdf is steeper than STEEPEST, the sample before an entry may have been left out: take the last before.
-    numbers = np.arange(len(t), dtype=np.int16)[:, None]
-    last = np.maximum.accumulate(np.where(evaluated, numbers, np.int16(0)), axis=0)
+    numbers = np.arange(len(t), dtype=np.int32)[:, None]
+    last = np.maximum.accumulate(np.where(evaluated, numbers, np.int32(0)), axis=0)
     return np.stack([last[np.maximum(end - 1, 0), ray], end]), ray
 
 
@@ -325,7 +325,7 @@ def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,))
     def look(gaps, ahead, found, bracket):
         """The ends of the gaps become the first point not outside, and the last before it that all is free up to."""
         stop = np.where((found <= tolerance).any(axis=0), (found <= tolerance).argmax(axis=0), len(found))
-        # Between two points outside nothing is left where their sdf covers it, nor before one that is just on the surface.
+        # Nothing is left between two points outside whose sdf covers it, nor before one that is just on the surface.
         free = np.logical_and.accumulate(
             bracket | (found[:-1] + np.maximum(found[1:], 2 * tolerance) >= np.diff(ahead, axis=0))
             | (found[1:] < -tolerance))

@@ -83,8 +83,8 @@ def place_points(sdf, origin, directions, mask, tracer, rng):
     """Find the point of each ray that carries its loss.
 
     sdf: what network.sdf_evaluator gives; origin (3,), directions (R, 3), mask (R,) bool; tracer: the configuration's
-    section. Returns points (R, 3): the
-    traced hit, where there is one in the object mask, else the point of least sdf; and colored (R,) bool, which it is.
+    section, whose sphere tracing is for renders. Returns points (R, 3): the hit, where there is one in the object mask,
+    else the sample of least sdf; and colored (R,) bool, which it is.
     """
     settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
     t, colored = ray_tracer.hit_or_least_sdf(sdf, origin, directions, mask, rough_sdf=sdf.roughly, rng=rng,
