@@ -233,8 +233,11 @@ def read_colmap(model, images):
 def colmap_cameras(model):
     """Return {number: what View takes of it} for the cameras of a COLMAP model."""
     path = model / "cameras.bin"
-    rows = binary_cameras(path) if path.is_file() else text_cameras(model / "cameras.txt")
-    path = path if path.is_file() else model / "cameras.txt"
+    if path.is_file():
+        rows = binary_cameras(path)
+    else:
+        path = model / "cameras.txt"
+        rows = text_cameras(path)
     return {camera: colmap_intrinsics(f"{path}: camera {camera}", *row) for camera, *row in rows}
 
 

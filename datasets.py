@@ -94,18 +94,28 @@ def load_pictures(image_files, mask_files, downscale):
             check_downscale(size, downscale, image_files[0])
             shrunk = (count, size[0] // downscale, size[1] // downscale)
             images, masks = np.empty(shrunk + (3,), np.uint8), np.empty(shrunk, bool)
-        if image.shape[:2] != size:
-            raise UserError(f"{image_files[view]}: {says_size(image.shape)}, but {image_files[0].name} is "
-                            f"{says_size(size)}; all views must have one size")
-        if mask.shape != size:
-            raise UserError(f"{mask_files[view]}: {says_size(mask.shape)}, but its image "
-                            f"{image_files[view].name} is {says_size(size)}; a mask has its image's size")
+        check_one_size(image_files[view], image.shape[:2], image_files[0], size)
+        check_mask_size(mask_files[view], mask.shape, image_files[view], size)
         images[view], masks[view] = shrink_image(image, downscale), shrink_mask(mask, downscale)
         if not masks[view].any():
             raise UserError(f"{mask_files[view]}: the mask of view {view} is empty"
                             + (f" at a downscale of {downscale}" if mask.any() else "")
                             + "; the object must be white, more than half of 255")
     return images, masks
+
+
+def check_one_size(image_file, size, first_file, first_size):
+    """Raise UserError where an image's size (H, W) is not that of the scene's first image."""
+    if size != first_size:
+        raise UserError(f"{image_file}: {says_size(size)}, but {first_file.name} is {says_size(first_size)}; all views "
+                        "must have one size")
+
+
+def check_mask_size(mask_file, mask_size, image_file, size):
+    """Raise UserError where a mask's size (H, W) is not that of its image."""
+    if mask_size != size:
+        raise UserError(f"{mask_file}: {says_size(mask_size)}, but its image {image_file.name} is {says_size(size)}; a "
+                        "mask has its image's size")
 
 
 def says_size(size):

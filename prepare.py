@@ -611,13 +611,9 @@ def check(scene):
         except ValueError as error:
             raise UserError(f"{path / 'cameras.npz'}: the camera of view {index} cannot be used: {error}")
         image, mask = datasets.read_image(image_file), datasets.read_mask(mask_file)
-        if mask.shape != image.shape[:2]:
-            raise UserError(f"{mask_file}: {datasets.says_size(mask.shape)}, but its image {image_file.name} is "
-                            f"{datasets.says_size(image.shape)}; a mask has its image's size")
+        datasets.check_mask_size(mask_file, mask.shape, image_file, image.shape[:2])
         shape = shape or image.shape[:2]
-        if image.shape[:2] != shape:
-            raise UserError(f"{image_file}: {datasets.says_size(image.shape)}, but {image_files[0].name} is "
-                            f"{datasets.says_size(shape)}; all views must have one size")
+        datasets.check_one_size(image_file, image.shape[:2], image_files[0], shape)
         looks.append(look(image_file.name, image, mask, k, pose))
     findings = judge_scale([matrices[f"scale_mat_{index}"] for index in range(len(looks))])
     findings = understand(looks, picture_path(scene), findings, sphere=(np.zeros(3), 1.0))[2]

@@ -118,7 +118,8 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, samples
     sought = np.flatnonzero(seeks)
     distances = near[rays] + (far - near)[rays] * fractions[:, None]
 
-    entries_matter = _entries_matter(distances[:, sought], tolerance)
+    distances_sought = distances[:, sought]
+    entries_matter = _entries_matter(distances_sought, tolerance)
 
     def matters(known, bounds, numbers):
         wanted = bounds <= known[1:].min(axis=0, initial=np.inf)
@@ -133,7 +134,7 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, samples
     def sdf_at(ray, t):
         return _evaluate(sdf, origins, directions, rays[sought[ray]], t)
 
-    distances, table, evaluated = distances[:, sought], table[:, sought], evaluated[:, sought]
+    distances, table, evaluated = distances_sought, table[:, sought], evaluated[:, sought]
     if rough_sdf:
         # What the hits hang on is looked at again: the ends of the gaps, and all samples that may have the wrong sign.
         decisive = evaluated & (np.abs(table) < ROUGHNESS)

@@ -19,6 +19,26 @@ def reference():
     return dict(np.load(path))
 
 
+def link_scan65(folder, views, kinds):
+    """Make a scene of some views of DTU's scan 65 in `folder`, with links to its pictures; skips where it is absent.
+
+    kinds: the matrices that its cameras.npz gets, of "world" and "scale".
+    """
+    source = SHARED / "data" / "dtu_scan65"
+    if not source.is_dir():
+        pytest.skip("DTU's scan 65 (shared/data/dtu_scan65) is not there")
+    arrays = {}
+    with np.load(source / "cameras.npz") as stored:
+        for new, view in enumerate(views):
+            arrays.update({f"{kind}_mat_{new}": stored[f"{kind}_mat_{view}"] for kind in kinds})
+    for name in ("image", "mask"):
+        (folder / name).mkdir(parents=True)
+        files = sorted((source / name).iterdir())
+        for view in views:
+            (folder / name / files[view].name).symlink_to(files[view])
+    np.savez(folder / "cameras.npz", **arrays)
+
+
 @pytest.fixture
 def reference_network(reference):
     """nnabla's parameters, set to the reference network; yields the reference numbers."""

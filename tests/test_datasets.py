@@ -9,7 +9,7 @@ from PIL import Image
 
 import datasets
 import helper
-from conftest import SHARED
+from conftest import link_scan65
 
 WIDTH, HEIGHT, VIEWS = 24, 18, 3
 SCALE_MAT = np.array([[5.0, 0, 0, 1], [0, 5, 0, 2], [0, 0, 5, 3], [0, 0, 0, 1]])
@@ -483,20 +483,8 @@ def test_an_error_in_the_feed_reaches_the_reader():
 @pytest.fixture(scope="module")
 def scan65(tmp_path_factory):
     """Four views of DTU's scan 65 at 1/8 of its size."""
-    source = SHARED / "data" / "dtu_scan65"
-    if not source.is_dir():
-        pytest.skip("DTU's scan 65 (shared/data/dtu_scan65) is not there")
     folder = tmp_path_factory.mktemp("data") / "dtu_scan65"
-    views, arrays = (0, 16, 32, 48), {}
-    with np.load(source / "cameras.npz") as stored:
-        for new, view in enumerate(views):
-            arrays.update({f"{kind}_mat_{new}": stored[f"{kind}_mat_{view}"] for kind in ("world", "scale")})
-    for name in ("image", "mask"):
-        (folder / name).mkdir(parents=True)
-        files = sorted((source / name).iterdir())
-        for view in views:
-            (folder / name / files[view].name).symlink_to(files[view])
-    np.savez(folder / "cameras.npz", **arrays)
+    link_scan65(folder, (0, 16, 32, 48), ("world", "scale"))
     return datasets.load_scene(folder, 8)
 
 

@@ -15,7 +15,7 @@ import helper
 import make_scene
 import masks_in
 import prepare
-from conftest import SHARED
+from conftest import SHARED, link_scan65
 
 SIZE, VIEWS = 64, 8
 NAMES = [f"view_{index + 5}.png" for index in range(VIEWS)]  # view_10 comes after view_9, not before view_5
@@ -508,20 +508,9 @@ def test_sizes_that_differ(truth, refused, tmp_path):
 # --- the real thing -------------------------------------------------------------------------------------------------
 
 def test_scan65_is_normalised_as_its_authors_did(tmp_path, run, capsys):
-    source = SHARED / "data" / "dtu_scan65"
-    if not source.is_dir():
-        pytest.skip("DTU's scan 65 (shared/data/dtu_scan65) is not there")
-    folder, arrays, views = tmp_path / "input", {}, range(0, 49, 4)
-    with np.load(source / "cameras.npz") as stored:
-        authors = stored["scale_mat_0"]
-        for new, view in enumerate(views):
-            arrays[f"world_mat_{new}"] = stored[f"world_mat_{view}"]
-    for name in ("image", "mask"):
-        (folder / name).mkdir(parents=True)
-        files = sorted((source / name).iterdir())
-        for view in views:
-            (folder / name / files[view].name).symlink_to(files[view])
-    np.savez(folder / "cameras.npz", **arrays)
+    folder = tmp_path / "input"
+    link_scan65(folder, range(0, 49, 4), ("world",))
+    authors = np.load(SHARED / "data" / "dtu_scan65" / "cameras.npz")["scale_mat_0"]
     assert run(folder, "--output", "scan65", "--downscale", 4)[0] == 0
     scale_mat = datasets.load_scene(tmp_path / "scan65").scale_mat
     assert np.linalg.norm(scale_mat[:3, 3] - authors[:3, 3]) < 0.1 * authors[0, 0]
