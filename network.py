@@ -4,6 +4,7 @@ The sdf reaches the tracer and the extraction as a plain callable: SdfOnCpu or S
 As a script: the zero contour of the initial sdf as a picture, `python network.py -Ds 512 -R 0.75`.
 """
 import sys
+import threading
 from collections import namedtuple
 
 import nnabla as nn
@@ -129,36 +130,96 @@ def positional_encoding(x, bands):
 
 
 def implicit(x, weights):
-    """The implicit network with the gradient of its sdf, differentiable in x and in the weights.
+    """The implicit network with the gradient of its sdf. On the CPU differentiable in x and in the weights; on the GPU,
+    training_graph_on_gpu carries the derivatives.
 
     x: (N, 3) Variable; weights: folded_weights("implicit").
     Returns sdf (N, 1), positive outside, feature (N, F) and gradient (N, 3).
     """
-    return ImplicitOnCpu(weights.sizes)(x, weights.packed) if on_cpu() else implicit_graph(x, weights)
+    if on_cpu():
+        return ImplicitOnCpu(weights.sizes)(x, weights.packed)
+    output, gradient, _ = implicit_graph(x, weights)
+    return output[:, :1], output[:, 1:], gradient
+
+
+# What implicit_graph keeps for implicit_backward_graph: gamma(x), its derivative and the sdf's derivative by it (N, 39),
+# and as lists over the layers their inputs (N, in), the slopes of their softplus and the deltas, d sdf / d z (N, out).
+Kept = namedtuple("Kept", "encoded derivative to_encoded inputs slopes deltas")
 
 
 def implicit_graph(x, weights):
-    """What `implicit` does, in nnabla's functions. The gradient is the backward pass written out, so that nnabla
-    differentiates it like everything else and it costs one affine per layer."""
+    """The implicit network in nnabla's functions: sdf and feature (N, 1 + F), gradient (N, 3), and a Kept."""
     encoded, derivative = positional_encoding(x, POSITION_BANDS)
     columns, count = encoded.shape[1], len(weights)
-    h, slopes = encoded, []
+    h, inputs, slopes = encoded, [], []
     for layer, (w, b, _) in enumerate(weights):
-        if has_skip(layer, count):
-            h = F.concatenate(h, encoded, axis=1) * 0.5 ** 0.5
-        z = F.affine(h, w, b)
+        inputs.append(layer_input(layer, count, h, encoded))
+        z = F.affine(inputs[-1], w, b)
         if layer < count - 1:
             slopes.append(F.sigmoid(z * SOFTPLUS_BETA))
             h = F.softplus(z, beta=SOFTPLUS_BETA)
+    # The sdf is the first column of the last layer's z.
+    deltas = [constant(np.tile(np.eye(1, z.shape[1]), (z.shape[0], 1)))]
     back, from_skip = weights[-1][2][:1], None
     for layer in range(count - 2, -1, -1):
-        back = F.affine(slopes[layer] * back, weights[layer][2])
+        deltas.insert(0, slopes[layer] * back)
+        back = F.affine(deltas[0], weights[layer][2])
         if has_skip(layer, count):
-            back = back * 0.5 ** 0.5
-            back, from_skip = back[:, :-columns], back[:, -columns:]
+            back, from_skip = split_skip(back, columns)
     to_encoded = back if from_skip is None else back + from_skip
-    gradient = F.affine(to_encoded * derivative, constant(np.tile(np.eye(3), (columns // 3, 1))))
-    return z[:, :1], z[:, 1:], gradient
+    kept = Kept(encoded, derivative, to_encoded, inputs, slopes, deltas)
+    return z, F.affine(to_encoded * derivative, per_coordinate(columns)), kept
+
+
+def implicit_backward_graph(kept, weights, by_output, by_gradient, rows):
+    """Carry a loss's derivatives, by_output (N, 1 + F) and by_gradient (N, 3), back through implicit_graph. The formulas
+    are numpy_network.backward_block's.
+
+    Returns, as lists over the layers, the derivatives by z (N, out) and the tangents of the inputs (N, in) that the
+    deltas multiply, and the derivative by x of the first `rows` rows.
+    """
+    count, columns = len(weights), kept.encoded.shape[1]
+    direction = F.affine(by_gradient, F.transpose(per_coordinate(columns), (1, 0)))
+    tangent = tangent_encoded = kept.derivative * direction
+    tangents, bends = [], []
+    for layer, (w, _, _) in enumerate(weights):
+        tangents.append(layer_input(layer, count, tangent, tangent_encoded))
+        if layer < count - 1:
+            tangent_z = F.affine(tangents[-1], w)
+            tangent = kept.slopes[layer] * tangent_z
+            bends.append((tangent_z - tangent) * kept.deltas[layer] * SOFTPLUS_BETA)
+    by_z, from_skip = [by_output], None
+    for layer in range(count - 1, 0, -1):
+        back = F.affine(by_z[0], weights[layer][2])
+        if has_skip(layer, count):
+            back, from_skip = split_skip(back, columns)
+        by_z.insert(0, back * kept.slopes[layer - 1] + bends[layer - 1])
+    if not rows:
+        return by_z, tangents, None
+    by_encoded = F.affine(by_z[0][:rows], weights[0][2])
+    if from_skip is not None:
+        by_encoded = by_encoded + from_skip[:rows]
+    curvature = constant(frequencies(columns)[None] ** 2)       # gamma'' = -frequency^2 gamma
+    by_x = F.affine(by_encoded * kept.derivative[:rows]
+                    - kept.encoded[:rows] * curvature * kept.to_encoded[:rows] * direction[:rows],
+                    per_coordinate(columns))
+    return by_z, tangents, by_x
+
+
+def layer_input(layer, count, h, encoded):
+    """The input of an affine layer: h, or at the skip layer [h, encoded] / sqrt(2)."""
+    return F.concatenate(h, encoded, axis=1) * 0.5 ** 0.5 if has_skip(layer, count) else h
+
+
+def split_skip(back, columns):
+    """Split a derivative by the skip layer's input into those by h and by gamma(x), with its 1 / sqrt(2)."""
+    back = back * 0.5 ** 0.5
+    return back[:, :-columns], back[:, -columns:]
+
+
+def per_coordinate(columns):
+    """The matrix (columns, 3) that sums an encoding's columns for the coordinate that each depends on."""
+    return constant(np.tile(np.eye(3), (columns // 3, 1)))
 
 
 def rendering(x, normal, view, feature, weights):
@@ -292,10 +353,13 @@ def differentiable_hit(points, directions, sdf, gradient):
     Returns x0 - (sdf - sdf0) / (gradient0 . direction) direction, with sdf0 and gradient0 held constant (equation 3).
     """
     sdf0, gradient0 = (F.identity(v).apply(need_grad=False) for v in (sdf, gradient))
-    slope = row_sums(gradient0 * directions)
-    grazing = F.less_scalar(F.abs(slope), 1e-2)     # a ray along the surface would get an unbounded derivative
-    slope = F.where(grazing, constant(np.full(slope.shape, -1e-2)), slope).apply(need_grad=False)
-    return points - (sdf - sdf0) / slope * directions
+    return points - (sdf - sdf0) / slope_along(directions, gradient0).apply(need_grad=False) * directions
+
+
+def slope_along(directions, gradient):
+    """gradient . direction (N, 1), but for a ray along the surface, whose hit would get an unbounded derivative."""
+    slope = row_sums(gradient * directions)
+    return F.where(F.less_scalar(F.abs(slope), 1e-2), constant(np.full(slope.shape, -1e-2)), slope)
 
 
 def total(x):
@@ -325,27 +389,119 @@ def eikonal_loss(gradient):
 def training_graph(rays, surface, mask_weight, eikonal_weight):
     """The losses of one step over `rays` rays, of which the first `surface` may show the surface.
 
-    Returns a dict of Variables. To be set: points (rays + rays // 2, 3), the rays' points followed by the uniform ones;
-    directions and rgb (surface, 3); colored (surface, 1), 1 where the ray hits in the object mask; object_mask and
-    masked (rays, 1), masked being 1 for the other rays; alpha (1, 1). To be read: loss, color, mask, eikonal.
+    Returns a dict of Variables and two functions. To be set: points (rays + rays // 2, 3), the rays' points followed by
+    the uniform ones; directions and rgb (surface, 3); colored (surface, 1), 1 where the ray hits in the object mask;
+    object_mask and masked (rays, 1), masked being 1 for the other rays; alpha (1, 1). forward() computes the losses, to
+    be read: loss, color, mask, eikonal; backward() then adds the loss's derivatives to the parameters' gradients.
     """
     g = {"points": nn.Variable((rays + rays // 2, 3)), "directions": nn.Variable((surface, 3)),
          "rgb": nn.Variable((surface, 3)), "colored": nn.Variable((surface, 1)),
          "object_mask": nn.Variable((rays, 1)), "masked": nn.Variable((rays, 1)), "alpha": nn.Variable((1, 1))}
-    weights = folded_weights("implicit")
-    sdf, _, gradient = implicit(g["points"], weights)
+    evaluate = evaluate_twice if on_cpu() else evaluate_once
+    sdf, gradient, at_hits, evaluation, carry_back = evaluate(g["points"], g["directions"])
     g["mask"] = mask_loss(sdf[:rays], g["object_mask"], g["masked"], g["alpha"], rays)
     g["eikonal"] = eikonal_loss(gradient)
     g["color"] = constant(0.0)
     if surface:
-        hits = differentiable_hit(g["points"][:surface], g["directions"], sdf[:surface], gradient[:surface])
-        _, feature, normal = implicit(hits, weights)
+        hits, normal, feature = at_hits
         rgb = rendering(hits, normal, g["directions"] * -1.0, feature, folded_weights("rendering"))
         g["color"] = color_loss(rgb, g["rgb"], g["colored"], rays)
     g["loss"] = g["color"] + g["mask"] * mask_weight + g["eikonal"] * eikonal_weight
     for name in ("color", "mask", "eikonal"):
         g[name].persistent = True
+
+    def forward():
+        evaluation()
+        g["loss"].forward(clear_no_need_grad=True)
+
+    def backward():
+        g["loss"].backward(clear_buffer=True)
+        carry_back()
+
+    g["forward"], g["backward"] = forward, backward
     return g
+
+
+def evaluate_twice(points, directions):
+    """The implicit network at points (N, 3), and at the differentiable hits of the first rays, of directions (S, 3).
+
+    Returns sdf (N, 1), gradient (N, 3), (hits, normal, feature) of the S rays, and two functions that have nothing to
+    do: nnabla differentiates all this.
+    """
+    surface, weights = directions.shape[0], folded_weights("implicit")
+    sdf, _, gradient = implicit(points, weights)
+    if not surface:
+        return sdf, gradient, None, lambda: None, lambda: None
+    hits = differentiable_hit(points[:surface], directions, sdf[:surface], gradient[:surface])
+    _, feature, normal = implicit(hits, weights)
+    return sdf, gradient, (hits, normal, feature), lambda: None, lambda: None
+
+
+def evaluate_once(points, directions):
+    """What evaluate_twice gives, with the derivatives written out: nnabla takes 30 us or so for each function, and this
+    has two thirds as many.
+
+    A hit has the value of its point, so one evaluation serves both, with the surface's rows twice in it: once as hits,
+    once as points. What a loss's derivative by the hit adds to that by the point's sdf, shift, reaches the weights
+    through the deltas that are there already. Of the two functions, the first computes the values, which are leaves of
+    the graph of the losses; the second carries their derivatives back to the parameters.
+    """
+    surface, layers = directions.shape[0], layer_parameters("implicit")
+    folded = [F.weight_normalization(v, g, dim=1) for v, g, _ in layers]
+    folding = F.sink(*folded, one_input_grad=False)
+    weights = [(w, b, F.transpose(w, (1, 0))) for w, (_, _, b) in zip(leaves(folded), layers)]
+    x = F.concatenate(points[:surface], points, axis=0) if surface else F.identity(points)
+    output, gradient, kept = implicit_graph(x, weights)
+    values = F.sink(output, gradient)
+
+    results = leaves((x, output, gradient), need_grad=True)
+    by_x, by_output, by_gradient = by_results = [nn.Variable(result.shape) for result in results]
+    for by_result, result in zip(by_results, results):
+        by_result.data = result.grad
+    weights = [leaves(layer) for layer in weights]
+    kept = Kept(*leaves(kept[:3]), *(leaves(layer) for layer in kept[3:]))
+    by_z, tangents, through_network = implicit_backward_graph(kept, weights, by_output, by_gradient, surface)
+    if surface:
+        by_hits = row_sums((by_x[:surface] + through_network) * directions)
+        shift = by_hits / slope_along(directions, results[2][:surface]) * -1.0
+        shift = F.concatenate(shift, constant(np.zeros((points.shape[0], 1))), axis=0)
+        by_z = [by + shift * delta for by, delta in zip(by_z, kept.deltas)]
+    by_weights = [transposed_product(h, by) + transposed_product(tangent, delta)
+                  for h, by, tangent, delta in zip(kept.inputs, by_z, tangents, kept.deltas)]
+    ones = constant(np.ones((1, x.shape[0])))
+    by_biases = [F.reshape(F.affine(ones, by), by.shape[1:]) for by in by_z]
+    for variable in by_weights + by_biases:
+        variable.persistent = True
+    derivatives = F.sink(*by_weights, *by_biases)
+
+    def evaluation():
+        folding.forward()
+        values.forward()
+        for result in results:
+            result.grad.zero()
+
+    def carry_back():
+        derivatives.forward(clear_buffer=True)
+        for w, by_w, (_, _, b), by_b in zip(folded, by_weights, layers, by_biases):
+            w.grad, b.grad = by_w.data, by_b.data
+        folding.backward()
+        for array in (kept.derivative, *kept.inputs, *kept.slopes, *kept.deltas[:-1]):
+            array.data.clear()          # each graph of a few sizes would hold on to them
+
+    x, output, gradient = results
+    at_hits = (x[:surface], gradient[:surface], output[:surface, 1:]) if surface else None
+    return output[surface:, :1], gradient[surface:], at_hits, evaluation, carry_back
+
+
+def leaves(variables, need_grad=False):
+    """The same arrays as variables at which a graph begins."""
+    return [variable.get_unlinked_variable(need_grad=need_grad) for variable in variables]
+
+
+def transposed_product(a, b):
+    """The transposed a (N, I) times b (N, O): (I, O)."""
+    product = F.batch_matmul(*(F.reshape(v, (1, *v.shape)) for v in (a, b)), transpose_a=True)
+    return F.reshape(product, product.shape[1:])
 
 
 # --- evaluation without gradient --------------------------------------------------------------------------------------
@@ -391,6 +547,7 @@ class SdfOnGpu:
         self.weights = [(w.get_unlinked_variable(need_grad=False), b.get_unlinked_variable(need_grad=False))
                         for w, b in folded]
         self.graphs = {}
+        self.launching = threading.Lock()       # two threads may call; nnabla's context and cuBLAS's mode are global
         self.refresh()
 
     def refresh(self):
@@ -408,9 +565,10 @@ class SdfOnGpu:
         for start in range(0, len(points), self.SIZES[-1]):
             part = points[start:start + self.SIZES[-1]]
             size = next(size for size in self.SIZES if size >= len(part))
-            x, sdf = self.graph(size, precision)
-            x.d[:len(part)] = part          # the rows behind are left over and not read
-            sdf.forward(clear_buffer=size > self.KEPT)
+            with self.launching:
+                x, sdf = self.graph(size, precision)
+                x.d[:len(part)] = part          # the rows behind are left over and not read
+                sdf.forward(clear_buffer=size > self.KEPT)
             out[start:start + len(part)] = sdf.d[:len(part), 0]
         return out
 

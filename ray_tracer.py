@@ -26,13 +26,17 @@ point that was found to be within the tolerance is, to the last bit, the one tha
 rounding (some 2e-7 at a distance of 3) comes in nowhere after that.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 
-COARSE = 8          # of the samples on a ray, every so many-th is looked at first; a power of 2
+second_thread = ThreadPoolExecutor(1)
+
+HALVES = (8, 4, 2, 1)   # of the samples on a ray, every 8th is looked at first, then of those amid every 4th, ...
+FEW_CALLS = (8, 1)      # the same in fewer calls and some more points
 STEEPEST = 1.5      # the sdf changes by no more than this times the distance; samples are left out by it
-ROUGHNESS = 5e-3    # a rough sdf is off by less; half precision by 1e-3 to 2e-3
 SPREAD = (-1 / 4, -1 / 32, 0.0, 1 / 32, 1 / 4)  # of a bracket, about the secant's zero, whose error is of second order
-MOST_AHEAD = 64     # points that a ray looks at ahead of it at once
+MOST_AHEAD = 512     # points that a ray looks at ahead of it at once
 
 
 def intersect_unit_sphere(origins, directions):
@@ -74,9 +78,7 @@ def trace(sdf, origins, directions, *, sphere_tracing_steps=10, tolerance=5e-5, 
     near, far, meets = intersect_unit_sphere(origins, directions)
     t, hit = np.zeros(len(directions), np.float32), np.zeros(len(directions), bool)
 
-    def sdf_at(rays, distances):
-        return _evaluate(sdf, origins, directions, rays, distances)
-
+    sdf_at = _sdf_along(sdf, origins, directions)
     rays = np.flatnonzero(meets)
     ends, values, touched, undecided = _sphere_trace(
         sdf_at, rays, np.stack([near[rays], far[rays]]), sphere_tracing_steps, tolerance)
@@ -99,7 +101,8 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, samples
     equal intervals with one sample in each: at a random place drawn from rng (numpy.random.Generator), the same for all
     rays, or in the middle where rng is None. A ray that misses the sphere gives its point nearest to the sphere's
     centre (t >= 0), without an evaluation. Source: the paper's section 3.3 and supplementary material.
-    rough_sdf: takes sdf's place where values only choose among samples; it is off by less than ROUGHNESS.
+    rough_sdf: takes sdf's place where the values only choose among samples: on the rays that do not seek their hit. Who
+    has one has a GPU, where a call costs as much as ten thousand points: then the calls are fewer.
 
     Returns t (R,) float32, the distance of that point, and hit (R,) bool. Raises ValueError for an unknown refinement,
     for fewer than 1 sample, and for an sdf that gives the wrong shape.
@@ -108,44 +111,46 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, samples
     origins, directions = np.asarray(origins, np.float32), np.asarray(directions, np.float32)
     near, far, meets = intersect_unit_sphere(origins, directions)
     t, hit = near, np.zeros(len(near), bool)    # on a ray that misses the sphere, near is already the nearest point
-    rays = np.flatnonzero(meets)
-    if not rays.size:
-        return t, hit
     places = 0.5 if rng is None else rng.random(samples)
     # The near end comes first: the surface may be entered before the first sample.
     fractions = np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
-    seeks = seeks[rays]
-    sought = np.flatnonzero(seeks)
-    distances = near[rays] + (far - near)[rays] * fractions[:, None]
+    chords, gaps = far - near, FEW_CALLS if rough_sdf else HALVES
 
-    distances_sought = distances[:, sought]
-    entries_matter = _entries_matter(distances_sought, tolerance)
+    def search(sdf, rays, matters):
+        """Sample the rays, and set t to the least. Returns sdf_at, distances, table and evaluated for the stages."""
+        def sdf_at(ray, t, sdf_along=_sdf_along(sdf, origins, directions)):
+            return sdf_along(rays[ray], t)
 
-    def matters(known, bounds, numbers):
-        wanted = bounds <= known[1:].min(axis=0, initial=np.inf)
-        entered, before_entry = entries_matter(known[:, sought], bounds[:, sought], numbers)
-        wanted[:, sought] = before_entry | wanted[:, sought] & ~entered
-        return wanted
+        distances = near[rays] + chords[rays] * fractions[:, None]
+        table, evaluated = _coarse_to_fine(sdf_at, distances, matters(distances), gaps)
+        t[rays] = distances[1 + table[1:].argmin(axis=0), np.arange(rays.size)]
+        return sdf_at, distances, table, evaluated
 
-    table, evaluated = _coarse_to_fine(
-        lambda ray, t: _evaluate(rough_sdf or sdf, origins, directions, rays[ray], t), distances, matters)
-    t[rays] = distances[1 + table[1:].argmin(axis=0), np.arange(rays.size)]
+    def least_matters(distances):
+        return lambda known, bounds, numbers, gap: bounds <= known[1:].min(axis=0, initial=np.inf)
 
-    def sdf_at(ray, t):
-        return _evaluate(sdf, origins, directions, rays[sought[ray]], t)
+    def entry_or_least_matters(distances):
+        entries_matter, least = _entries_matter(distances, tolerance), least_matters(distances)
 
-    distances, table, evaluated = distances_sought, table[:, sought], evaluated[:, sought]
-    if rough_sdf:
-        # What the hits hang on is looked at again: the ends of the gaps, and all samples that may have the wrong sign.
-        decisive = evaluated & (np.abs(table) < ROUGHNESS)
+        def matters(*seen):
+            entered, before_entry = entries_matter(*seen)
+            return before_entry | least(*seen) & ~entered
+
+        return matters
+
+    others, sought = np.flatnonzero(meets & ~seeks), np.flatnonzero(meets & seeks)
+    # In a thread of its own: while the GPU computes for one of the searches, the other one chooses its next points.
+    least = second_thread.submit(search, rough_sdf, others, least_matters) if rough_sdf and others.size else None
+    if others.size and not rough_sdf:
+        search(sdf, others, least_matters)
+    if sought.size:
+        sdf_at, distances, table, evaluated = search(sdf, sought, entry_or_least_matters)
         number, ray = _gap_ends(distances, table, evaluated, tolerance)
-        decisive[number, ray] = True
-        number, ray = np.nonzero(decisive)
-        table[number, ray] = sdf_at(ray, distances[number, ray])
-    number, ray = _gap_ends(distances, table, evaluated, tolerance)
-    ray, t_found = _refine(sdf_at, ray, distances[number, ray], table[number, ray], refinement == "secant",
-                           refinement_steps, tolerance, SPREAD)
-    t[rays[sought[ray]]], hit[rays[sought[ray]]] = t_found, True
+        ray, t_found = _refine(sdf_at, ray, distances[number, ray], table[number, ray], refinement == "secant",
+                               refinement_steps, tolerance, SPREAD)
+        t[sought[ray]], hit[sought[ray]] = t_found, True
+    if least:
+        least.result()
     return t, hit
 
 
@@ -156,16 +161,20 @@ def _check(samples, least, refinement):
         raise ValueError("samples must be at least {}, not {!r}".format(least, samples))
 
 
-def _evaluate(sdf, origins, directions, rays, t):
-    """sdf at the distances t (n,) along those of the rays."""
-    points = directions[rays]
-    points *= t[:, None]
-    points += origins if origins.ndim == 1 else origins[rays]
-    values = np.asarray(sdf(points), np.float32)
-    if values.shape != t.shape:
-        raise ValueError("the sdf gave shape {} for {} points; it must give ({},)".format(
-            values.shape, len(points), len(points)))
-    return values
+def _sdf_along(sdf, origins, directions):
+    """Return sdf_at(rays, t): the sdf at the distances t (n,) along the rays of the numbers (n,)."""
+    def sdf_at(rays, t):
+        points = np.empty((len(t), 3), np.float32)
+        for point, origin, direction in zip(points.T, origins.T, directions.T):     # by columns: four times as fast
+            np.multiply(direction.take(rays), t, out=point)
+            point += origin.take(rays) if origin.ndim else origin
+        values = np.asarray(sdf(points), np.float32)
+        if values.shape != t.shape:
+            raise ValueError("the sdf gave shape {} for {} points; it must give ({},)".format(
+                values.shape, len(points), len(points)))
+        return values
+
+    return sdf_at
 
 
 # In the stages below, sdf_at(rays, t) evaluates ray number rays[i] at t[i], and ends (2, n) are two distances on
@@ -221,7 +230,7 @@ def _march(sdf_at, rays, ends, values, samples, tolerance):
     table[[0, -1]] = values
     entries_matter = _entries_matter(t, tolerance)
     table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t,
-                                       lambda *seen: entries_matter(*seen)[1], table)
+                                       lambda *seen: entries_matter(*seen)[1], HALVES, table)
     number, ray = _gap_ends(t, table, evaluated, tolerance)
     return rays[ray], t[number, ray], table[number, ray]
 
@@ -229,22 +238,26 @@ def _march(sdf_at, rays, ends, values, samples, tolerance):
 def _entries_matter(t, tolerance):
     """Which samples at t (S, R) matter for their ray's first entry, for _coarse_to_fine.
 
-    Returns a function of known, bounds and numbers, as there, that gives entered (R,), whether an entry is known, and
-    (m, R) bool.
+    Returns a function of known, bounds, numbers and gap, as there, that gives entered (R,), whether an entry is known,
+    and (m, R) bool.
     """
     # A sample outside that is next to one that is not, or that makes a gap doubtful, is not above this.
     low = np.maximum(np.diff(t, axis=0, prepend=t[:1]), np.diff(t, axis=0, append=t[-1:]))
     low *= STEEPEST
     low += np.float32(tolerance)
 
-    def matter(known, bounds, numbers):
-        been_outside = np.logical_or.accumulate((known > tolerance) & (known < np.inf), axis=0)
-        entries = been_outside & (known <= tolerance)
-        entered = entries.any(axis=0)
-        first = np.where(entered, entries.argmax(axis=0) * 2 * numbers[0], len(t))     # known is of every 2nd such one
+    def matter(known, bounds, numbers, gap):
+        outside = _first((known > tolerance) & (known < np.inf))
+        entry = _first((known <= tolerance) & (np.arange(len(known))[:, None] > outside))
+        entered, first = entry < len(known), entry * gap
         return entered, (bounds <= low[numbers]) & (numbers[:, None] < first)
 
     return matter
+
+
+def _first(true):
+    """The number of the first row that is true, for each column of (n, R) bool; n where none is."""
+    return np.where(true.any(axis=0), true.argmax(axis=0), len(true))
 
 
 def _gap_ends(t, table, evaluated, tolerance):
@@ -255,54 +268,65 @@ def _gap_ends(t, table, evaluated, tolerance):
     Returns the samples (2, n) at the ends of each gap, and its ray (n,), ordered by ray and distance.
     """
     above, below = table[:-1], table[1:]
-    entries, doubtful = np.zeros(t.shape, bool), np.zeros(t.shape, bool)    # of sample number i and the one before
-    entries[0] = np.abs(table[0]) <= tolerance
-    entries[1:] = (above > tolerance) & (below <= tolerance)    # from outside to inside, or on the surface
-    doubtful[1:] = (above > tolerance) & (below > tolerance) & (above + below < np.diff(t, axis=0))
-    after = np.zeros(t.shape, bool)
-    np.logical_or.accumulate(entries[:-1], axis=0, out=after[1:])
-    ray, end = np.nonzero(((entries | doubtful) & ~after).T)
+    outside, not_outside = above > tolerance, below <= tolerance
+    ends = np.zeros(t.shape, bool)              # whether the gap between this sample and the one before may hold it
+    ends[0] = np.abs(table[0]) <= tolerance
+    ends[1:] = outside & not_outside            # from outside to inside, or on the surface
+    entry = _first(ends)
+    doubtful = above + below < np.diff(t, axis=0)
+    doubtful &= outside & ~not_outside
+    doubtful &= np.arange(1, len(t))[:, None] < entry
+    ends[0], ends[1:] = False, doubtful
+    entered = np.flatnonzero(entry < len(t))
+    ends[entry[entered], entered] = True
+    end, ray = np.nonzero(ends)
+    order = np.argsort(ray, kind="stable")
+    end, ray = end[order], ray[order]
     # Where the sdf is steeper than STEEPEST, the sample before an entry may have been left out: take the last before.
-    numbers = np.arange(len(t), dtype=np.int32)[:, None]
-    last = np.maximum.accumulate(np.where(evaluated, numbers, np.int32(0)), axis=0)
-    return np.stack([last[np.maximum(end - 1, 0), ray], end]), ray
+    start = np.maximum(end - 1, 0)
+    while not evaluated[start, ray].all():
+        start -= ~evaluated[start, ray]
+    return np.stack([start, end]), ray
 
 
-def _coarse_to_fine(sdf_at, t, matters, table=None):
+def _coarse_to_fine(sdf_at, t, matters, gaps, table=None):
     """The sdf at distances t (S, R), S ascending ones on each of R rays, where it matters; elsewhere a bound that it
     does not go below. Returns both in one table (S, R), and (S, R) bool, where it is the sdf.
 
-    Every COARSE-th is evaluated, and then, by halves, those amid. From the values on either side follows a bound, since
-    the sdf falls by no more than STEEPEST times the distance, and `matters(known, bounds, numbers)` says of which
-    samples the value is wanted: known (k, R) are the values at every 2nd, 4th, ... sample, infinite where it is not
-    known, bounds (m, R) are the bounds for the samples `numbers` (m,) amid. table: values known before, NaN elsewhere.
+    Every gaps[0]-th is evaluated, then every gaps[1]-th of those amid, and so on to 1. From the values on either side
+    follows a bound, since the sdf falls by no more than STEEPEST times the distance, and `matters(known, bounds,
+    numbers, gap)` says of which samples the value is wanted: known (k, R) are the values at every gap-th sample,
+    infinite where it is not known, bounds (m, R) are the bounds for the samples `numbers` (m,) amid. table: values
+    known before, NaN elsewhere; those of sample 0, if any, are known.
     """
     table = np.full(t.shape, np.nan, np.float32) if table is None else table
     evaluated = ~np.isnan(table)
-    rays, gap = t.shape[1], COARSE
-    while gap > 1 and gap >= len(t):
-        gap //= 2
-    numbers = np.arange(0, len(t), gap)
-    wanted = ~evaluated[numbers]
-    while True:
+    gaps = [gap for gap in gaps if gap < len(t)] or [1]
+
+    def evaluate(numbers, wanted):
         places = np.flatnonzero(wanted)
         if places.size:
-            ray = places % rays
-            places = numbers[places // rays] * rays + ray       # in flat arrays, where numpy looks up faster
+            number, ray = np.divmod(places, t.shape[1])
+            places = numbers[number] * t.shape[1] + ray         # in flat arrays, where numpy looks up faster
             table.ravel()[places] = sdf_at(ray, t.ravel()[places])
             evaluated.ravel()[places] = True
-        gap //= 2
-        if not gap:
-            return table, evaluated
-        amid, sides = slice(gap, None, 2 * gap), slice(0, None, 2 * gap)
-        numbers = np.arange(len(t))[amid]
-        falls = table[sides][:len(numbers)] - STEEPEST * (t[amid] - t[sides][:len(numbers)])
-        rises = table[sides][1:] - STEEPEST * (t[sides][1:] - t[amid][:len(t[sides]) - 1])     # none behind the last
-        bounds = falls
-        np.maximum(falls[:len(rises)], rises, out=bounds[:len(rises)])
-        wanted = ~evaluated[amid]
-        np.copyto(table[amid], bounds, where=wanted)
-        wanted &= matters(np.where(evaluated[sides], table[sides], np.float32(np.inf)), bounds, numbers)
+
+    numbers = np.arange(0, len(t), gaps[0])
+    evaluate(numbers, ~evaluated[numbers])
+    for wide, gap in zip(gaps, gaps[1:]):
+        numbers = np.arange(0, len(t), gap)
+        numbers = numbers[numbers % wide > 0]
+        before = numbers // wide * wide
+        behind = before[before + wide < len(t)] + wide          # the last may have none
+        bounds = table[before] - STEEPEST * (t[numbers] - t[before])
+        rises = table[behind] - STEEPEST * (t[behind] - t[numbers[:len(behind)]])
+        np.maximum(bounds[:len(behind)], rises, out=bounds[:len(behind)])
+        given = evaluated[numbers]
+        bounds[given] = table[numbers][given]
+        table[numbers] = bounds
+        wanted = matters(np.where(evaluated[::wide], table[::wide], np.float32(np.inf)), bounds, numbers, wide)
+        evaluate(numbers, wanted & ~given)
+    return table, evaluated
 
 
 def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,)):
@@ -313,7 +337,7 @@ def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,))
     until it is on the surface, or inside (that makes a bracket), or nothing is left between the ends that the sdf at
     them does not cover. In the last case the far end is the entry if it is on the surface; if not, the gap holds none.
     spread: the points at which a bracket is looked at in one call, as offsets in its widths; ascending, with a 0. A
-    walking ray looks ahead at as many, and at twice as many with each step: few walk on for long.
+    walking ray looks ahead at as many, and at 8 times as many with each step: few walk on for long.
     """
     spread = np.float32(spread)[:, None]
     reach = _reach(ends[1] - ends[0], steps, tolerance)
@@ -354,7 +378,7 @@ def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,))
         ahead = _between(ends[:, b], values[:, b], reach[b] * 0.5 ** step, secant)
         in_brackets = np.clip(ahead + spread * (ends[1, b] - ends[0, b]), ends[0, b], ends[1, b])
         reached = np.minimum(ends[0, w] + values[0, w], ends[1, w])     # where the sdf at the near end reaches
-        points = min(len(spread) * 2 ** step, MOST_AHEAD)
+        points = min(len(spread) * 8 ** step, MOST_AHEAD)
         on_the_way = reached + (ends[1, w] - reached) * (np.arange(points, dtype=np.float32) / points)[:, None]
         found = sdf_at(np.concatenate([np.tile(rays[b], len(spread)), np.tile(rays[w], points)]),
                        np.concatenate([in_brackets.ravel(), on_the_way.ravel()]))

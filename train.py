@@ -130,8 +130,8 @@ class TrainingStep:
         """Update the parameters; returns the losses before it as {name: Variable}. step: what `filled` takes."""
         g = self.filled(*step)
         solver.zero_grad()
-        g["loss"].forward(clear_no_need_grad=True)
-        g["loss"].backward(clear_buffer=True)
+        g["forward"]()
+        g["backward"]()
         solver.update()
         return {name: g[name] for name in ("loss", "color", "mask", "eikonal")}
 

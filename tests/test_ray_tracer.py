@@ -472,7 +472,7 @@ def test_samples_left_out_change_nothing(rays, monkeypatch, shape):
         return found, sum(len(points) for points in calls)
 
     fine, few = results()
-    monkeypatch.setattr(ray_tracer, "COARSE", 1)
+    monkeypatch.setattr(ray_tracer, "HALVES", (1,))
     dense, many = results()
     for ours, theirs in zip(fine, dense):
         assert np.array_equal(ours, theirs)
