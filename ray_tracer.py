@@ -32,8 +32,8 @@ import numpy as np
 
 second_thread = ThreadPoolExecutor(1)
 
-HALVES = (8, 4, 2, 1)   # of the samples on a ray, every 8th is looked at first, then of those amid every 4th, ...
-FEW_CALLS = (8, 1)      # the same in fewer calls and some more points
+FEW_POINTS = (16, 4, 2, 1)  # of the samples on a ray, every 16th is looked at first, then of those amid every 4th, ...
+FEW_CALLS = (8, 1)          # the same in fewer calls with some more points
 STEEPEST = 1.5      # the sdf changes by no more than this times the distance; samples are left out by it
 SPREAD = (-1 / 4, -1 / 32, 0.0, 1 / 32, 1 / 4)  # of a bracket, about the secant's zero, whose error is of second order
 MOST_AHEAD = 512     # points that a ray looks at ahead of it at once
@@ -91,8 +91,8 @@ def trace(sdf, origins, directions, *, sphere_tracing_steps=10, tolerance=5e-5, 
     return t, hit
 
 
-def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, samples=100, rng=None, tolerance=5e-5,
-                     refinement="secant", refinement_steps=8):
+def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, matters_below=np.inf, samples=100, rng=None,
+                     tolerance=5e-5, refinement="secant", refinement_steps=8):
     """Where a training step takes the loss of each ray: at its hit, or else at a sample of least sdf.
 
     sdf, origins, directions, tolerance, refinement and refinement_steps as in trace. seeks: (R,) bool, the rays whose
@@ -103,6 +103,8 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, samples
     centre (t >= 0), without an evaluation. Source: the paper's section 3.3 and supplementary material.
     rough_sdf: takes sdf's place where the values only choose among samples: on the rays that do not seek their hit. Who
     has one has a GPU, where a call costs as much as ten thousand points: then the calls are fewer.
+    matters_below: where the sdf of a ray that does not seek its hit is certainly above this, it is not looked at closer;
+    if it is so on the whole ray, the ray gives any of its samples.
 
     Returns t (R,) float32, the distance of that point, and hit (R,) bool. Raises ValueError for an unknown refinement,
     for fewer than 1 sample, and for an sdf that gives the wrong shape.
@@ -114,7 +116,7 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, samples
     places = 0.5 if rng is None else rng.random(samples)
     # The near end comes first: the surface may be entered before the first sample.
     fractions = np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
-    chords, gaps = far - near, FEW_CALLS if rough_sdf else HALVES
+    chords, gaps = far - near, FEW_CALLS if rough_sdf else FEW_POINTS
 
     def search(sdf, rays, matters):
         """Sample the rays, and set t to the least. Returns sdf_at, distances, table and evaluated for the stages."""
@@ -126,11 +128,11 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, samples
         t[rays] = distances[1 + table[1:].argmin(axis=0), np.arange(rays.size)]
         return sdf_at, distances, table, evaluated
 
-    def least_matters(distances):
-        return lambda known, bounds, numbers, gap: bounds <= known[1:].min(axis=0, initial=np.inf)
+    def least_matters(distances, limit=matters_below):
+        return lambda known, bounds, numbers, gap: bounds <= known[1:].min(axis=0, initial=limit)
 
     def entry_or_least_matters(distances):
-        entries_matter, least = _entries_matter(distances, tolerance), least_matters(distances)
+        entries_matter, least = _entries_matter(distances, tolerance), least_matters(distances, np.inf)
 
         def matters(*seen):
             entered, before_entry = entries_matter(*seen)
@@ -230,7 +232,7 @@ def _march(sdf_at, rays, ends, values, samples, tolerance):
     table[[0, -1]] = values
     entries_matter = _entries_matter(t, tolerance)
     table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t,
-                                       lambda *seen: entries_matter(*seen)[1], HALVES, table)
+                                       lambda *seen: entries_matter(*seen)[1], FEW_POINTS, table)
     number, ray = _gap_ends(t, table, evaluated, tolerance)
     return rays[ray], t[number, ray], table[number, ray]
 

@@ -17,6 +17,8 @@ import network
 import ray_tracer
 import synthesize
 
+NO_LOSS = 17.0      # sigmoid(-17), the mask loss of a ray outside the mask with alpha * sdf = 17, is lost beside 1
+
 
 def main():
     args = helper.argument_parser("Train IDR on a scene.").parse_args()
@@ -48,7 +50,7 @@ def main():
             for _ in views:
                 _, origin, directions, rgb, mask = batch
                 sdf.refresh()
-                points, colored = place_points(sdf, origin, directions, mask, conf.tracer, rng)
+                points, colored = place_points(sdf, origin, directions, mask, alpha, conf.tracer, rng)
                 losses = step(solver, points, colored, directions, rgb, mask, alpha, rng)
                 batch = next(batches)       # while the GPU is still at work on the step
                 losses = {name: float(loss.d) for name, loss in losses.items()}
@@ -79,16 +81,17 @@ def is_due(epoch, every, epochs):
     return (epoch + 1) % every == 0 or epoch + 1 == epochs
 
 
-def place_points(sdf, origin, directions, mask, tracer, rng):
+def place_points(sdf, origin, directions, mask, alpha, tracer, rng):
     """Find the point of each ray that carries its loss.
 
-    sdf: what network.sdf_evaluator gives; origin (3,), directions (R, 3), mask (R,) bool; tracer: the configuration's
-    section, whose sphere tracing is for renders. Returns points (R, 3): the hit, where there is one in the object mask,
-    else the sample of least sdf; and colored (R,) bool, which it is.
+    sdf: what network.sdf_evaluator gives; origin (3,), directions (R, 3), mask (R,) bool; alpha: of the mask loss;
+    tracer: the configuration's section, whose sphere tracing is for renders. Returns points (R, 3): the hit, where there
+    is one in the object mask, else the sample of least sdf, except that outside the mask any sample serves a ray whose
+    mask loss is nothing; and colored (R,) bool, whether it is a hit.
     """
     settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
     t, colored = ray_tracer.hit_or_least_sdf(sdf, origin, directions, mask, rough_sdf=sdf.roughly, rng=rng,
-                                             **settings)
+                                             matters_below=NO_LOSS / alpha, **settings)
     return origin + t[:, None] * directions, colored
 
 

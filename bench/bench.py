@@ -30,6 +30,7 @@ import synthesize  # noqa: E402
 import train  # noqa: E402
 
 SETTINGS = {"dtu": (512, 256, 2048), "small": (128, 64, 512), "demo": (64, 32, 256)}    # width, feature, rays
+ALPHA = 50.0    # of the mask loss, at the beginning of a training; later on fewer samples matter
 STAGES = {"_coarse_to_fine": "samples", "_refine": "refinement"}
 
 
@@ -161,8 +162,8 @@ def bench_step(scene, tracer, rays, steps, rate, yardstick):
         part("refresh", sdf.refresh)
         with counted_stages(counts):
             points, colored = part("trace", train.place_points, counting, batch.origin, batch.directions, batch.mask,
-                                   tracer, rng)
-        g = part("inputs", step.filled, points, colored, batch.directions, batch.rgb, batch.mask, 50.0, rng)
+                                   ALPHA, tracer, rng)
+        g = part("inputs", step.filled, points, colored, batch.directions, batch.rgb, batch.mask, ALPHA, rng)
         solver.zero_grad()
         part("forward", g["forward"])
         part("backward", g["backward"])

@@ -297,7 +297,7 @@ def test_near_end_that_steps_inside_keeps_the_bracket():
     assert hit and abs(t - 2.4) <= TOLERANCE
     assert np.isclose(calls[1][0, 0], -1 + 1.7 * 0.4, atol=1e-6)
     numbers = (calls[2][:, 0] + 1) / (1.7 * 0.4 / 99)
-    assert np.allclose(numbers, np.arange(8, 99, 8), rtol=0, atol=1e-4)
+    assert np.allclose(numbers, np.arange(16, 99, 16), rtol=0, atol=1e-4)
 
 
 def test_near_end_that_steps_inside_at_first_of_two():
@@ -472,7 +472,7 @@ def test_samples_left_out_change_nothing(rays, monkeypatch, shape):
         return found, sum(len(points) for points in calls)
 
     fine, few = results()
-    monkeypatch.setattr(ray_tracer, "HALVES", (1,))
+    monkeypatch.setattr(ray_tracer, "FEW_POINTS", (1,))
     dense, many = results()
     for ours, theirs in zip(fine, dense):
         assert np.array_equal(ours, theirs)
@@ -514,6 +514,21 @@ def test_a_rough_sdf_for_the_samples_changes_no_hit(sdf, rays, truths):
     least = sdf(rays[0] + t[:, None] * rays[1])[~hit]
     expected = sdf(least_sdf_points(sdf, *rays, 100))[~hit]
     assert (least <= expected + 4e-3).all()
+
+
+def test_an_sdf_too_large_to_matter_is_not_looked_at_closer(rays):
+    """Rays that come as near as that give their least sample, the others any."""
+    nothing, points = np.zeros(len(rays[1]), bool), []
+    for limit in (np.inf, 0.1):
+        seen, calls = counted(bumpy)
+        t, hit = ray_tracer.hit_or_least_sdf(seen, *rays, nothing, matters_below=limit)
+        points.append(sum(len(points) for points in calls))
+        if limit == np.inf:
+            exact = t
+    least = sdf_at(bumpy, *rays, exact)
+    assert 300 < (least < 0.1).sum() < len(least) - 300
+    assert (t == exact)[least < 0.1].all() and (sdf_at(bumpy, *rays, t) >= least)[least >= 0.1].all()
+    assert points[1] < 0.8 * points[0]
 
 
 def test_the_hits_of_a_step_take_few_calls():
