@@ -63,7 +63,7 @@ def to_ours(paths, output):
     for path in paths:
         found = our_parameters(path, *read_checkpoint(path))
         if not ours.keys().isdisjoint(found):
-            raise UserError(f"{path}: holds the same as the file before; give ModelParameters and CamParameters of one run")
+            raise UserError(f"{path}: the file before held the same; give ModelParameters and CamParameters of a run")
         ours.update(found)
     nn.clear_parameters()
     for name, array in ours.items():
@@ -170,7 +170,7 @@ def our_parameters(path, tree, buffers):
     state = state if isinstance(state, dict) else {}
     tensors = {name: tensor for name, tensor in state.items() if type(name) is str and type(tensor) is Tensor}
     if not tensors:
-        raise UserError(f"{path}: holds no model_state_dict (as ModelParameters) nor pose_vecs_state_dict (CamParameters)")
+        raise UserError(f"{path}: holds no model_state_dict (ModelParameters) or pose_vecs_state_dict (CamParameters)")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if set(shapes) in ({"weight"}, {"pose_vecs.weight"}):
         names = {POSE: next(iter(shapes))}
@@ -179,6 +179,9 @@ def our_parameters(path, tree, buffers):
         wanted = wanted_shapes(path, {our_name(name): shape for name, shape in shapes.items() if our_name(name)})
         check_shapes(path, shapes, {their_name(name): their_shape(name, shape) for name, shape in wanted.items()})
         names = {name: their_name(name) for name in wanted}
+    sizes_in_bytes = [np.dtype(t.storage.dtype).itemsize * int(np.prod(t.shape)) for t in tensors.values()]
+    if sum(sizes_in_bytes) > sum(len(buffer) for buffer in buffers.values()):
+        raise UserError(f"{path}: has tensors of more numbers than it holds; the file is damaged")
     ours = {}
     for name, theirs in names.items():
         array = as_array(tensors[theirs], buffers)
@@ -311,7 +314,7 @@ def read_pickle(file):
             list.extend(stack[-1], items)
         elif name == "GLOBAL":
             if value not in FUNCTIONS and value not in STORAGES:
-                raise UserError(f"asks for {shown(value.replace(' ', '.'))}, which no model of IDR's needs; none was run")
+                raise UserError(f"asks for {shown(value.replace(' ', '.'))}, which no model needs; it was not run")
             stack.append(value)
         elif name == "REDUCE":
             function, arguments = take_off(len(stack) - 2)
@@ -324,7 +327,7 @@ def read_pickle(file):
                 raise UserError("describes one storage in two ways; the file is damaged")
             stack.append(storage)
         elif name not in ("PROTO", "STOP"):
-            raise UserError(f"has the instruction {name}, which torch.save does not write; nothing was run")
+            raise UserError(f"has the instruction {name}, which torch.save does not write; it was not run")
     result, = stack
     return result, storages
 
