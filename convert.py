@@ -16,6 +16,7 @@ instructions that build dicts and tensors are read one by one, and a file with a
 import argparse
 import contextlib
 import io
+import math
 import pickletools
 import re
 import struct
@@ -26,6 +27,7 @@ from typing import NamedTuple, Tuple
 import h5py
 import nnabla as nn
 import numpy as np
+from nnabla.logger import logger
 
 import helper
 import network
@@ -47,6 +49,9 @@ def main():
     parser.add_argument("--old-form", action="store_true", help="write the .pth for PyTorch before 1.6")
     args = parser.parse_args()
     suffix = Path(args.output).suffix
+    logger.setLevel("WARNING")      # nnabla would tell of a temporary file that it saves
+    if suffix == ".h5" and args.old_form:
+        raise UserError(f"--old-form is for writing a .pth; leave it out for --output {args.output}")
     if suffix == ".h5":
         to_ours(args.files, args.output)
     elif suffix == ".pth" and len(args.files) == 1:
@@ -179,8 +184,8 @@ def our_parameters(path, tree, buffers):
         wanted = wanted_shapes(path, {our_name(name): shape for name, shape in shapes.items() if our_name(name)})
         check_shapes(path, shapes, {their_name(name): their_shape(name, shape) for name, shape in wanted.items()})
         names = {name: their_name(name) for name in wanted}
-    sizes_in_bytes = [np.dtype(t.storage.dtype).itemsize * int(np.prod(t.shape)) for t in tensors.values()]
-    if sum(sizes_in_bytes) > sum(len(buffer) for buffer in buffers.values()):
+    claimed = sum(np.dtype(tensor.storage.dtype).itemsize * math.prod(tensor.shape) for tensor in tensors.values())
+    if claimed > sum(len(buffer) for buffer in buffers.values()):   # strides of 0, or many tensors of one storage
         raise UserError(f"{path}: has tensors of more numbers than it holds; the file is damaged")
     ours = {}
     for name, theirs in names.items():
@@ -194,8 +199,8 @@ def our_parameters(path, tree, buffers):
 
 
 def check_pose(where, shape):
-    """Raise UserError where cameras do not have the shape (views, 7)."""
-    if len(shape) != 2 or shape[1] != 7:
+    """Raise UserError where cameras do not have the shape (views, 7), or are none."""
+    if len(shape) != 2 or shape[0] == 0 or shape[1] != 7:
         raise UserError(f"{where} is {tuple(shape)}; cameras are (views, 7), a quaternion and a centre each")
 
 
@@ -255,10 +260,8 @@ def rebuilt_tensor(storage, offset, shape, stride, *_):
     if type(storage) is not Storage or len(shape) != len(stride) or not 0 <= len(shape) <= 8 \
             or not all(type(n) is int and n >= 0 for n in (offset,) + shape + stride):
         raise UserError("has a tensor that is none; the file is damaged")
-    size, last = 1, offset
-    for n, step in zip(shape, stride):
-        size, last = size * n, last + (n - 1) * step
-    if size > storage.count or size and last >= storage.count:
+    last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
+    if 0 not in shape and last >= storage.count:
         raise UserError(f"has a tensor of shape {shown(shape)} that reaches beyond its {storage.count} numbers")
     return Tensor(storage, offset, shape, stride)
 

@@ -229,6 +229,7 @@ def test_what_the_command_line_refuses(tmp_path):
     assert "nowhere.pth: cannot be read" in refused("convert.py", "nowhere.pth", "--output", "b.h5", cwd=tmp_path)
     assert "must end in .h5" in refused("convert.py", "a.pth", "--output", "b.npz", cwd=tmp_path)
     assert "a.pth: not a readable .h5" in refused("convert.py", "a.pth", "--output", "b.pth", cwd=tmp_path)
+    assert "--old-form" in refused("convert.py", "a.pth", "--output", "b.h5", "--old-form", cwd=tmp_path)
     assert "not 2 files" in refused("convert.py", "other.h5", "hollow.h5", "--output", "b.pth", cwd=tmp_path)
     assert "other.h5: " in refused("convert.py", "other.h5", "--output", "b.pth", cwd=tmp_path)
     assert "hollow.h5: not a readable" in refused("convert.py", "hollow.h5", "--output", "b.pth", cwd=tmp_path)
@@ -342,10 +343,11 @@ def test_the_tensor_that_the_next_test_spoils_is_fine(tmp_path):
 
 @pytest.mark.parametrize("spoilt", [
     dict(offset=1), dict(offset=-1), dict(stride=(-7, 1)), dict(stride=(7, -1)), dict(stride=(8, 1)),
-    dict(shape=(3, 7)), dict(shape=(-2, 7)), dict(shape=(2,)), dict(shape=(2, 7, 1)), dict(shape=(2, "7")), dict(stride=(7, True)),
-    dict(offset=2 ** 63), dict(shape=(2 ** 40, 7), stride=(0, 0)), dict(shape=(2 ** 1500, 7)), dict(count=-14),
-    dict(count=15), dict(count=2 ** 62), dict(count=2 ** 62, shape=(2 ** 59, 7)), dict(count="14"), dict(key="b"),
-    dict(key=1), dict(key="../data.pkl"), dict(kind="DoubleStorage"), dict(kind="CharStorage"),
+    dict(shape=(3, 7)), dict(shape=(-2, 7)), dict(shape=(2,)), dict(shape=(2, 7, 1)), dict(shape=(2, "7")),
+    dict(stride=(7, True)), dict(offset=2 ** 63), dict(shape=(2 ** 40, 7), stride=(0, 0)),
+    dict(shape=(2 ** 1500, 7)), dict(shape=(2 ** 1500, 7), stride=(0, 0)), dict(shape=(0, 7)), dict(count=-14),
+    dict(count=15), dict(count=2 ** 62), dict(count=2 ** 1500), dict(count=2 ** 62, shape=(2 ** 59, 7)), dict(count="14"),
+    dict(key="b"), dict(key=1), dict(key="../data.pkl"), dict(kind="DoubleStorage"), dict(kind="CharStorage"),
     dict(kind="HalfStorage"), dict(shape=(1,) * 9, stride=(1,) * 9),
 ], ids=str)
 def test_tensors_that_reach_beyond_their_numbers(tmp_path, spoilt):
