@@ -346,12 +346,21 @@ def test_the_tensor_that_the_next_test_spoils_is_fine(tmp_path):
     dict(shape=(3, 7)), dict(shape=(-2, 7)), dict(shape=(2,)), dict(shape=(2, 7, 1)), dict(shape=(2, "7")),
     dict(stride=(7, True)), dict(offset=2 ** 63), dict(shape=(2 ** 40, 7), stride=(0, 0)),
     dict(shape=(2 ** 1500, 7)), dict(shape=(2 ** 1500, 7), stride=(0, 0)), dict(shape=(0, 7)), dict(count=-14),
-    dict(count=15), dict(count=2 ** 62), dict(count=2 ** 1500), dict(count=2 ** 62, shape=(2 ** 59, 7)), dict(count="14"),
+    dict(count=15), dict(count="14"), dict(count=2 ** 62), dict(count=2 ** 1500),
+    dict(count=2 ** 62, shape=(2 ** 59, 7)),
     dict(key="b"), dict(key=1), dict(key="../data.pkl"), dict(kind="DoubleStorage"), dict(kind="CharStorage"),
     dict(kind="HalfStorage"), dict(shape=(1,) * 9, stride=(1,) * 9),
 ], ids=str)
 def test_tensors_that_reach_beyond_their_numbers(tmp_path, spoilt):
     refusal(write_zip(tmp_path, tensor_program(**spoilt), {"a": np.arange(14, dtype="f4").tobytes()}))
+
+
+@pytest.mark.parametrize("cut", [1, 4, 56, 60])
+def test_an_old_form_whose_last_numbers_are_cut_off(tmp_path, cut):
+    path, weight = tmp_path / "cut.pth", np.ones((2, 7), np.float32)
+    convert.write_checkpoint(path, {"unused": np.tile(weight, 9), "pose_vecs_state_dict": {"weight": weight}}, True)
+    path.write_bytes(path.read_bytes()[:-cut])
+    refusal(path)
 
 
 HUGE = struct.pack("<I", 2 ** 32 - 1)
