@@ -77,10 +77,10 @@ def converted(path):
     return convert.our_parameters(path, *convert.read_checkpoint(path))
 
 
-def refusal(path):
+def refusal(path, read=converted):
     """The one line with which a checkpoint is refused, without the file's name."""
     with pytest.raises(helper.UserError) as raised:
-        converted(path)
+        read(path)
     message = str(raised.value)
     assert message.startswith(f"{path}: ") and message.isprintable() and len(message) < 300 + len(str(path))
     return message[len(str(path)) + 2:]
@@ -130,6 +130,7 @@ def test_there_and_back_and_there_again(tmp_path, old_form):
     assert "theirs.pth: network: {width: 64, feature: 2, layers: 3}, 5 cameras" in said and "theirs_cameras.pth" in said
     for name, key in (("theirs.pth", "model_state_dict"), ("theirs_cameras.pth", "pose_vecs_state_dict")):
         assert zipfile.is_zipfile(tmp_path / name) is not old_form
+        assert (b"NtQ" in (tmp_path / name).read_bytes()) is old_form   # None: a storage of the old form is no view
         tree, buffers = convert.read_checkpoint(tmp_path / name)
         assert tree["epoch"] == 1999 and list(tree) == ["epoch", key]
     tree, buffers = convert.read_checkpoint(tmp_path / "theirs.pth")
@@ -224,15 +225,12 @@ def test_what_the_command_line_refuses(tmp_path):
     write_model(tmp_path / "nan.pth", {"weight": np.full((2, 7), np.nan, "f4")}, key="pose_vecs_state_dict")
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["implicit/0/v"] = np.zeros((39, 64))
-    with h5py.File(tmp_path / "hollow.h5", "w") as file:
-        file.create_dataset("implicit/0/v", (10 ** 7, 10 ** 7), "f4", chunks=(1000, 1000))
     assert "nowhere.pth: cannot be read" in refused("convert.py", "nowhere.pth", "--output", "b.h5", cwd=tmp_path)
     assert "must end in .h5" in refused("convert.py", "a.pth", "--output", "b.npz", cwd=tmp_path)
     assert "a.pth: not a readable .h5" in refused("convert.py", "a.pth", "--output", "b.pth", cwd=tmp_path)
     assert "--old-form" in refused("convert.py", "a.pth", "--output", "b.h5", "--old-form", cwd=tmp_path)
-    assert "not 2 files" in refused("convert.py", "other.h5", "hollow.h5", "--output", "b.pth", cwd=tmp_path)
+    assert "not 2 files" in refused("convert.py", "other.h5", "other.h5", "--output", "b.pth", cwd=tmp_path)
     assert "other.h5: " in refused("convert.py", "other.h5", "--output", "b.pth", cwd=tmp_path)
-    assert "hollow.h5: not a readable" in refused("convert.py", "hollow.h5", "--output", "b.pth", cwd=tmp_path)
     assert "the file before" in refused("convert.py", "a.pth", "a.pth", "--output", "b.h5", cwd=tmp_path)
     assert "not finite" in refused("convert.py", "a.pth", "nan.pth", "--output", "b.h5", cwd=tmp_path)
     assert "other.h5: is not what torch.save" in refused("convert.py", "other.h5", "--output", "b.h5", cwd=tmp_path)
@@ -355,6 +353,20 @@ def test_tensors_that_reach_beyond_their_numbers(tmp_path, spoilt):
     refusal(write_zip(tmp_path, tensor_program(**spoilt), {"a": np.arange(14, dtype="f4").tobytes()}))
 
 
+def test_storages_that_do_not_fit_one_another(tmp_path):
+    def named(*tensors):
+        return b"\x80\x02}(" + b"".join(convert.pickled(name, [], False) + tensor_instructions(*tensor)
+                                       for name, tensor in tensors) + b"u."
+
+    other, small, large = (0, (99,), (1,), 99, "b"), (0, (2, 7), (7, 1), 14), (0, (4, 7), (7, 1), 28)
+    storages = {"a": bytes(4 * 14), "b": bytes(4 * 99)}
+    assert "two ways" in refusal(write_zip(tmp_path, named(("b", other), ("a", small), ("weight", large)), storages))
+    assert "lacks" in refusal(write_old(tmp_path, tensor_program()))
+    assert "view" in refusal(write_old(tmp_path, tensor_program().replace(b"tQ", b"K\1tQ")))
+    memoized = tensor_program()[:-1] + b"\x94."
+    assert "MEMOIZE" in refusal(write_zip(tmp_path, memoized, {"a": bytes(4 * 14)}))
+
+
 @pytest.mark.parametrize("cut", [1, 4, 56, 60])
 def test_an_old_form_whose_last_numbers_are_cut_off(tmp_path, cut):
     path, weight = tmp_path / "cut.pth", np.ones((2, 7), np.float32)
@@ -376,10 +388,10 @@ BOMBS = {
 }
 
 
-def refused_in_little_memory(path):
+def refused_in_little_memory(path, read=converted):
     tracemalloc.start()
     try:
-        said = refusal(path)
+        said = refusal(path, read)
         assert tracemalloc.get_traced_memory()[1] < 3e6 + 40 * path.stat().st_size
     finally:
         tracemalloc.stop()
@@ -398,6 +410,12 @@ def test_storages_that_unpack_to_more_than_the_file(tmp_path):
         archive.writestr("archive/data.pkl", tensor_program(count=2 ** 24))
         archive.writestr("archive/data/a", bytes(2 ** 26))
     assert "more than it holds" in refused_in_little_memory(path)
+
+
+def test_a_model_of_ours_that_claims_more_than_it_holds(tmp_path):
+    with h5py.File(tmp_path / "hollow.h5", "w") as file:
+        file.create_dataset("implicit/0/v", (4000, 4000), "f4", chunks=(1000, 1000))
+    assert "not a readable .h5" in refused_in_little_memory(tmp_path / "hollow.h5", convert.read_parameters)
 
 
 def test_many_tensors_of_one_storage(tmp_path):
