@@ -6,19 +6,18 @@ projection K [R | t] to pixels (x right, y down, z into the scene), and `scale_m
 unit sphere to the object's region of the world. Here everything is in the coordinates of that unit sphere,
 and pixel centres are at integers (u, v).
 """
+import itertools
 import sys
 import warnings
-from contextlib import closing
 from pathlib import Path
 from typing import List, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
-from nnabla.utils.data_iterator import data_iterator_simple
 from tqdm import tqdm
 
-from helper import UserError, decompose_projection, pixel_rays
+from helper import ORDER, PIXELS, UserError, decompose_projection, pixel_rays, random_numbers
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MOST_PIXELS = 80 * 10 ** 6  # of a picture: a small file may unpack to more than the memory
@@ -305,28 +304,18 @@ class Batch(NamedTuple):
     mask: np.ndarray        # (R,) bool, True on the object
 
 
-def training_batches(scene, views, rays, seed):
-    """Yield Batches for ever: each is one view and `rays` random pixels of it. Ends when closed.
+def training_batches(scene, views, rays, seed, start=0):
+    """Yield Batches for ever, from that of the step `start` on: each is one view and `rays` random pixels of it.
 
-    Each of `views` comes once in every epoch (len(views) batches), in an order shuffled anew for each. The
-    pixels are uniform over the whole image, object or not, and differ from one another unless the image has
-    fewer. The same seed gives the same batches.
+    Each of `views` comes once in every epoch (len(views) steps), in an order shuffled anew for each. The pixels
+    are uniform over the whole image, object or not, and differ from one another unless the image has fewer.
+    A batch is a function of the seed and the step.
     """
     height, width = scene.masks.shape[1:]
-    rng = np.random.default_rng([seed, 1])  # a stream of its own: a caller may use the seed for another
-    order = np.array(views)
-
-    def load(position):
-        if position == 0:  # here, as nnabla 1.22 shuffles once and not for every epoch
-            rng.shuffle(order)
+    for step in itertools.count(start):
+        epoch, position = divmod(step, len(views))
+        view = random_numbers(seed, ORDER, epoch).permutation(views)[position]
         # No shuffle: the order of the rays is of no use.
-        pixels = rng.choice(height * width, rays, replace=rays > height * width, shuffle=False)
-        uv = np.stack([pixels % width, pixels // width], axis=1)
-        return (order[position],) + view_rays(scene, order[position], uv)
-
-    # No thread: nnabla starts a new one for each batch, which takes about as long as it saves (0.4 ms for
-    # 2048 rays), and waits for ever where one ends in an error.
-    with closing(data_iterator_simple(load, len(order), batch_size=1, use_thread=False)) as iterator:
-        while True:
-            view, origin, directions, rgb, mask = (value[0] for value in iterator.next())
-            yield Batch(int(view), origin, directions, rgb, mask)
+        pixels = random_numbers(seed, PIXELS, step).choice(height * width, rays, replace=rays > height * width,
+                                                           shuffle=False)
+        yield Batch(int(view), *view_rays(scene, view, np.stack([pixels % width, pixels // width], axis=1)))
