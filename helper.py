@@ -5,6 +5,7 @@ Imports nothing of the other scripts.
 import argparse
 import contextlib
 import ctypes
+import errno
 import io
 import json
 import os
@@ -29,12 +30,9 @@ class UserError(Exception):
 
 
 def run(main):
-    """Call `main()` as a script's body and end with the status that it returns (None is 0).
-
-    A UserError ends it with its one line and status 2, Ctrl-C with status 130.
-    """
+    """Call `main()` as a script's body: a UserError ends it with its one line and status 2, Ctrl-C with status 130."""
     try:
-        sys.exit(main())
+        main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
@@ -76,8 +74,9 @@ def writing(path):
     try:
         yield
     except OSError as error:
-        reason = (error.strerror or str(error)).splitlines()[0]
-        raise UserError(f"{path}: cannot be written ({reason}); the earlier file, if any, is intact")
+        mend = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}){mend}; the earlier file, if any, is "
+                        "intact")
 
 
 @contextlib.contextmanager

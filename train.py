@@ -7,6 +7,7 @@ Writes to {monitor_path}_{scan}: the configuration, a series per loss, validatio
 state.h5, from which the second command goes on.
 """
 import re
+import sys
 import time
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def main():
         if is_complete(state, conf.train.epochs, len(views)):
             print(f"{folder} is trained: {state.progress['step'] // len(views)} epochs, where {args.config} wants "
                   f"{conf.train.epochs}; raise train.epochs there to train on")
-            return 0
+            return
     helper.set_context(args.context, args.device_id)
     if state is None:
         folder = helper.new_run_folder(conf, args.monitor_path)
@@ -57,7 +58,7 @@ def main():
         finished = train(conf, scene, views, folder, state, stop)
     if not finished:
         print(f"stopped; the same command with --resume{' ' + str(folder) if args.resume else ''} goes on")
-        return 128 + stop[0]
+        sys.exit(128 + stop[0])     # as a shell has it for a program that a signal ended
     print(f"trained: {folder / model_name(conf.train.epochs - 1)}")
 
 
