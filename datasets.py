@@ -21,6 +21,8 @@ from helper import ORDER, PIXELS, UserError, decompose_projection, pixel_rays, r
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MOST_PIXELS = 80 * 10 ** 6  # of a picture: a small file may unpack to more than the memory
+LARGEST_MATRIX = 10 ** 5    # bytes of an entry of cameras.npz, as unpacked
+FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "BMP", "PPM")  # by content; for others Pillow may run programs
 
 
 class Scene(NamedTuple):
@@ -137,7 +139,7 @@ def read_picture(path, mode):
     """Read a picture (grey, palette, RGB, RGBA; 1, 8 or 16 bits) as uint8 in Pillow's mode "RGB" or "LA"."""
     picture_size(path)
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
                 picture = Image.fromarray((np.asarray(picture) / 257.0 + 0.5).astype(np.uint8))
             # By way of RGBA, as a palette may have transparent colours.
@@ -151,7 +153,7 @@ def picture_size(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is ours
-            with Image.open(path) as picture:
+            with Image.open(path, formats=FORMATS) as picture:
                 width, height = picture.size
     except Image.DecompressionBombError:
         width, height = MOST_PIXELS, 2
@@ -180,7 +182,8 @@ def load_cameras(path, count):
     for view in range(count):
         where = f"{path}: the camera of view {view} (world_mat_{view} @ scale_mat_{view})"
         try:
-            projection = matrices[f"world_mat_{view}"] @ matrices[f"scale_mat_{view}"]
+            with np.errstate(over="ignore", invalid="ignore"):      # decompose_projection refuses it
+                projection = matrices[f"world_mat_{view}"] @ matrices[f"scale_mat_{view}"]
             intrinsics[view], poses[view] = decompose_projection(projection)
         except ValueError as error:
             raise UserError(f"{where} cannot be used: {error}; mend these two matrices")
@@ -198,6 +201,9 @@ def read_matrices(path, count, kinds=("world", "scale")):
         raise UserError(f"{path}: no such file; a scene holds image/, mask/ and cameras.npz")
     try:
         with np.load(str(path), allow_pickle=False) as file:
+            sizes = {entry.filename: entry.file_size for entry in file.zip.infolist()}
+            if any(sizes.get(f"{key}.npy", 0) > LARGEST_MATRIX for key in keys):    # it may unpack to any size
+                raise ValueError
             found = {key: file[key] for key in keys if key in file.files}
             more = f"world_mat_{count}" in file.files
     except Exception:  # zipfile, zlib, pickle and numpy each raise their own; an .npy is no context manager
@@ -205,9 +211,10 @@ def read_matrices(path, count, kinds=("world", "scale")):
     for key in keys:
         if key not in found:
             raise UserError(f"{path}: the key {key} is missing; each of the {count} views in image/ has one")
-        if found[key].shape != (4, 4) or found[key].dtype.kind not in "fiu":
-            raise UserError(f"{path}: {key} is {found[key].dtype} of shape {found[key].shape}; it must be "
-                            "numbers of shape (4, 4)")
+        matrix = np.asarray(found[key])     # bytes, where the entry is no array
+        if matrix.shape != (4, 4) or matrix.dtype.kind not in "fiu":
+            raise UserError(f"{path}: {key} is {matrix.dtype} of shape {matrix.shape}; it must be numbers of shape "
+                            "(4, 4)")
         if not np.isfinite(found[key]).all():
             raise UserError(f"{path}: {key} has values that are not finite; mend this matrix")
     if more:

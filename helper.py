@@ -34,7 +34,8 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        said = "".join(c if c.isprintable() else " " for c in str(error))   # of a file's name that holds a line's end
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -171,7 +172,7 @@ ASCENDING = (lambda v: all(e >= 0 for e in v) and v == sorted(v), "epochs in asc
 # Every key of a configuration: its type and the values it may take. config/default.yaml says what each one means.
 SETTINGS = {
     "data": {
-        "path": (str, (lambda v: v.strip() != "", "a folder")),
+        "path": (str, (lambda v: v.strip() != "" and v.isprintable(), "a folder")),
         "downscale": (int, POSITIVE),
         "held_out_views": ([int], (lambda v: all(i >= 0 for i in v), "indices of views, from 0")),
     },
@@ -208,6 +209,10 @@ SETTINGS = {
         "resolution": (int, (lambda v: v >= 16, "16 or more")),
     },
 }
+
+
+SHORT = reprlib.Repr()      # a few lines of YAML that point to one another may spell out a text without end
+SHORT.maxlevel = 2
 
 
 class ConfigLoader(yaml.SafeLoader):
@@ -277,11 +282,11 @@ def check_value(where, value, kind, allowed, says):
         fits, name = type(value) in (int, float) and abs(value) < 1e300, names[kind]    # not infinite, not NaN
     else:
         fits, name = type(value) is kind, names[kind]
-    if not fits:    # reprlib: a few lines of YAML that point to one another may spell out a text without end
-        raise UserError(f"{where} must be {name}, not {reprlib.repr(value)}")
+    if not fits:
+        raise UserError(f"{where} must be {name}, not {SHORT.repr(value)}")
     value = float(value) if kind is float else value
     if not allowed(value):
-        raise UserError(f"{where} must be {says}, not {reprlib.repr(value)}")
+        raise UserError(f"{where} must be {says}, not {SHORT.repr(value)}")
     return value
 
 
