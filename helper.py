@@ -553,7 +553,8 @@ def read_arrays(path):
 
     def read(name, item):
         if isinstance(item, h5py.Dataset):
-            if item.dtype.kind not in "fiu" or item.external or item.is_virtual or item.nbytes > limit:
+            if (not isinstance(name, str) or item.dtype.kind not in "fiu" or item.external or item.is_virtual
+                    or item.nbytes > limit):
                 raise ValueError
             arrays[name] = item[()]
 

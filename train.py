@@ -9,6 +9,7 @@ state.h5, from which the second command goes on.
 import re
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import nnabla as nn
@@ -48,6 +49,7 @@ def main():
                   f"{conf.train.epochs}; raise train.epochs there to train on")
             return
     helper.set_context(args.context, args.device_id)
+    warnings.simplefilter("ignore", RuntimeWarning)     # of NumPy's, on overflow: the losses are looked at instead
     if state is None:
         folder = helper.new_run_folder(conf, args.monitor_path)
     with helper.held(folder), helper.stop_signals() as stop:
@@ -133,9 +135,9 @@ def train(conf, scene, views, folder, state, stop):
     return True
 
 
-COLLAPSED = ("no ray has met the surface within its mask; it has shrunk to nothing or left the masks. The usual causes: "
-             "cameras that are not normalised to the unit sphere, inverted masks (prepare.py --check SCENE tells), "
-             "or a train.learning_rate that is too high")
+COLLAPSED = ("no ray has met the surface within its mask; the surface has shrunk to nothing or grown beyond the unit "
+             "sphere. The usual causes: cameras that are not normalised to the unit sphere or masks that are missing "
+             "(prepare.py SCENE --check tells), or a train.learning_rate that is too high")
 
 
 def scheduled(start, factor, milestones, epoch):
