@@ -6,22 +6,23 @@ projection K [R | t] to pixels (x right, y down, z into the scene), and `scale_m
 unit sphere to the object's region of the world. Here everything is in the coordinates of that unit sphere,
 and pixel centres are at integers (u, v).
 """
+import itertools
 import sys
 import warnings
-from contextlib import closing
 from pathlib import Path
 from typing import List, NamedTuple
 
 import cv2
 import numpy as np
 from PIL import Image
-from nnabla.utils.data_iterator import data_iterator_simple
 from tqdm import tqdm
 
-from helper import UserError, decompose_projection, pixel_rays
+from helper import ORDER, PIXELS, UserError, decompose_projection, pixel_rays, random_numbers
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MOST_PIXELS = 80 * 10 ** 6  # of a picture: a small file may unpack to more than the memory
+LARGEST_MATRIX = 10 ** 5    # bytes of an entry of cameras.npz, as unpacked
+FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "BMP", "PPM")  # by content; for others Pillow may run programs
 
 
 class Scene(NamedTuple):
@@ -138,7 +139,7 @@ def read_picture(path, mode):
     """Read a picture (grey, palette, RGB, RGBA; 1, 8 or 16 bits) as uint8 in Pillow's mode "RGB" or "LA"."""
     picture_size(path)
     try:
-        with Image.open(path) as picture:
+        with Image.open(path, formats=FORMATS) as picture:
             if picture.mode.startswith("I"):  # 16-bit grey, which Pillow would clip at 255
                 picture = Image.fromarray((np.asarray(picture) / 257.0 + 0.5).astype(np.uint8))
             # By way of RGBA, as a palette may have transparent colours.
@@ -152,7 +153,7 @@ def picture_size(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bound below is ours
-            with Image.open(path) as picture:
+            with Image.open(path, formats=FORMATS) as picture:
                 width, height = picture.size
     except Image.DecompressionBombError:
         width, height = MOST_PIXELS, 2
@@ -181,7 +182,8 @@ def load_cameras(path, count):
     for view in range(count):
         where = f"{path}: the camera of view {view} (world_mat_{view} @ scale_mat_{view})"
         try:
-            projection = matrices[f"world_mat_{view}"] @ matrices[f"scale_mat_{view}"]
+            with np.errstate(over="ignore", invalid="ignore"):      # decompose_projection refuses it
+                projection = matrices[f"world_mat_{view}"] @ matrices[f"scale_mat_{view}"]
             intrinsics[view], poses[view] = decompose_projection(projection)
         except ValueError as error:
             raise UserError(f"{where} cannot be used: {error}; mend these two matrices")
@@ -199,6 +201,9 @@ def read_matrices(path, count, kinds=("world", "scale")):
         raise UserError(f"{path}: no such file; a scene holds image/, mask/ and cameras.npz")
     try:
         with np.load(str(path), allow_pickle=False) as file:
+            sizes = {entry.filename: entry.file_size for entry in file.zip.infolist()}
+            if any(sizes.get(f"{key}.npy", 0) > LARGEST_MATRIX for key in keys):    # it may unpack to any size
+                raise ValueError
             found = {key: file[key] for key in keys if key in file.files}
             more = f"world_mat_{count}" in file.files
     except Exception:  # zipfile, zlib, pickle and numpy each raise their own; an .npy is no context manager
@@ -206,9 +211,10 @@ def read_matrices(path, count, kinds=("world", "scale")):
     for key in keys:
         if key not in found:
             raise UserError(f"{path}: the key {key} is missing; each of the {count} views in image/ has one")
-        if found[key].shape != (4, 4) or found[key].dtype.kind not in "fiu":
-            raise UserError(f"{path}: {key} is {found[key].dtype} of shape {found[key].shape}; it must be "
-                            "numbers of shape (4, 4)")
+        matrix = np.asarray(found[key])     # bytes, where the entry is no array
+        if matrix.shape != (4, 4) or matrix.dtype.kind not in "fiu":
+            raise UserError(f"{path}: {key} is {matrix.dtype} of shape {matrix.shape}; it must be numbers of shape "
+                            "(4, 4)")
         if not np.isfinite(found[key]).all():
             raise UserError(f"{path}: {key} has values that are not finite; mend this matrix")
     if more:
@@ -305,28 +311,18 @@ class Batch(NamedTuple):
     mask: np.ndarray        # (R,) bool, True on the object
 
 
-def training_batches(scene, views, rays, seed):
-    """Yield Batches for ever: each is one view and `rays` random pixels of it. Ends when closed.
+def training_batches(scene, views, rays, seed, start=0):
+    """Yield Batches for ever, from that of the step `start` on: each is one view and `rays` random pixels of it.
 
-    Each of `views` comes once in every epoch (len(views) batches), in an order shuffled anew for each. The
-    pixels are uniform over the whole image, object or not, and differ from one another unless the image has
-    fewer. The same seed gives the same batches.
+    Each of `views` comes once in every epoch (len(views) steps), in an order shuffled anew for each. The pixels
+    are uniform over the whole image, object or not, and differ from one another unless the image has fewer.
+    A batch is a function of the seed and the step.
     """
     height, width = scene.masks.shape[1:]
-    rng = np.random.default_rng([seed, 1])  # a stream of its own: a caller may use the seed for another
-    order = np.array(views)
-
-    def load(position):
-        if position == 0:  # here, as nnabla 1.22 shuffles once and not for every epoch
-            rng.shuffle(order)
+    for step in itertools.count(start):
+        epoch, position = divmod(step, len(views))
+        view = random_numbers(seed, ORDER, epoch).permutation(views)[position]
         # No shuffle: the order of the rays is of no use.
-        pixels = rng.choice(height * width, rays, replace=rays > height * width, shuffle=False)
-        uv = np.stack([pixels % width, pixels // width], axis=1)
-        return (order[position],) + view_rays(scene, order[position], uv)
-
-    # No thread: nnabla starts a new one for each batch, which takes about as long as it saves (0.4 ms for
-    # 2048 rays), and waits for ever where one ends in an error.
-    with closing(data_iterator_simple(load, len(order), batch_size=1, use_thread=False)) as iterator:
-        while True:
-            view, origin, directions, rgb, mask = (value[0] for value in iterator.next())
-            yield Batch(int(view), origin, directions, rgb, mask)
+        pixels = random_numbers(seed, PIXELS, step).choice(height * width, rays, replace=rays > height * width,
+                                                           shuffle=False)
+        yield Batch(int(view), *view_rays(scene, view, np.stack([pixels % width, pixels // width], axis=1)))

@@ -5,11 +5,16 @@ Imports nothing of the other scripts.
 import argparse
 import contextlib
 import ctypes
+import errno
+import io
+import json
 import os
 import re
-import shutil
+import reprlib
+import signal
 import sys
 import tempfile
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -29,7 +34,8 @@ def run(main):
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        said = "".join(c if c.isprintable() else " " for c in str(error))   # of a file's name that holds a line's end
+        print(f"error: {said}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -50,16 +56,28 @@ def replacing(path):
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder that you may write to")
     os.close(handle)
     try:
-        yield Path(temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; a user's results are ordinary ones
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); the earlier file, if any, is intact")
+        with writing(path):
+            yield Path(temporary)
+            umask = os.umask(0)
+            os.umask(umask)
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; a user's results are ordinary ones
+            with open(temporary, "r+b") as file:
+                os.fsync(file.fileno())     # or, after a power cut, the new name may stand over an empty file
+            os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def writing(path):
+    """Within, an OSError (a full disk, most often) becomes the UserError that `path` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        mend = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
+        raise UserError(f"{path}: cannot be written ({error.strerror or error}){mend}; the earlier file, if any, is "
+                        "intact")
 
 
 @contextlib.contextmanager
@@ -82,6 +100,59 @@ def new_folder(path):
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output")
 
 
+@contextlib.contextmanager
+def held(folder):
+    """Hold `folder` for this process within the block; UserError where another process holds it.
+
+    Where the system or the folder's file system has no locks, nothing is held.
+    """
+    handle = None
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl    # not on Windows
+        handle = os.open(str(folder), os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise UserError(f"{folder}: another training writes there; wait for its end or choose another "
+                            "--monitor-path")
+    try:
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """Yield a list; the first SIGINT (Ctrl-C), SIGTERM or SIGHUP within appends its number, and nothing else happens.
+
+    A second Ctrl-C ends the process at once. A signal that is ignored, as nohup has it, stays so.
+    """
+    noted, before = [], {}
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if number == signal.SIGINT:     # not print: it may be what was interrupted
+            os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")
+
+    try:
+        for number in (getattr(signal, name, None) for name in ("SIGINT", "SIGTERM", "SIGHUP")):
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def write_bytes(path, content):
+    """Write `content` to `path`, replacing it whole."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_image(path, image):
     """Write `image` (H, W, 3) or (H, W), floats in [0, 1] or uint8, as a picture, replacing `path` whole."""
     import imageio.v2 as imageio  # here: the tracer's and the networks' users need no image library
@@ -101,7 +172,7 @@ ASCENDING = (lambda v: all(e >= 0 for e in v) and v == sorted(v), "epochs in asc
 # Every key of a configuration: its type and the values it may take. config/default.yaml says what each one means.
 SETTINGS = {
     "data": {
-        "path": (str, (lambda v: v.strip() != "", "a folder")),
+        "path": (str, (lambda v: v.strip() != "" and v.isprintable(), "a folder")),
         "downscale": (int, POSITIVE),
         "held_out_views": ([int], (lambda v: all(i >= 0 for i in v), "indices of views, from 0")),
     },
@@ -138,6 +209,10 @@ SETTINGS = {
         "resolution": (int, (lambda v: v >= 16, "16 or more")),
     },
 }
+
+
+SHORT = reprlib.Repr()      # a few lines of YAML that point to one another may spell out a text without end
+SHORT.maxlevel = 2
 
 
 class ConfigLoader(yaml.SafeLoader):
@@ -208,11 +283,16 @@ def check_value(where, value, kind, allowed, says):
     else:
         fits, name = type(value) is kind, names[kind]
     if not fits:
-        raise UserError(f"{where} must be {name}, not {value!r}")
+        raise UserError(f"{where} must be {name}, not {SHORT.repr(value)}")
     value = float(value) if kind is float else value
     if not allowed(value):
-        raise UserError(f"{where} must be {says}, not {value!r}")
+        raise UserError(f"{where} must be {says}, not {SHORT.repr(value)}")
     return value
+
+
+def settings(conf):
+    """Return a configuration as {"section.key": value}."""
+    return {f"{section}.{key}": value for section, keys in vars(conf).items() for key, value in vars(keys).items()}
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -323,7 +403,8 @@ def new_run_folder(conf, monitor_path):
             number = 1
             while Path(f"{folder}.{number}").exists():
                 number += 1
-            folder.rename(f"{folder}.{number}")
+            with held(folder):
+                folder.rename(f"{folder}.{number}")
             print(f"{folder} held an earlier run; it is now {folder}.{number}")
         folder.mkdir(parents=True)
     except OSError as error:
@@ -347,8 +428,7 @@ def copy_config(path, folder):
     """Copy a configuration file into the run's folder under its own name (unless it is that very file)."""
     target = Path(folder) / Path(path).name
     if not (target.exists() and target.samefile(path)):
-        with replacing(target) as temporary:
-            shutil.copyfile(path, temporary)
+        write_bytes(target, Path(path).read_bytes())
 
 
 # --- cameras and rays -------------------------------------------------------------------------------------------------
@@ -391,13 +471,32 @@ def pixel_grid(height, width):
     return np.stack([u.ravel(), v.ravel()], axis=1).astype(np.float32)
 
 
+# --- randomness -------------------------------------------------------------------------------------------------------
+
+ORDER, PIXELS, SAMPLES = 1, 2, 3    # of the views in an epoch; of a step; of a step's tracing and its eikonal loss
+
+
+def random_numbers(seed, purpose, number):
+    """Return a numpy Generator that is a function of the seed, what it is for and the number of its epoch or step.
+
+    Nothing of it is carried from step to step, so a run can be taken up at any.
+    """
+    return np.random.default_rng([seed, purpose, number])
+
+
 # --- checkpoints ------------------------------------------------------------------------------------------------------
+
+STATE_FILE = "state.h5"
+STATE_FORMAT = "IDR training state 1"
+PROGRESS = {"step": int, "steps": int, "loss": float, "elapsed": float, "lap": float, "config": dict}
+
 
 def save_model(path):
     """Write nnabla's current parameters to `path` (.h5), replacing it whole."""
     import nnabla as nn
-    with replacing(path) as temporary:
-        nn.save_parameters(str(temporary))
+    file = io.BytesIO()     # and not to the disk: HDF5 is at a loss when that is full
+    nn.save_parameters(file, extension=".h5")
+    write_bytes(path, file.getvalue())
 
 
 def model_file(path):
@@ -419,18 +518,132 @@ def load_model(path, shapes):
     shapes: {parameter name: shape} of the configured network. Raises UserError where the file is no checkpoint, or one
     of another network.
     """
+    arrays, _ = read_arrays(path)
+    check_parameters(path, arrays, shapes)
+    set_parameters({name: arrays[name] for name in shapes})
+
+
+def set_parameters(arrays):
+    """Make {name: array} nnabla's parameters, beside those of other names."""
+    import nnabla as nn
+    for name, array in arrays.items():
+        nn.parameter.set_parameter(name, nn.Variable.from_numpy_array(array, need_grad=True))
+
+
+def check_parameters(path, arrays, shapes):
+    """Raise UserError unless the `arrays` of the checkpoint at `path` are finite and have these {name: shape}."""
+    for name, shape in shapes.items():
+        if name not in arrays:
+            raise UserError(f"{path}: has no parameter {name}; it was saved by another program or with other layers")
+        if arrays[name].shape != tuple(shape):
+            raise UserError(f"{path}: {name} is {arrays[name].shape}, the configuration wants {tuple(shape)}; "
+                            "use the configuration that lies beside the model")
+        if not np.isfinite(arrays[name]).all():
+            raise UserError(f"{path}: {name} has values that are not finite; the file is damaged, or its training "
+                            "failed; use an earlier one")
+
+
+def read_arrays(path):
+    """Read an .h5 file of numbers: {name: array}, and the text of its attribute "about" ("" where it has none).
+
+    Nothing outside the file is read, and no more than the file's own size. Raises UserError for other files.
+    """
+    import h5py
+    arrays = {}
+
+    def read(name, item):
+        if isinstance(item, h5py.Dataset):
+            if (not isinstance(name, str) or item.dtype.kind not in "fiu" or item.external or item.is_virtual
+                    or item.nbytes > limit):
+                raise ValueError
+            arrays[name] = item[()]
+
+    try:
+        limit = os.path.getsize(str(path))
+        with h5py.File(str(path), "r") as file:
+            file.visititems(read)
+            return arrays, str(file.attrs.get("about", ""))
+    except Exception:   # a damaged file makes h5py raise nearly anything
+        raise UserError(f"{path}: not a readable .h5 checkpoint (truncated, damaged or another kind of file)")
+
+
+def save_state(folder, solvers, progress, series):
+    """Write what a training needs to go on, nnabla's parameters included, to `folder`/state.h5, replacing it whole.
+
+    solvers: {name: nnabla solver}; progress: what PROGRESS lists, that is the steps done, the steps of an epoch, the
+    last loss, seconds since the start and in this epoch, the settings; series: {name: numbers}.
+    Raises UserError where it cannot be written, and where a value is not finite: then the earlier state stays.
+    """
     import h5py
     import nnabla as nn
+    arrays = {f"parameters/{name}": p.d for name, p in nn.get_parameters(grad_only=False).items()}
+    for solver_name, solver in solvers.items():
+        for name, state in solver.get_states().items():
+            arrays[f"{solver_name}/{name}/t"] = np.array(state.t)
+            arrays.update({f"{solver_name}/{name}/{part}": value.d for part, value in state.pstate.items()})
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise UserError(f"{folder}: after step {progress['step']}, {name} has values that are not finite; "
+                            f"{STATE_FILE} there is of an earlier step; lower train.learning_rate")
+    arrays.update({f"series/{name}": np.array(values, np.float64) for name, values in series.items()})
+    about, file = json.dumps({**progress, "format": STATE_FORMAT, "checksum": checksum(arrays)}), io.BytesIO()
+    with h5py.File(file, "w") as h5:
+        for name, array in arrays.items():
+            h5[name] = array
+        h5.attrs["about"] = about
+    write_bytes(Path(folder) / STATE_FILE, file.getvalue())
+
+
+def checksum(arrays):
+    """Return a number that changes with any bit of {name: array}."""
+    total = 0
+    for name in sorted(arrays):
+        total = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), zlib.crc32(name.encode(), total))
+    return total
+
+
+def load_state(folder, shapes):
+    """Read the state of the run in `folder`, as save_state wrote it: a namespace of progress, arrays and path.
+
+    shapes: {parameter name: shape} of the configured network. Nothing of nnabla is touched; restore_state does that.
+    Raises UserError where there is none, or none that fits.
+    """
+    path = Path(folder) / STATE_FILE
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder}: no such run to resume; name its folder after --resume, or start without --resume")
+    if not path.is_file():
+        raise UserError(f"{folder}: has no {STATE_FILE} to resume from; start without --resume (a run that is there "
+                        "is kept, under a name with a number)")
+    arrays, about = read_arrays(path)
     try:
-        with h5py.File(str(path), "r") as file:
-            found = {}
-            file.visititems(lambda name, item: found.update({name: item.shape}) if hasattr(item, "shape") else None)
-    except OSError:
-        raise UserError(f"{path}: not a readable .h5 checkpoint (truncated, or another kind of file)")
-    for name, shape in shapes.items():
-        if name not in found:
-            raise UserError(f"{path}: has no parameter {name}; it was saved by another program or with other layers")
-        if tuple(found[name]) != tuple(shape):
-            raise UserError(f"{path}: {name} is {tuple(found[name])}, the configuration wants {tuple(shape)}; "
-                            "use the configuration that lies beside the model")
-    nn.load_parameters(str(path))
+        progress = json.loads(about)
+    except ValueError:
+        progress = None
+    if not isinstance(progress, dict) or progress.get("format") != STATE_FORMAT:
+        raise UserError(f"{path}: no training state of this program or this version; start without --resume")
+    fits = all(type(progress.get(name)) is kind for name, kind in PROGRESS.items())
+    if not fits or progress.get("checksum") != checksum(arrays):
+        raise UserError(f"{path}: damaged (its checksum is another); start without --resume")
+    parameters = {name[len("parameters/"):]: array for name, array in arrays.items() if name.startswith("parameters/")}
+    check_parameters(path, parameters, shapes)
+    parameters = {**{name: parameters[name] for name in shapes}, **parameters}      # in that order, which models keep
+    series = {name[len("series/"):]: array for name, array in arrays.items() if name.startswith("series/")}
+    return SimpleNamespace(path=path, progress=progress, parameters=parameters, series=series, arrays=arrays)
+
+
+def restore_state(state, solvers):
+    """Set nnabla's parameters to those of a state that load_state read, and the solvers {name: nnabla solver}."""
+    import nnabla as nn
+    nn.clear_parameters()
+    set_parameters(state.parameters)
+    for solver_name, solver in solvers.items():
+        solver.set_parameters(nn.get_parameters())
+        states = solver.get_states()
+        for name, kept in states.items():
+            found = {part: state.arrays.get(f"{solver_name}/{name}/{part}") for part in ("t", *kept.pstate)}
+            if any(array is None or array.shape != (() if part == "t" else state.parameters[name].shape)
+                   for part, array in found.items()):
+                raise UserError(f"{state.path}: has no state of this {solver_name} for {name}; start without --resume")
+            kept.t = int(found.pop("t"))
+            kept.pstate = {part: nn.Variable.from_numpy_array(array) for part, array in found.items()}
+        solver.set_states(states)

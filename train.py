@@ -1,13 +1,21 @@
 """Train IDR on a scene: posed photographs and masks in, a model (.h5) with the surface and its renderer out.
 
     python train.py --config config/default.yaml --monitor-path results
+    python train.py --config config/default.yaml --monitor-path results --resume
 
-Writes to {monitor_path}_{scan}: the configuration, a series per loss, validation renders and model_{epoch:05d}.h5.
+Writes to {monitor_path}_{scan}: the configuration, a series per loss, validation renders, model_{epoch:05d}.h5, and
+state.h5, from which the second command goes on.
 """
+import re
+import sys
+import time
+import warnings
+from pathlib import Path
+
 import nnabla as nn
 import nnabla.solvers as S
 import numpy as np
-from nnabla.monitor import Monitor, MonitorSeries, MonitorTimeElapsed
+from nnabla.monitor import MonitorSeries, MonitorTimeElapsed
 from tqdm import tqdm
 
 import datasets
@@ -17,58 +25,119 @@ import network
 import ray_tracer
 import synthesize
 
-NO_LOSS = 17.0      # sigmoid(-17), the mask loss of a ray outside the mask with alpha * sdf = 17, is lost beside 1
+STATE_EVERY = 120       # seconds: what a run that is killed may lose; it changes no result
 
 
 def main():
-    args = helper.argument_parser("Train IDR on a scene.").parse_args()
+    parser = helper.argument_parser("Train IDR on a scene.")
+    parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
+                        help="go on with an interrupted run: that in {monitor_path}_{scan}, or in another FOLDER")
+    args = parser.parse_args()
     conf = helper.load_config(args.config)
     scene = datasets.load_scene(conf.data.path, conf.data.downscale)
     views = datasets.training_views(conf.data.held_out_views, len(scene.images), f"{args.config}: data.held_out_views")
     datasets.check_views([conf.train.validation_view], len(scene.images), f"{args.config}: train.validation_view")
     datasets.check_downscale(scene.masks.shape[1:], conf.train.validation_downscale,
                              f"{args.config}: train.validation_downscale")
+    state = None
+    if args.resume is not None:
+        folder = Path(args.resume or helper.run_folder(conf, args.monitor_path))
+        state = helper.load_state(folder, network.parameter_shapes(
+            conf.network.width, conf.network.feature, conf.network.layers))
+        if is_complete(state, conf.train.epochs, len(views)):
+            print(f"{folder} is trained: {state.progress['step'] // len(views)} epochs, where {args.config} wants "
+                  f"{conf.train.epochs}; raise train.epochs there to train on")
+            return
     helper.set_context(args.context, args.device_id)
-    folder = helper.new_run_folder(conf, args.monitor_path)
-    helper.copy_config(args.config, folder)
+    warnings.simplefilter("ignore", RuntimeWarning)     # of NumPy's, on overflow: the losses are looked at instead
+    if state is None:
+        folder = helper.new_run_folder(conf, args.monitor_path)
+    with helper.held(folder), helper.stop_signals() as stop:
+        if state is not None:
+            tell_resumed(state, conf)
+            remove_leftovers(folder)
+        helper.copy_config(args.config, folder)
+        finished = train(conf, scene, views, folder, state, stop)
+    if not finished:
+        print(f"stopped; the same command with --resume{' ' + str(folder) if args.resume else ''} goes on")
+        sys.exit(128 + stop[0])     # as a shell has it for a program that a signal ended
+    print(f"trained: {folder / model_name(conf.train.epochs - 1)}")
 
-    rng = np.random.default_rng(conf.train.seed)
-    network.initialize(**vars(conf.network), rng=rng)
+
+def train(conf, scene, views, folder, state, stop):
+    """Train on `views` of the scene, from the start or from `state`, until `stop` is not empty or the end.
+
+    Returns whether it came to its end.
+    """
+    steps, first, loss = len(views), 0, 0.0      # steps: of an epoch
     solver = S.Adam(conf.train.learning_rate)
-    solver.set_parameters(nn.get_parameters())
+    if state is None:
+        network.initialize(**vars(conf.network), rng=np.random.default_rng(conf.train.seed))
+        solver.set_parameters(nn.get_parameters())
+    else:
+        helper.restore_state(state, {"solver": solver})
+        first, loss = state.progress["step"], state.progress["loss"]
     sdf = network.sdf_evaluator()
-    step = TrainingStep(conf.train.rays, conf.train.mask_weight, conf.train.eikonal_weight)
+    compute = TrainingStep(conf.train.rays, conf.train.mask_weight, conf.train.eikonal_weight)
+    # An epoch whose last step is done may still lack its render and its model: it is taken up once more.
+    start = max(first - 1, 0) // steps
+    due = is_due(start, conf.train.validate_every, conf.train.epochs)
+    log = EpochLog(folder, steps, first, psnr_until=start if due else start + 1, state=state)
 
-    batches = datasets.training_batches(scene, views, conf.train.rays, conf.train.seed)
+    def save(step):
+        now = {"step": step, "steps": steps, "loss": loss, "config": helper.settings(conf), **log.times()}
+        helper.save_state(folder, {"solver": solver}, now, log.buffers())
+        return time.monotonic()
+
+    saved = save(first) if state is None else time.monotonic()
+    batches = datasets.training_batches(scene, views, conf.train.rays, conf.train.seed, first)
     batch = next(batches)
-    log = EpochLog(folder, len(views))
-    with tqdm(total=conf.train.epochs * len(views), unit="step", dynamic_ncols=True, smoothing=0.05) as progress:
-        for epoch in range(conf.train.epochs):
+    with tqdm(initial=first, total=conf.train.epochs * steps, unit="step", dynamic_ncols=True,
+              smoothing=0.05) as progress:
+        for epoch in range(start, conf.train.epochs):
             solver.set_learning_rate(
                 scheduled(conf.train.learning_rate, 0.5, conf.train.learning_rate_halved_after, epoch))
             alpha = scheduled(conf.train.alpha, 2.0, conf.train.alpha_doubled_after, epoch)
-            for _ in views:
+            for step in range(max(first, epoch * steps), (epoch + 1) * steps):
+                rng = helper.random_numbers(conf.train.seed, helper.SAMPLES, step)
                 _, origin, directions, rgb, mask = batch
                 sdf.refresh()
                 points, colored = place_points(sdf, origin, directions, mask, alpha, conf.tracer, rng)
-                losses = step(solver, points, colored, directions, rgb, mask, alpha, rng)
+                losses = compute(solver, points, colored, directions, rgb, mask, alpha, rng)
                 batch = next(batches)       # while the GPU is still at work on the step
-                losses = {name: float(loss.d) for name, loss in losses.items()}
-                log.add(losses, hits=colored.sum(), learning_rate=solver.learning_rate(), alpha=alpha)
-                progress.set_postfix(epoch=epoch, loss=f"{losses['loss']:.4f}", refresh=False)
+                losses = {name: float(value.d) for name, value in losses.items()}
+                check_losses(losses, step, epoch, folder)
+                solver.update()
+                loss = losses["loss"]
+                log.add(step, losses, hits=colored.sum(), learning_rate=solver.learning_rate(), alpha=alpha)
+                progress.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
                 progress.update()
-            if is_due(epoch, conf.train.validate_every, conf.train.epochs):
+                if stop or time.monotonic() - saved > STATE_EVERY:
+                    saved = save(step + 1)
+                if stop:
+                    return False
+            if log.collapsed():
+                progress.write(f"epoch {epoch}: " + COLLAPSED)
+            validation_is_due = is_due(epoch, conf.train.validate_every, conf.train.epochs)
+            model_is_due = is_due(epoch, conf.train.save_every, conf.train.epochs)
+            if validation_is_due or model_is_due:
+                saved = save((epoch + 1) * steps)
+            if validation_is_due:
                 sdf.refresh()
                 path = folder / "validation" / f"epoch_{epoch:05d}.png"
                 psnr = validate(path, sdf, scene, conf.train.validation_view, conf.train.validation_downscale,
                                 conf.tracer)
-                log.psnr.add(epoch, psnr)
-                progress.write(f"epoch {epoch}: loss {losses['loss']:.4f}, view {conf.train.validation_view} at "
+                log.add_psnr(epoch, psnr)
+                progress.write(f"epoch {epoch}: loss {loss:.4f}, view {conf.train.validation_view} at "
                                f"{psnr:.2f} dB, {path}")
-            if is_due(epoch, conf.train.save_every, conf.train.epochs):
-                helper.save_model(folder / f"model_{epoch:05d}.h5")
-    batches.close()
-    print(f"trained: {folder / f'model_{epoch:05d}.h5'}")
+            if model_is_due:
+                helper.save_model(folder / model_name(epoch))
+    return True
+
+
+COLLAPSED = ("no ray has met the surface within its mask; the surface has shrunk to nothing or grown beyond the unit "
+             "sphere. The usual causes: cameras that are not normalised to the unit sphere or masks that are missing "
+             "(prepare.py SCENE --check tells), or a train.learning_rate that is too high")
 
 
 def scheduled(start, factor, milestones, epoch):
@@ -79,6 +148,46 @@ def scheduled(start, factor, milestones, epoch):
 def is_due(epoch, every, epochs):
     """Whether something that happens every so many epochs, and after the last, happens after this one."""
     return (epoch + 1) % every == 0 or epoch + 1 == epochs
+
+
+def model_name(epoch):
+    return f"model_{epoch:05d}.h5"
+
+
+def is_complete(state, epochs, steps):
+    """Whether a state is that of a run with nothing left to do; UserError where its epochs have other than `steps`."""
+    if state.progress["steps"] != steps:
+        raise helper.UserError(f"{state.path}: was trained on {state.progress['steps']} views, and now there are "
+                               f"{steps}; restore the scene and data.held_out_views, or start without --resume")
+    more = state.progress["step"] - epochs * steps
+    return more > 0 or more == 0 and (state.path.parent / model_name(epochs - 1)).exists()
+
+
+def tell_resumed(state, conf):
+    """Print where a run goes on, and each setting that is not the one it was begun with."""
+    step, steps = state.progress["step"], state.progress["steps"]
+    print(f"going on with {state.path.parent} after step {step} (epoch {step // steps})")
+    before = state.progress["config"]
+    for name, value in helper.settings(conf).items():
+        if before.get(name) != value:
+            print(f"notice: {name} was {before.get(name)!r}, is now {value!r}")
+
+
+def remove_leftovers(folder):
+    """Remove what a run that was killed in the midst of writing left under a temporary name."""
+    for pattern in (".state-*.h5", ".model_*-*.h5", "validation/.epoch_*-*.png"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def check_losses(losses, step, epoch, folder):
+    """Raise UserError, before the parameters are touched, where a loss is not a finite number."""
+    for name in ("color", "mask", "eikonal", "loss"):
+        if not np.isfinite(losses[name]):
+            raise helper.UserError(
+                f"step {step} (epoch {epoch}): the {name if name != 'loss' else 'total'} loss is {losses[name]}; the "
+                f"training ends before it touches the parameters, and {folder} keeps its last state and models. "
+                "Lower train.learning_rate and start again, or go on from that state with --resume")
 
 
 def place_points(sdf, origin, directions, mask, alpha, tracer, rng):
@@ -130,31 +239,76 @@ class TrainingStep:
         return g
 
     def __call__(self, solver, *step):
-        """Update the parameters; returns the losses before it as {name: Variable}. step: what `filled` takes."""
+        """Compute the gradients, for solver.update(); returns {name of a loss: Variable}. step: what `filled` takes.
+
+        On a GPU this only hands over the work: to read a loss is to wait for it.
+        """
         g = self.filled(*step)
         solver.zero_grad()
         g["forward"]()
         g["backward"]()
-        solver.update()
         return {name: g[name] for name in ("loss", "color", "mask", "eikonal")}
 
 
 class EpochLog:
     """nnabla's monitors: each series gets its mean over an epoch's steps, and the time the epoch took."""
 
-    def __init__(self, folder, steps):
-        monitor = Monitor(str(folder))
-        names = ("loss", "color", "mask", "eikonal", "hits", "learning_rate", "alpha")
-        self.series = {n: MonitorSeries(n, monitor, interval=steps, verbose=False) for n in names}
-        self.time = MonitorTimeElapsed("time", monitor, interval=steps, verbose=False)
-        self.psnr = MonitorSeries("psnr", monitor, interval=1, verbose=False)
-        self.count = 0
+    NAMES = ("loss", "color", "mask", "eikonal", "hits", "learning_rate", "alpha")
 
-    def add(self, losses, **others):
-        for name, value in {**losses, **others}.items():
-            self.series[name].add(self.count, value)
-        self.time.add(self.count)
-        self.count += 1
+    def __init__(self, folder, steps, first, psnr_until, state):
+        """Keep what an earlier start wrote of the steps before `first`, and the PSNR of epochs before `psnr_until`.
+
+        Without a monitor nnabla's classes leave an earlier file be; with one they would empty it at once.
+        """
+        self.series = {name: MonitorSeries(name, interval=steps, verbose=False) for name in self.NAMES}
+        self.time = MonitorTimeElapsed("time", interval=steps, verbose=False)
+        self.psnr = MonitorSeries("psnr", interval=1, verbose=False)
+        for name, monitor in {**self.series, "time": self.time, "psnr": self.psnr}.items():
+            monitor.sp = str(folder / f"{name}.{'timer' if name == 'time' else 'series'}.txt")
+            keep_lines(monitor.sp, psnr_until if name == "psnr" else first)
+            monitor.flush_at = -1 if name == "psnr" else first - first % steps - 1
+        self.folder, self.hits, self.gone = folder, None, False
+        if state:
+            for name in self.NAMES:
+                self.series[name].buf = state.series.get(name, np.empty(0)).tolist()
+            now = time.time()
+            self.time.start, self.time.lap = now - state.progress["elapsed"], now - state.progress["lap"]
+
+    def add(self, step, losses, **others):
+        with helper.writing(self.folder / "*.series.txt"):
+            self.hits = sum(self.series["hits"].buf) + others["hits"]
+            for name, value in {**losses, **others}.items():
+                self.series[name].add(step, value)
+            self.time.add(step)
+
+    def add_psnr(self, epoch, psnr):
+        with helper.writing(self.psnr.sp):
+            self.psnr.add(epoch, psnr)
+
+    def collapsed(self):
+        """Whether no ray has hit in the epoch that has just ended, unless the one before was like that too."""
+        before, self.gone = self.gone, self.hits == 0
+        return self.gone and not before
+
+    def times(self):
+        """Seconds since the start of the run, without those between its starts, and in this epoch."""
+        now = time.time()
+        return {"elapsed": now - self.time.start, "lap": now - self.time.lap}
+
+    def buffers(self):
+        """What the series hold of an epoch that is under way, {name: numbers}."""
+        return {name: series.buf for name, series in self.series.items()}
+
+
+def keep_lines(path, until):
+    """Cut a monitor's file down to the whole lines whose first number is below `until`; without the file, nothing."""
+    if not Path(path).exists():
+        return
+    with helper.writing(path):
+        lines = Path(path).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if re.match(r"\d+ .*\n", line) and int(line.split()[0]) < until]
+    if kept != lines:
+        helper.write_bytes(path, "".join(kept).encode())
 
 
 def validate(path, sdf, scene, view, downscale, tracer):

@@ -1,6 +1,5 @@
 """Scenes on disk: what is read and what is refused, cameras against pixels, the training feed."""
 import shutil
-import threading
 
 import cv2
 import numpy as np
@@ -441,6 +440,15 @@ def test_the_same_seed_gives_the_same_batches():
     assert numbers(5) != numbers(6)
 
 
+def test_batches_from_a_step_on_are_those_of_a_whole_run():
+    scene, views = numbered_scene(18, 24), [0, 1, 2]
+    whole = [(batch.view, pixel_numbers(batch).tolist()) for batch in take(12, scene, views, 20, 5)]
+    for start in (1, 3, 8):
+        rest = [(batch.view, pixel_numbers(batch).tolist()) for batch in take(12 - start, scene, views, 20, 5, start)]
+        assert rest == whole[start:]
+    assert len({numbers[0] for _, numbers in whole}) > 6      # not the same pixels in each step
+
+
 @pytest.mark.parametrize("height, width, rays", [(10, 12, 40), (120, 125, 200)])  # numpy has two ways
 def test_pixels_are_uniform_over_the_whole_image(height, width, rays):
     batches = take(200, numbered_scene(height, width), [0], rays, 1)
@@ -457,16 +465,6 @@ def test_all_pixels_and_more_than_all():
     assert len(take(1, scene, [0], 50, 0)[0].directions) == 50
 
 
-def test_closing_leaves_no_thread():
-    before = set(threading.enumerate())
-    batches = datasets.training_batches(numbered_scene(4, 5), [0, 1], 4, 0)
-    next(batches)
-    batches.close()
-    assert set(threading.enumerate()) == before
-    with pytest.raises(StopIteration):
-        next(batches)
-
-
 def test_an_error_in_the_feed_reaches_the_reader():
     scene = numbered_scene(4, 5)
     scene = scene._replace(poses=list(scene.poses))
@@ -475,7 +473,6 @@ def test_an_error_in_the_feed_reaches_the_reader():
     scene.poses.clear()
     with pytest.raises(IndexError):
         next(batches)
-        next(batches)  # a feed that reads ahead would have the first one ready
 
 
 # --- the real thing ---------------------------------------------------------------------------------------

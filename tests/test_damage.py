@@ -1,0 +1,262 @@
+"""Broken and hostile files: seeded random damage to everything that the scripts read. They refuse it in one line of
+their own, with status 2 and nothing written, or, where the damage left a file that is one, go on to compute."""
+import subprocess
+import sys
+import warnings
+import zipfile
+import zlib
+
+import h5py
+import nnabla as nn
+import nnabla.solvers as S
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+import helper
+import make_scene
+import network
+import train
+from conftest import ROOT
+
+
+class Accepted(Exception):
+    """Raised where a script has read its input and would begin to compute."""
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny scene and its configuration, and the bytes of all its files."""
+    folder = tmp_path_factory.mktemp("damage")
+    sys.argv = ["make_scene.py", "--output", str(folder / "tiny"), "--views", "2", "--held-out", "0", "--size", "16"]
+    make_scene.main()
+    for kind in ("image", "mask"):      # one PNG, one JPEG
+        path = folder / "tiny" / kind / "001.png"
+        Image.open(path).convert("RGB").save(path.with_suffix(".jpg"), quality=95)
+        path.unlink()
+    tree = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
+    tree["data"].update(path=str(folder / "tiny"), held_out_views=[])
+    tree["train"].update(validation_view=0)
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    return folder
+
+
+def outcome(home, capfd, monkeypatch):
+    """Call train.py on the scene: its one line if it refuses, None if it would go on to compute."""
+    def compute(*_):
+        raise Accepted
+
+    monkeypatch.setattr(helper, "set_context", compute)
+    monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(home / "tiny.yaml"), "--monitor-path",
+                                      str(home / "results")])
+    before = sorted(home.rglob("*"))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")      # a user would see a warning as a second line
+            helper.run(train.main)
+    except Accepted:
+        return None
+    except SystemExit as ended:
+        assert ended.code == 2
+    finally:
+        said = capfd.readouterr().err.splitlines()
+        assert sorted(home.rglob("*")) == before
+    assert len(said) == 1 and said[0].startswith("error: "), said
+    return said[0]
+
+
+def damaged(whole, rng):
+    """Return a copy of some bytes that is cut short, has a few bytes or a stretch changed, or one doubled."""
+    content, kind = bytearray(whole), rng.integers(5)
+    place, length = int(rng.integers(len(whole))), int(rng.integers(1, 40))
+    if kind == 0:
+        return bytes(content[:place])
+    if kind == 1:
+        content[place] ^= 1 << int(rng.integers(8))
+    elif kind == 2:
+        content[place:place + length] = rng.integers(0, 256, length, dtype=np.uint8).tobytes()
+    elif kind == 3:
+        content[place:place] = content[place:place + length]
+    else:
+        del content[place:place + length]
+    return bytes(content)
+
+
+@pytest.mark.parametrize("name, tries, at_least", [
+    ("tiny.yaml", 150, 60),
+    ("tiny/cameras.npz", 100, 60),
+    ("tiny/image/000.png", 60, 40),
+    ("tiny/image/001.jpg", 60, 20),
+    ("tiny/mask/000.png", 60, 40),
+    ("tiny/mask/001.jpg", 60, 20),
+])
+def test_random_damage(home, capfd, monkeypatch, name, tries, at_least):
+    path, rng = home / name, np.random.default_rng(len(name))
+    whole = path.read_bytes()
+    assert outcome(home, capfd, monkeypatch) is None
+    refused = 0
+    try:
+        for _ in range(tries):
+            path.write_bytes(damaged(whole, rng))
+            refused += outcome(home, capfd, monkeypatch) is not None
+    finally:
+        path.write_bytes(whole)
+    assert refused >= at_least      # or the damage would be none
+
+
+H5 = """
+import sys, warnings
+sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
+import numpy as np
+import helper, network
+from pathlib import Path
+from test_damage import damaged
+path, rng, counts = Path(sys.argv[2]), np.random.default_rng(0), {True: 0, False: 0}
+whole, shapes = path.read_bytes(), network.parameter_shapes(64, 8, 4)
+load = helper.load_model if path.name.startswith("model") else lambda path, shapes: helper.load_state(path.parent, shapes)
+load(path, shapes)
+for _ in range(int(sys.argv[3])):
+    content = damaged(whole, rng) if rng.integers(2) else damaged(whole[:3000], rng) + whole[3000:]
+    path.write_bytes(content)
+    try:
+        load(path, shapes)
+        counts[False] += 1
+    except helper.UserError as error:
+        assert "\\n" not in str(error)
+        counts[True] += 1
+print(counts[True], counts[False])
+"""
+
+
+@pytest.mark.parametrize("name, tries, at_least", [("model_00000.h5", 300, 100), ("state.h5", 150, 120)])
+def test_random_damage_to_checkpoints(tmp_path, name, tries, at_least):
+    """In a process of its own, as the library that reads them is in C."""
+    network.initialize(64, 8, 4, 0.6, np.random.default_rng(0))
+    helper.save_model(tmp_path / "model_00000.h5")
+    solver = S.Adam()
+    solver.set_parameters(nn.get_parameters())
+    progress = {"step": 7, "steps": 2, "loss": 0.5, "elapsed": 1.0, "lap": 1.0, "config": {}}
+    helper.save_state(tmp_path, {"solver": solver}, progress, {"loss": [1.0]})
+    done = subprocess.run([sys.executable, "-c", H5, str(ROOT), str(tmp_path / name), str(tries)],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+    assert done.returncode == 0, done.stderr
+    refused, accepted = map(int, done.stdout.split()[-2:])
+    assert refused >= at_least and refused + accepted == tries
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89HDF\r\n\x1a\n", b"PK\x03\x04", b"\x80\x04K\x01.", b"text"])
+def test_checkpoints_that_are_none(tmp_path, content):
+    path = tmp_path / "model_00000.h5"
+    path.write_bytes(content)
+    with pytest.raises(helper.UserError, match="not a readable .h5 checkpoint"):
+        helper.load_model(path, {"implicit/0/v": (39, 64)})
+
+
+def test_a_model_that_reads_another_file(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_bytes(bytes(39 * 64 * 4))
+    path, shapes = tmp_path / "model_00000.h5", {"implicit/0/v": (39, 64)}
+    with h5py.File(str(path), "w") as file:
+        file.create_dataset("implicit/0/v", (39, 64), "f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+    with pytest.raises(helper.UserError, match="not a readable"):
+        helper.load_model(path, shapes)
+    with h5py.File(str(tmp_path / "other.h5"), "w") as file:
+        file["x"] = np.zeros((39, 64), np.float32)
+    with h5py.File(str(path), "w") as file:
+        file["implicit/0/v"] = h5py.ExternalLink("other.h5", "x")
+    with pytest.raises(helper.UserError, match="has no parameter implicit/0/v"):
+        helper.load_model(path, shapes)
+
+
+def test_a_model_that_unpacks_to_more_than_its_size(tmp_path):
+    path = tmp_path / "model_00000.h5"
+    with h5py.File(str(path), "w") as file:
+        file.create_dataset("implicit/0/v", (39, 64), "f4")
+        file.create_dataset("large", (10 ** 6, 10 ** 6), "f4", compression="gzip")
+    with pytest.raises(helper.UserError, match="not a readable"):
+        helper.load_model(path, {"implicit/0/v": (39, 64)})
+
+
+def test_a_model_with_values_that_are_not_finite(tmp_path):
+    path = tmp_path / "model_00000.h5"
+    with h5py.File(str(path), "w") as file:
+        file["implicit/0/v"] = np.full((39, 64), np.nan, np.float32)
+    with pytest.raises(helper.UserError, match="implicit/0/v has values that are not finite"):
+        helper.load_model(path, {"implicit/0/v": (39, 64)})
+
+
+# --- files of strangers -----------------------------------------------------------------------------------------
+
+def test_yaml_that_spells_out_a_text_without_end(home, capfd, monkeypatch):
+    text = "&a [x, x, x, x, x, x, x, x, x]"
+    for level in range(9):
+        text = f"&{chr(98 + level)} [{text}, {', '.join(8 * ['*' + chr(97 + level)])}]"
+    path = home / "tiny.yaml"
+    whole = path.read_text()
+    try:
+        path.write_text(whole.replace(f"path: {home / 'tiny'}", f"path: {text}"))
+        said = outcome(home, capfd, monkeypatch)
+        assert "data.path must be a text" in said and len(said) < 1000
+        path.write_text(whole.replace(f"path: {home / 'tiny'}", 'path: "a\\nb\\u001b"'))
+        assert "data.path must be a folder" in outcome(home, capfd, monkeypatch)
+    finally:
+        path.write_text(whole)
+
+
+def test_a_picture_that_is_a_program(home, capfd, monkeypatch):
+    """Pillow has Ghostscript draw an EPS, whatever the file is called."""
+    path = home / "tiny" / "image" / "000.png"
+    whole = path.read_bytes()
+    monkeypatch.setattr(subprocess, "Popen", None)
+    try:
+        Image.new("RGB", (16, 16)).save(path, format="EPS")
+        assert "000.png: cannot be read as an image" in outcome(home, capfd, monkeypatch)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_picture_that_is_too_large(home, capfd, monkeypatch):
+    path = home / "tiny" / "image" / "000.png"
+    whole = path.read_bytes()
+    try:
+        for width in (9000, 50000):     # the second one is beyond Pillow's own bound
+            header = bytearray(whole)
+            header[16:24] = np.array([width, 9000], ">u4").tobytes()
+            header[29:33] = np.array([zlib.crc32(header[12:29])], ">u4").tobytes()
+            path.write_bytes(bytes(header))
+            assert "000.png: has more than 80 million pixels; shrink it" in outcome(home, capfd, monkeypatch)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_cameras_that_unpack_to_a_large_array_or_to_none(home, capfd, monkeypatch):
+    path = home / "tiny" / "cameras.npz"
+    whole = path.read_bytes()
+    try:
+        np.savez_compressed(path, world_mat_0=np.zeros((2000, 2000)))
+        assert path.stat().st_size < 10 ** 5
+        monkeypatch.setattr(np.lib.format, "read_array", None)      # not even unpacked
+        assert "cameras.npz: not a readable .npz" in outcome(home, capfd, monkeypatch)
+        monkeypatch.undo()
+        with zipfile.ZipFile(str(path), "w") as file:
+            for name in ("world_mat_0", "scale_mat_0", "world_mat_1", "scale_mat_1"):
+                file.writestr(name + ".npy", b"no array")
+        assert "world_mat_0 is " in outcome(home, capfd, monkeypatch)
+        np.savez(path, **{f"{kind}_mat_{view}": 1e300 * np.eye(4) for kind in ("world", "scale") for view in (0, 1)})
+        assert "cannot be used" in outcome(home, capfd, monkeypatch)
+    finally:
+        path.write_bytes(whole)
+
+
+def test_a_name_with_the_end_of_a_line(home, capfd, monkeypatch):
+    path = home / "tiny" / "image" / "000.png"
+    strange = path.with_name("00\n0\x1b[2J.png")
+    path.rename(strange)
+    whole = strange.read_bytes()
+    try:
+        strange.write_bytes(whole[:50])
+        assert "00 0 [2J.png: cannot be read" in outcome(home, capfd, monkeypatch)
+    finally:
+        strange.write_bytes(whole)
+        strange.rename(path)

@@ -1,0 +1,358 @@
+"""Runs that survive: an interrupted run is bit for bit the one that was not, and no failure costs what is on disk."""
+import os
+import resource
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import h5py
+import nnabla as nn
+import numpy as np
+import pytest
+import yaml
+
+import helper
+import make_scene
+import train
+from conftest import ROOT
+
+VIEWS, EPOCHS = 4, 5
+
+
+def call(main, *arguments):
+    """Call a script's main as its command line would; returns the exit status."""
+    before, sys.argv = sys.argv, ["script.py", *map(str, arguments)]
+    try:
+        helper.run(main)
+    except SystemExit as ended:
+        return ended.code
+    finally:
+        sys.argv = before
+    return 0
+
+
+def write_config(folder, **changes):
+    """Write the configuration of runs of 20 steps, and a name of its own for each set of changes; returns its path."""
+    tree = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
+    tree["data"].update(path=str(folder / "tiny"), held_out_views=[VIEWS])
+    tree["network"].update(feature=8, layers=4)
+    tree["tracer"].update(samples=20)
+    tree["train"].update(epochs=EPOCHS, rays=64, learning_rate_halved_after=[3], alpha_doubled_after=[2], save_every=2,
+                         validate_every=2, validation_view=VIEWS, validation_downscale=2)
+    for name, value in changes.items():
+        section, key = name.split("__")
+        tree[section][key] = value
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny scene and a run on it, straight_tiny, that was not interrupted."""
+    folder = tmp_path_factory.mktemp("runs")
+    assert call(make_scene.main, "--output", folder / "tiny", "--views", VIEWS, "--held-out", 1, "--size", 24) == 0
+    assert start(folder, "straight") == 0
+    return folder
+
+
+def start(folder, name, *more, **changes):
+    """Train in the folder {name}_tiny; returns the exit status."""
+    return call(train.main, "--context", "cpu", "--config", write_config(folder, **changes), "--monitor-path",
+                folder / name, *more)
+
+
+def at_step(monkeypatch, step, action):
+    """Have `action()` called in the midst of the `step`-th step from now on."""
+    place, count = train.place_points, [0]
+
+    def place_points(*arguments):
+        count[0] += 1
+        if count[0] == step:
+            action()
+        return place(*arguments)
+
+    monkeypatch.setattr(train, "place_points", place_points)
+
+
+def contents(folder):
+    """Everything that a run leaves but for times: {file: bytes}, and of the state its numbers."""
+    files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    files.pop(train.Path("time.timer.txt"), None)
+    arrays, _ = helper.read_arrays(folder / "state.h5")
+    files[train.Path("state.h5")] = {name: array.tobytes() for name, array in arrays.items()}
+    return files
+
+
+def same_as_straight(home, name):
+    found, expected = contents(home / f"{name}_tiny"), contents(home / "straight_tiny")
+    assert sorted(map(str, found)) == sorted(map(str, expected))
+    assert [str(file) for file in expected if found[file] != expected[file]] == []
+
+
+# --- interruptions --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_an_interrupted_run_is_the_one_that_was_not(home, monkeypatch, capfd, number, status):
+    cuts = np.random.default_rng(status).permutation(8)[:3] + 1
+    for index, cut in enumerate(cuts):      # in the midst of an epoch, or after its last step
+        with monkeypatch.context() as patch:
+            at_step(patch, cut, lambda: os.kill(os.getpid(), number))
+            assert start(home, f"cut{status}", *(["--resume"] if index else [])) == status
+        assert "--resume goes on" in capfd.readouterr().out
+    assert start(home, f"cut{status}", "--resume") == 0
+    assert f"after step {cuts.sum()} " in capfd.readouterr().out
+    same_as_straight(home, f"cut{status}")
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)     # as before
+
+
+def test_an_interruption_while_rendering(home, monkeypatch):
+    validate = train.validate
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "validate", interrupted)
+        assert start(home, "rendering") == 143
+    state = helper.load_state(home / "rendering_tiny", {})
+    assert state.progress["step"] == 2 * VIEWS + 1      # not lost: the epoch's end, and one step more
+    assert start(home, "rendering", "--resume") == 0
+    same_as_straight(home, "rendering")
+
+
+KILLED = """
+import os, signal, sys, helper, train
+sync, count = os.fsync, [int(sys.argv.pop(1))]
+def fsync(handle):
+    count[0] -= 1
+    if count[0] == 0:
+        os.ftruncate(handle, os.fstat(handle).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(handle)
+os.fsync = fsync
+helper.run(train.main)
+"""
+
+
+@pytest.mark.parametrize("write, step, models", [
+    (2, None, 0),       # the first state
+    (6, 2 * VIEWS, 1),  # the second epoch's: configuration, state, state, render and model are written
+    (8, 4 * VIEWS, 1),  # the fourth epoch's model, after its state and render
+])
+def test_a_run_that_is_killed_while_it_writes(home, capfd, write, step, models):
+    name = f"killed{write}"
+    done = subprocess.run([sys.executable, "-c", KILLED, str(write), "--context", "cpu", "--config",
+                           write_config(home), "--monitor-path", home / name], cwd=str(ROOT), stderr=subprocess.DEVNULL)
+    folder = home / f"{name}_tiny"
+    assert done.returncode == -signal.SIGKILL and list(folder.glob(".*-*"))
+    assert len(list(folder.glob("model_*.h5"))) == models
+    for model in folder.glob("model_*.h5"):
+        nn.load_parameters(str(model))
+    if step is None:
+        assert start(home, name, "--resume") == 2 and "no state.h5 to resume" in capfd.readouterr().err
+        assert start(home, name) == 0
+    else:
+        assert helper.load_state(folder, {}).progress["step"] == step
+        assert start(home, name, "--resume") == 0
+    same_as_straight(home, name)
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    script = ("import helper, os, signal\nwith helper.stop_signals() as stop:\n    os.kill(os.getpid(), 2)\n"
+              "    print(stop, flush=True)\n    os.kill(os.getpid(), 2)\n    print('not here')")
+    done = subprocess.run([sys.executable, "-c", script], cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.returncode == -2 and b"not here" not in done.stdout and b"]" in done.stdout
+    assert b"stopping after this step" in done.stderr
+
+
+def test_an_ignored_signal_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with helper.stop_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert stop == []
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# --- failures -------------------------------------------------------------------------------------------------
+
+def test_a_disk_that_is_full(home, monkeypatch, capfd):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with monkeypatch.context() as patch:
+        at_step(patch, 2 * VIEWS + 3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard)))
+        try:
+            assert start(home, "full") == 2
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and "state.h5: cannot be written" in said[0] and "free some space" in said[0]
+    folder = home / "full_tiny"
+    assert not list(folder.rglob(".*")) and helper.load_state(folder, {}).progress["step"] == 2 * VIEWS
+    assert (folder / "model_00001.h5").read_bytes() == (home / "straight_tiny/model_00001.h5").read_bytes()
+    assert start(home, "full", "--resume") == 0
+    same_as_straight(home, "full")
+
+
+def test_a_series_that_cannot_be_written(tmp_path):
+    log = train.EpochLog(tmp_path, 1, 0, 0, None)
+    (tmp_path / "mask.series.txt").mkdir()
+    with pytest.raises(helper.UserError, match="series.txt: cannot be written"):
+        log.add(0, {"loss": 1.0, "mask": 2.0}, hits=1)
+
+
+@pytest.mark.parametrize("spoilt, named", [("rgb", "color"), ("points", "mask")])
+def test_a_loss_that_is_not_finite(home, monkeypatch, capfd, spoilt, named):
+    filled, count = train.TrainingStep.filled, [0]
+
+    def spoil(self, points, colored, directions, rgb, *others):
+        count[0] += 1
+        if count[0] == 2 * VIEWS + 2:
+            colored[[0, -1]] = True, False      # the first ray has a colour, the last one is for the mask
+            rgb[0], points[-1] = (np.inf, 0) if spoilt == "rgb" else (0, np.nan)
+        return filled(self, points, colored, directions, rgb, *others)
+
+    with monkeypatch.context() as patch:
+        at_step(patch, 2 * VIEWS + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(home, "before") == 143     # the parameters that the failing step finds
+    before = helper.load_state(home / "before_tiny", {}).parameters
+    with monkeypatch.context() as patch:
+        patch.setattr(train.TrainingStep, "filled", spoil)
+        assert start(home, f"spoilt_{spoilt}") == 2
+    said = capfd.readouterr().err.splitlines()[-1]
+    assert f"step {2 * VIEWS + 1} (epoch 2)" in said and f"the {named} loss is " in said
+    for name, parameter in nn.get_parameters().items():
+        np.testing.assert_array_equal(parameter.d, before[name])
+    assert helper.load_state(home / f"spoilt_{spoilt}_tiny", {}).progress["step"] == 2 * VIEWS
+    assert start(home, f"spoilt_{spoilt}", "--resume") == 0
+    same_as_straight(home, f"spoilt_{spoilt}")
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
+    progress = {"step": 7, "steps": 2, "loss": 0.0, "elapsed": 0.0, "lap": 0.0, "config": {}}
+    nn.clear_parameters()
+    parameter = nn.parameter.get_parameter_or_create("implicit/0/v", (2, 3))
+    helper.save_state(tmp_path, {}, progress, {})
+    whole = (tmp_path / "state.h5").read_bytes()
+    parameter.d = np.array([[0, 0, 0], [0, 0, np.inf]])
+    with pytest.raises(helper.UserError, match="after step 7, parameters/implicit/0/v has values that are not finite"):
+        helper.save_state(tmp_path, {}, progress, {})
+    assert (tmp_path / "state.h5").read_bytes() == whole
+    nn.clear_parameters()
+
+
+def test_a_surface_that_is_gone_is_told_once(home, monkeypatch, capfd):
+    place = train.place_points
+    monkeypatch.setattr(train, "place_points", lambda *a: (place(*a)[0], np.zeros(64, bool)))
+    assert start(home, "gone") == 0
+    said = capfd.readouterr()
+    assert (said.out + said.err).count("no ray has met the surface") == 1
+
+
+# --- what --resume finds --------------------------------------------------------------------------------------
+
+def refused(home, capfd, *arguments, **changes):
+    """Resume, which must be refused: status 2, one line, nothing written; returns the line."""
+    write_config(home, **changes)
+    before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
+    capfd.readouterr()
+    assert call(train.main, "--context", "cpu", "--config", home / "tiny.yaml", *arguments) == 2
+    assert {path: path.stat().st_mtime_ns for path in home.rglob("*")} == before
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and said[0].startswith("error: ")
+    return said[0]
+
+
+def test_nothing_to_resume(home, capfd):
+    assert "nowhere_tiny: no such run" in refused(home, capfd, "--monitor-path", home / "nowhere", "--resume")
+    assert "tiny: has no state.h5" in refused(home, capfd, "--resume", home / "tiny")
+    assert "no such run" in refused(home, capfd, "--resume", home / "straight_tiny" / "state.h5")
+
+
+def test_what_is_no_state_of_this_run(home, capfd):
+    folder = home / "other_tiny"
+    folder.mkdir()
+    state, resume = folder / "state.h5", ("--resume", folder)
+    whole = (home / "straight_tiny" / "state.h5").read_bytes()
+    for size in (0, 7, 5000, len(whole) // 2, len(whole) - 1):
+        state.write_bytes(whole[:size])
+        assert "truncated" in refused(home, capfd, *resume)
+    state.write_bytes((home / "straight_tiny" / "model_00004.h5").read_bytes())
+    assert "no training state of this program" in refused(home, capfd, *resume)
+    with h5py.File(str(state), "w") as file:
+        file["weights"], file.attrs["about"] = np.zeros(3), '{"format": "of another program"}'
+    assert "no training state of this program" in refused(home, capfd, *resume)
+    state.write_bytes(whole)
+    with h5py.File(str(state), "r+") as file:
+        file["solver/implicit/1/v/mean"][0, 0] += 1
+    assert "damaged (its checksum" in refused(home, capfd, *resume)
+    state.write_bytes(whole)
+    said = refused(home, capfd, *resume, network__width=128)
+    assert "state.h5" in said and "(39, 64)" in said and "(39, 128)" in said
+    assert "implicit/3/v is (64, 9)" in refused(home, capfd, *resume, network__layers=5)
+    assert "was trained on 4 views, and now there are 3" in refused(home, capfd, *resume, data__held_out_views=[3, 4])
+
+
+def test_a_state_without_its_solver(home):
+    shapes = {"implicit/0/v": (39, 64)}
+    state = helper.load_state(home / "straight_tiny", shapes)
+    for spoil in (lambda arrays: arrays.pop("solver/implicit/0/v/var"),
+                  lambda arrays: arrays.update({"solver/implicit/0/v/mean": np.zeros((2, 2), np.float32)})):
+        arrays = dict(state.arrays)
+        spoil(arrays)
+        spoilt = SimpleNamespace(**{**vars(state), "arrays": arrays})
+        with pytest.raises(helper.UserError, match="no state of this solver for implicit/0/v"):
+            helper.restore_state(spoilt, {"solver": train.S.Adam(1e-3)})
+
+
+def test_a_run_that_is_complete_and_one_that_is_to_be_longer(home, capfd):
+    whole = contents(home / "straight_tiny")
+    for epochs in (EPOCHS, 3):
+        assert start(home, "straight", "--resume", train__epochs=epochs) == 0
+        assert f"straight_tiny is trained: {EPOCHS} epochs" in capfd.readouterr().out
+        assert contents(home / "straight_tiny") == whole
+    assert start(home, "longer") == start(home, "longer", "--resume", train__epochs=7, train__mask_weight=300.0) == 0
+    said = capfd.readouterr().out
+    assert "notice: train.epochs was 5, is now 7" in said and "train.mask_weight was 400.0, is now 300.0" in said
+    assert said.count("notice:") == 2
+    assert "epochs: 7" in (home / "longer_tiny" / "tiny.yaml").read_text()
+    for name in ("loss.series.txt", "time.timer.txt"):
+        lines = (home / "longer_tiny" / name).read_text().splitlines()
+        assert [int(line.split()[0]) for line in lines] == [VIEWS * epoch + VIEWS - 1 for epoch in range(7)]
+    assert start(home, "longer") == start(home, "longer", "--resume", train__epochs=7) == 0
+    assert start(home, "seven", train__epochs=7) == 0
+    seven, longer = ((home / f"{name}_tiny" / "model_00006.h5").read_bytes() for name in ("seven", "longer"))
+    assert seven == longer
+
+
+def test_a_run_that_a_newer_one_has_moved(home, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(home, "moved") == 143
+    assert start(home, "moved", train__epochs=1) == 0
+    assert start(home, "moved", "--resume", home / "moved_tiny.1") == 0
+    (home / "moved_tiny").rename(home / "newer")
+    (home / "moved_tiny.1").rename(home / "moved_tiny")
+    same_as_straight(home, "moved")
+
+
+def test_a_folder_in_which_another_training_writes(home, capfd):
+    with helper.held(home / "straight_tiny"):
+        for more in ([], ["--resume"]):
+            assert start(home, "straight", *more, train__epochs=9) == 2
+            assert "straight_tiny: another training writes there" in capfd.readouterr().err
+    assert not (home / "straight_tiny.1").exists()
+
+
+def test_a_line_that_was_half_written_is_cut_off(tmp_path):
+    path = tmp_path / "loss.series.txt"
+    path.write_text("3 0.5\n7 0.25\n11 0.125\n15 0.0")
+    train.keep_lines(path, 16)
+    assert path.read_text() == "3 0.5\n7 0.25\n11 0.125\n"
+    train.keep_lines(path, 8)
+    assert path.read_text() == "3 0.5\n7 0.25\n"
+    train.keep_lines(tmp_path / "none.txt", 8)
+    assert not (tmp_path / "none.txt").exists()
