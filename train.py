@@ -26,6 +26,7 @@ import ray_tracer
 import synthesize
 
 STATE_EVERY = 120       # seconds: what a run that is killed may lose; it changes no result
+NO_LOSS = 17.0          # sigmoid(-17), the mask loss of a ray outside the mask with alpha * sdf = 17, is lost beside 1
 
 
 def main():
