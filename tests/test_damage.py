@@ -114,7 +114,15 @@ from pathlib import Path
 from test_damage import damaged
 path, rng, counts = Path(sys.argv[2]), np.random.default_rng(0), {True: 0, False: 0}
 whole, shapes = path.read_bytes(), network.parameter_shapes(64, 8, 4)
-load = helper.load_model if path.name.startswith("model") else lambda path, shapes: helper.load_state(path.parent, shapes)
+
+
+def load(path, shapes):
+    if path.name == "state.h5":
+        helper.load_state(path.parent, shapes)
+    else:
+        helper.load_model(path, shapes)
+
+
 load(path, shapes)
 for _ in range(int(sys.argv[3])):
     content = damaged(whole, rng) if rng.integers(2) else damaged(whole[:3000], rng) + whole[3000:]
