@@ -12,7 +12,7 @@ import nnabla.solvers as S
 import numpy as np
 import pytest
 import yaml
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import helper
 import make_scene
@@ -114,7 +114,15 @@ from pathlib import Path
 from test_damage import damaged
 path, rng, counts = Path(sys.argv[2]), np.random.default_rng(0), {True: 0, False: 0}
 whole, shapes = path.read_bytes(), network.parameter_shapes(64, 8, 4)
-load = helper.load_model if path.name.startswith("model") else lambda path, shapes: helper.load_state(path.parent, shapes)
+
+
+def load(path, shapes):
+    if path.name == "state.h5":
+        helper.load_state(path.parent, shapes)
+    else:
+        helper.load_model(path, shapes)
+
+
 load(path, shapes)
 for _ in range(int(sys.argv[3])):
     content = damaged(whole, rng) if rng.integers(2) else damaged(whole[:3000], rng) + whole[3000:]
@@ -159,6 +167,7 @@ def test_a_model_that_reads_another_file(tmp_path):
     path, shapes = tmp_path / "model_00000.h5", {"implicit/0/v": (39, 64)}
     with h5py.File(str(path), "w") as file:
         file.create_dataset("implicit/0/v", (39, 64), "f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
+        file["large"] = np.zeros(20000)     # or the file would be refused as smaller than its contents
     with pytest.raises(helper.UserError, match="not a readable"):
         helper.load_model(path, shapes)
     with h5py.File(str(tmp_path / "other.h5"), "w") as file:
@@ -172,8 +181,8 @@ def test_a_model_that_reads_another_file(tmp_path):
 def test_a_model_that_unpacks_to_more_than_its_size(tmp_path):
     path = tmp_path / "model_00000.h5"
     with h5py.File(str(path), "w") as file:
-        file.create_dataset("implicit/0/v", (39, 64), "f4")
-        file.create_dataset("large", (10 ** 6, 10 ** 6), "f4", compression="gzip")
+        file["implicit/0/v"] = np.zeros((39, 64), np.float32)
+        file.create_dataset("large", (2000, 2000), "f4", compression="gzip")
     with pytest.raises(helper.UserError, match="not a readable"):
         helper.load_model(path, {"implicit/0/v": (39, 64)})
 
@@ -207,11 +216,11 @@ def test_yaml_that_spells_out_a_text_without_end(home, capfd, monkeypatch):
 def test_a_picture_that_is_a_program(home, capfd, monkeypatch):
     """Pillow has Ghostscript draw an EPS, whatever the file is called."""
     path = home / "tiny" / "image" / "000.png"
-    whole = path.read_bytes()
-    monkeypatch.setattr(subprocess, "Popen", None)
+    whole, ran = path.read_bytes(), []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: ran.append("Ghostscript"))
     try:
         Image.new("RGB", (16, 16)).save(path, format="EPS")
-        assert "000.png: cannot be read as an image" in outcome(home, capfd, monkeypatch)
+        assert "000.png: cannot be read as an image" in outcome(home, capfd, monkeypatch) and ran == []
     finally:
         path.write_bytes(whole)
 
@@ -232,13 +241,13 @@ def test_a_picture_that_is_too_large(home, capfd, monkeypatch):
 
 def test_cameras_that_unpack_to_a_large_array_or_to_none(home, capfd, monkeypatch):
     path = home / "tiny" / "cameras.npz"
-    whole = path.read_bytes()
+    whole, unpacked = path.read_bytes(), []
     try:
         np.savez_compressed(path, world_mat_0=np.zeros((2000, 2000)))
         assert path.stat().st_size < 10 ** 5
-        monkeypatch.setattr(np.lib.format, "read_array", None)      # not even unpacked
-        assert "cameras.npz: not a readable .npz" in outcome(home, capfd, monkeypatch)
-        monkeypatch.undo()
+        with monkeypatch.context() as patch:
+            patch.setattr(np.lib.format, "read_array", lambda *_, **__: unpacked.append("matrix"))
+            assert "cameras.npz: not a readable .npz" in outcome(home, capfd, patch) and unpacked == []
         with zipfile.ZipFile(str(path), "w") as file:
             for name in ("world_mat_0", "scale_mat_0", "world_mat_1", "scale_mat_1"):
                 file.writestr(name + ".npy", b"no array")

@@ -107,6 +107,15 @@ def test_an_interrupted_run_is_the_one_that_was_not(home, monkeypatch, capfd, nu
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)     # as before
 
 
+def test_an_interruption_in_the_very_last_step(home, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_step(patch, EPOCHS * VIEWS, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(home, "last") == 143
+    assert not (home / "last_tiny" / f"model_{EPOCHS - 1:05d}.h5").exists()
+    assert start(home, "last", "--resume") == 0
+    same_as_straight(home, "last")
+
+
 def test_an_interruption_while_rendering(home, monkeypatch):
     validate = train.validate
 
