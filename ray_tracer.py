@@ -103,8 +103,8 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, matters
     centre (t >= 0), without an evaluation. Source: the paper's section 3.3 and supplementary material.
     rough_sdf: takes sdf's place where the values only choose among samples: on the rays that do not seek their hit. Who
     has one has a GPU, where a call costs as much as ten thousand points: then the calls are fewer.
-    matters_below: where the sdf of a ray that does not seek its hit is certainly above this, it is not looked at closer;
-    if it is so on the whole ray, the ray gives any of its samples.
+    matters_below: where the sdf of a ray that does not seek its hit is certainly above this, it is not looked at
+    closer; if it is so on the whole ray, the ray gives any of its samples.
 
     Returns t (R,) float32, the distance of that point, and hit (R,) bool. Raises ValueError for an unknown refinement,
     for fewer than 1 sample, and for an sdf that gives the wrong shape.

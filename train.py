@@ -195,9 +195,9 @@ def place_points(sdf, origin, directions, mask, alpha, tracer, rng):
     """Find the point of each ray that carries its loss.
 
     sdf: what network.sdf_evaluator gives; origin (3,), directions (R, 3), mask (R,) bool; alpha: of the mask loss;
-    tracer: the configuration's section, whose sphere tracing is for renders. Returns points (R, 3): the hit, where there
-    is one in the object mask, else the sample of least sdf, except that outside the mask any sample serves a ray whose
-    mask loss is nothing; and colored (R,) bool, whether it is a hit.
+    tracer: the configuration's section, whose sphere tracing is for renders. Returns points (R, 3): the hit, where
+    there is one in the object mask, else the sample of least sdf, except that outside the mask any sample serves a ray
+    whose mask loss is nothing; and colored (R,) bool, whether it is a hit.
     """
     settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
     t, colored = ray_tracer.hit_or_least_sdf(sdf, origin, directions, mask, rough_sdf=sdf.roughly, rng=rng,
