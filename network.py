@@ -453,13 +453,16 @@ def evaluate_once(points, directions):
     x = F.concatenate(points[:surface], points, axis=0) if surface else F.identity(points)
     output, gradient, kept = implicit_graph(x, weights)
     values = F.sink(output, gradient)
+    kept_lists = kept.inputs, kept.slopes, kept.deltas
+    for variable in (x, output, gradient, *kept[:3], *sum(kept_lists, []), *sum(map(list, weights), [])):
+        variable.persistent = True      # what else the evaluation needs is freed as it goes
 
     results = leaves((x, output, gradient), need_grad=True)
     by_x, by_output, by_gradient = by_results = [nn.Variable(result.shape) for result in results]
     for by_result, result in zip(by_results, results):
         by_result.data = result.grad
     weights = [leaves(layer) for layer in weights]
-    kept = Kept(*leaves(kept[:3]), *(leaves(layer) for layer in kept[3:]))
+    kept = Kept(*leaves(kept[:3]), *map(leaves, kept_lists))
     by_z, tangents, through_network = implicit_backward_graph(kept, weights, by_output, by_gradient, surface)
     if surface:
         by_hits = row_sums((by_x[:surface] + through_network) * directions)
@@ -476,7 +479,7 @@ def evaluate_once(points, directions):
 
     def evaluation():
         folding.forward()
-        values.forward()
+        values.forward(clear_buffer=True)
         for result in results:
             result.grad.zero()
 
