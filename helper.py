@@ -471,6 +471,16 @@ def pixel_grid(height, width):
     return np.stack([u.ravel(), v.ravel()], axis=1).astype(np.float32)
 
 
+def upright(poses):
+    """Return the unit vector (3,) that is up in a scene: the mean of its cameras' upward axes.
+
+    poses: (N, 4, 4), camera to world, y down. Where the cameras disagree so much that there is none, the first one's.
+    """
+    up = -poses[:, :3, 1].mean(axis=0)
+    length = np.linalg.norm(up)
+    return up / length if length > 1e-3 else -poses[0, :3, 1]
+
+
 # --- randomness -------------------------------------------------------------------------------------------------------
 
 ORDER, PIXELS, SAMPLES = 1, 2, 3    # of the views in an epoch; of a step; of a step's tracing and its eikonal loss

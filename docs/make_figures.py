@@ -65,8 +65,7 @@ def load_run(folder):
     helper.set_context("auto", "0")
     shapes = network.parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers)
     helper.load_model(helper.model_file(folder), shapes)
-    count = len(datasets.scene_files(Path(conf.data.path))[0])
-    cameras = datasets.load_cameras(Path(conf.data.path) / "cameras.npz", count)[:2]
+    cameras = datasets.load_scene_cameras(conf.data.path)[:2]
     return conf, list(zip(*cameras)), trimesh.load(folder / "mesh.ply")
 
 

@@ -104,6 +104,18 @@ def test_extraction_gives_a_closed_mesh_near_the_object(folder):
     assert series(folder / "results_tiny", "chamfer")[0] < 0.15
 
 
+def test_extraction_in_world_units_and_as_several_kinds_of_file(folder):
+    said = run("extract.py", *MODEL, "--world", "--output", "out/a.obj", "out/a.glb", "out/a.html", cwd=folder)
+    assert said.count("vertices") == 3
+    scale = np.load(folder / "scenes/tiny/cameras.npz")["scale_mat_0"]
+    mesh = trimesh.load(folder / "out" / "a.obj", process=False)
+    inside = (mesh.vertices - scale[:3, 3]) / scale[0, 0]
+    assert 0.3 < np.linalg.norm(inside, axis=1).max() < 1.0 and mesh.is_watertight
+    assert len({tuple(color) for color in mesh.visual.vertex_colors}) > 50
+    assert "<script>" in (folder / "out" / "a.html").read_text(encoding="utf-8")
+    assert "mesh.stl" in refused("extract.py", *MODEL, "--output", "out/a.ply", "mesh.stl", cwd=folder)
+
+
 def test_rendering_writes_pictures(folder):
     run("synthesize.py", *MODEL, "--views", "0", "9", "--normals", "--depth", cwd=folder)
     renders = folder / "results_tiny" / "renders"
