@@ -30,8 +30,8 @@ def main():
     parser.add_argument("--resolution", type=int, default=None,
                         help="marching cubes cells along the longest side, instead of the configuration's")
     parser.add_argument("--output", nargs="+", default=None, metavar="FILE",
-                        help=f"where the mesh goes, the kind by the name: {', '.join(SUFFIXES)}; by default mesh.ply in "
-                             "the run's folder")
+                        help=f"where the mesh goes, the kind by the name: {', '.join(SUFFIXES)}; by default mesh.ply "
+                             "in the run's folder")
     parser.add_argument("--world", action="store_true",
                         help="in the world's units, through the scene's scale_mat_0, not the unit sphere's")
     args = parser.parse_args()
@@ -186,7 +186,7 @@ def write_mesh(path, mesh):
 def unlit_glb(scene):
     """A trimesh.Scene as the bytes of a GLB that shows vertex colours as they are: they hold the photographs' light.
 
-    A vertex attribute _COLOR_0, (N, 3) float32, becomes the colours: trimesh's own have 8 bits, too few for linear ones.
+    A vertex attribute _COLOR_0, (N, 3) float32, becomes the colours: trimesh's own have 8 bits, too few for that.
     """
     def finish(tree):
         tree["materials"] = [{"extensions": {"KHR_materials_unlit": {}},

@@ -158,9 +158,9 @@ def photographed(page, folder):
     done = subprocess.run(
         [browser, "--headless", "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader",
          "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr",
-         "--window-size=400,400", "--virtual-time-budget=4000", f"--screenshot={folder / 'page.png'}",
-         f"file://{folder / 'page.html'}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
+         "--enable-logging=stderr", "--window-size=400,400", "--virtual-time-budget=4000",
+         f"--screenshot={folder / 'page.png'}", f"file://{folder / 'page.html'}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
     console = [line for line in done.stdout.decode(errors="replace").splitlines() if "CONSOLE" in line]
     return imageio.imread(folder / "page.png")[..., :3].astype(int), console
 

@@ -99,9 +99,14 @@ def test_extraction_gives_a_closed_mesh_near_the_object(folder):
     mesh = trimesh.load(folder / "results_tiny" / "mesh.ply")
     assert mesh.is_watertight and "watertight" in said
     measured = run("evaluate.py", *MODEL, "--mesh", "results_tiny/mesh.ply", "--ground-truth",
-                   "scenes/tiny/surface.ply", cwd=folder)
+                   "scenes/tiny/surface.ply", "--views", "none", cwd=folder)
+    assert "view " not in measured
     assert float(re.search(r"chamfer: ([\d.]+)", measured).group(1)) < 0.15
     assert series(folder / "results_tiny", "chamfer")[0] < 0.15
+    assert 0.7 < series(folder / "results_tiny", "normal_consistency")[0] < 1
+    (folder / "dtu").mkdir()
+    assert "--dtu" in refused("evaluate.py", *MODEL, "--mesh", "results_tiny/mesh.ply", "--dtu", "dtu", cwd=folder)
+    assert "--mesh" in refused("evaluate.py", *MODEL, "--dtu", "dtu", cwd=folder)
 
 
 def test_extraction_in_world_units_and_as_several_kinds_of_file(folder):
@@ -128,12 +133,15 @@ def test_rendering_writes_pictures(folder):
     assert np.abs(rendered[mask].astype(float) - truth[mask]).mean() < np.abs(255.0 - truth[mask]).mean()
 
 
-def test_evaluation_prints_and_writes_psnr_per_view_and_over_all(folder):
+def test_evaluation_prints_and_writes_psnr_and_ssim_per_view_and_over_all(folder):
     said = run("evaluate.py", *MODEL, cwd=folder)
     assert len(re.findall(r"^view ", said, re.M)) == 10 and "held out" in said
     per_view = series(folder / "results_tiny", "psnr_per_view")
     over_all = float(re.search(r"^all views \(10\): ([\d.]+) dB", said, re.M).group(1))
     assert len(per_view) == 10 and per_view.min() <= over_all <= per_view.max()
+    similar = series(folder / "results_tiny", "ssim_per_view")
+    assert len(similar) == 10 and similar.min() <= series(folder / "results_tiny", "ssim_all_views")[0] <= similar.max()
+    assert 0 < similar.min() and similar.max() < 1
 
 
 def test_the_initial_sphere_as_pictures(tmp_path):
