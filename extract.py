@@ -215,7 +215,7 @@ def page(mesh, title, poses, view):
     upright[:3, :3], upright[:3, 3] = axes / size, -axes @ centre / size
     backwards = np.array([0.0, 0.3, 1.0]) / np.linalg.norm([0.0, 0.3, 1.0])
     camera = np.eye(4)
-    camera[:3] = np.stack([[1.0, 0.0, 0.0], np.cross(backwards, [1.0, 0.0, 0.0]), backwards, 2.6 * backwards], axis=1)
+    camera[:3] = np.stack([[1.0, 0.0, 0.0], np.cross(backwards, [1.0, 0.0, 0.0]), backwards, 2.2 * backwards], axis=1)
 
     scene = trimesh.Scene(camera=trimesh.scene.Camera(resolution=(800, 600), fov=(56, 44)), camera_transform=camera)
     scene.add_geometry(mesh, transform=upright)

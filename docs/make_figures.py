@@ -2,6 +2,7 @@
 
     python docs/make_figures.py --method --initial --demo results_demo --scan65 results_scan65 scan65_cpu.png
     python docs/make_figures.py --check data/demo
+    python docs/make_figures.py --turntable results_demo
 """
 import argparse
 import shutil
@@ -39,6 +40,7 @@ def main():
     parser.add_argument("--scan65", nargs=2, metavar=("FOLDER", "PICTURE"), action="append", default=[],
                         help="a run on DTU's scan 65, after extract.py, and the name of its picture")
     parser.add_argument("--check", metavar="SCENE", help="what prepare.py --check draws of a scene")
+    parser.add_argument("--turntable", metavar="FOLDER", help="a run of make demo, going round")
     args = parser.parse_args()
     if args.method:
         draw_method(DOCS / "method.png")
@@ -52,6 +54,8 @@ def main():
         prepare.check(args.check)
         with Image.open(str(prepare.picture_path(args.check))) as picture:  # a palette makes it a third of the size
             picture.convert("RGB").quantize(256).save(str(DOCS / "prepare.png"), optimize=True)
+    if args.turntable:
+        turn(Path(args.turntable))
     for folder, picture in args.scan65:
         write_labelled(DOCS / picture, scan_picture(Path(folder), view=20, shape=(340, 390)),
                        ("view 20", "its normals", "the extracted mesh"))
@@ -67,6 +71,25 @@ def load_run(folder):
     helper.load_model(helper.model_file(folder), shapes)
     cameras = datasets.load_scene_cameras(conf.data.path)[:2]
     return conf, list(zip(*cameras)), trimesh.load(folder / "mesh.ply")
+
+
+def turn(folder, size=160, frames=36):
+    """Write docs/turntable.gif of a run as synthesize.py renders it, in few frames and colours to keep it small."""
+    with tempfile.TemporaryDirectory() as temporary:
+        video = Path(temporary) / "round.gif"
+        config = next(folder.glob("*.yaml"))
+        subprocess.run([sys.executable, str(DOCS.parent / "synthesize.py"), "--config", str(config),
+                        "--model-load-path", str(folder), "--path", "turntable", "--views", "36", "--height", str(size),
+                        "--frames", str(frames), "--output", str(video)], check=True)
+        with Image.open(str(video)) as pictures:
+            images = []
+            for i in range(frames):
+                pictures.seek(i)
+                images.append(pictures.convert("RGB"))
+    palette = Image.fromarray(np.concatenate([np.asarray(image) for image in images])).quantize(160)
+    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    with helper.replacing(DOCS / "turntable.gif") as temporary:
+        first.save(str(temporary), save_all=True, append_images=rest, duration=80, loop=0)
 
 
 def demo_picture(folder, views, size):

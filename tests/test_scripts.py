@@ -133,6 +133,20 @@ def test_rendering_writes_pictures(folder):
     assert np.abs(rendered[mask].astype(float) - truth[mask]).mean() < np.abs(255.0 - truth[mask]).mean()
 
 
+def test_rendering_a_path(folder):
+    run("synthesize.py", *MODEL, "--path", "turntable", "--frames", "4", "--height", "24", "--normals",
+        "--output", "videos/round.gif", cwd=folder)
+    for name in ("round.gif", "round_normals.gif"):
+        frames = imageio.mimread(folder / "videos" / name)
+        assert len(frames) == 4 and frames[0].shape[:2] == (24, 24)
+        assert np.abs(frames[0][..., :3].astype(int) - frames[2][..., :3]).max() > 20
+    run("synthesize.py", *MODEL, "--path", "cameras", "--views", "0", "1", "--frames", "3", cwd=folder)
+    assert (folder / "results_tiny" / "renders" / "cameras.mp4").stat().st_size > 500
+    for words, named in ((("--path", "turntable", "--output", "a.avi"), "a.avi"), (("--output", "a.gif"), "--path"),
+                         (("--path", "cameras", "--views", "3"), "two or more"), (("--height", "1"), "--height")):
+        assert named in refused("synthesize.py", *MODEL, *words, cwd=folder)
+
+
 def test_evaluation_prints_and_writes_psnr_and_ssim_per_view_and_over_all(folder):
     said = run("evaluate.py", *MODEL, cwd=folder)
     assert len(re.findall(r"^view ", said, re.M)) == 10 and "held out" in said
