@@ -45,7 +45,7 @@ def main():
     parser.add_argument("--turntable", metavar="FOLDER", help="a run of make demo, going round")
     parser.add_argument("--swapped", nargs=2, metavar=("SCENE", "COPY"),
                         help="make a copy of a scene in which red and blue are swapped")
-    parser.add_argument("--appearance", nargs=2, metavar="FOLDER", help="two such runs, each in the other's colours too")
+    parser.add_argument("--appearance", nargs=2, metavar="FOLDER", help="two such runs, in each other's colours too")
     args = parser.parse_args()
     if args.method:
         draw_method(DOCS / "method.png")
