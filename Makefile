@@ -19,10 +19,10 @@ demo: env
 	$(python) make_scene.py --output data/demo
 	$(python) train.py --config config/demo.yaml --monitor-path results
 	$(python) synthesize.py --config $(run)/demo.yaml --model-load-path $(run) --normals
-	$(python) extract.py --config $(run)/demo.yaml --model-load-path $(run)
+	$(python) extract.py --config $(run)/demo.yaml --model-load-path $(run) --output $(run)/mesh.ply $(run)/mesh.html
 	$(python) evaluate.py --config $(run)/demo.yaml --model-load-path $(run) \
 		--mesh $(run)/mesh.ply --ground-truth data/demo/surface.ply
-	@echo "Look at the renders in $(run)/renders and the mesh $(run)/mesh.ply."
+	@echo "Look at the renders in $(run)/renders, the mesh $(run)/mesh.ply and, in a browser, $(run)/mesh.html."
 
 test: env
 	$(python) -m pytest

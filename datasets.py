@@ -194,6 +194,11 @@ def load_cameras(path, count):
     return intrinsics, poses, matrices["scale_mat_0"]
 
 
+def load_scene_cameras(path):
+    """Read the cameras of the scene in the folder `path`, as load_cameras does, without its pictures."""
+    return load_cameras(Path(path) / "cameras.npz", len(scene_files(Path(path))[0]))
+
+
 def read_matrices(path, count, kinds=("world", "scale")):
     """Return {"world_mat_i" and "scale_mat_i": (4, 4) float64} of a cameras.npz with just `count` cameras."""
     keys = [f"{kind}_mat_{view}" for view in range(count) for kind in kinds]

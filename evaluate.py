@@ -1,66 +1,92 @@
-"""Measure a trained scene: PSNR of every view inside its mask and over all views; the Chamfer distance of a mesh.
+"""Measure a trained scene: PSNR and SSIM of every view inside its mask and over all views; how far a mesh is off.
 
     python evaluate.py --config results_scan118/default.yaml --model-load-path results_scan118/model_01999.h5
 
 The table goes to the screen, the numbers to nnabla's monitors in the run's folder.
 """
-from collections import namedtuple
 from pathlib import Path
 
 import numpy as np
 from nnabla.monitor import Monitor, MonitorSeries
-from scipy.spatial import cKDTree
+from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
 import datasets
 import helper
+import mesh_measures
 import network
 import synthesize
 
-SURFACE_SAMPLES = 200000    # points taken of a mesh for the Chamfer distance
-
-Chamfer = namedtuple("Chamfer", "accuracy completeness chamfer")
+SSIM_WINDOW = 11        # pixels: a Gaussian of 1.5, cut at 3.5 times that (Wang et al., 2004)
 
 
 def main():
     parser = helper.argument_parser("Measure a trained scene.", model=True)
     parser.add_argument("--views", nargs="+", default=["all"], metavar="VIEW",
-                        help="indices of the views to measure, or all")
-    parser.add_argument("--mesh", help="a mesh of extract.py, to compare with --ground-truth")
+                        help="indices of the views to measure, or all, or none for the mesh alone")
+    parser.add_argument("--mesh", help="a mesh of extract.py, to compare with --ground-truth or by --dtu")
     parser.add_argument("--ground-truth", help="a mesh or point cloud of the true surface, in the mesh's units")
+    parser.add_argument("--dtu", metavar="FOLDER",
+                        help="compare as DTU does: the folder that holds its ObsMask*.mat, Plane*.mat and stl*.ply")
     args = parser.parse_args()
-    if bool(args.mesh) != bool(args.ground_truth):
-        raise helper.UserError("--mesh and --ground-truth go together: the one is compared with the other")
-    truth = load_points(args.ground_truth) if args.mesh else None
-    mesh = load_points(args.mesh) if args.mesh else None
+    if bool(args.mesh) != bool(args.ground_truth or args.dtu):
+        raise helper.UserError("--mesh and --ground-truth go together, or --mesh and --dtu: the one is compared with "
+                               "the other")
+    mesh = mesh_measures.load_shape(args.mesh) if args.mesh else None
+    truth = mesh_measures.load_shape(args.ground_truth) if args.ground_truth else None
     conf, folder = helper.open_run(args, network.parameter_shapes)
-    scene = datasets.load_scene(conf.data.path, conf.data.downscale)
-    views = datasets.chosen_views(args.views, len(scene.images), "--views")
+    scan = mesh_measures.load_dtu(args.dtu, Path(conf.data.path).resolve().name) if args.dtu else None
+    monitor = Monitor(str(folder))
+    if args.views != ["none"]:
+        measure_views(args.views, conf, monitor)
+    if truth is not None:
+        distances, consistency = mesh_measures.compare(mesh_measures.surface(mesh), mesh_measures.surface(truth))
+        report(distances._asdict(), monitor, "{:.5f}")
+        if consistency is not None:
+            report({"normal_consistency": consistency}, monitor, "{:.4f}")
+    if scan is not None:
+        distances = mesh_measures.compare_dtu(mesh, scan)
+        report({f"dtu_{name}": value for name, value in distances._asdict().items()}, monitor, "{:.3f} mm")
+    print(f"written to {folder}")
 
-    errors = {}
+
+def report(values, monitor, form):
+    """Print named values and write each to a monitor of its name."""
+    for name, value in values.items():
+        print(f"{name}: {form.format(value)}")
+        MonitorSeries(name, monitor, interval=1, verbose=False).add(0, value)
+
+
+def measure_views(words, conf, monitor):
+    """Render the views that the command line names; print PSNR and SSIM of each and over all, and write monitors."""
+    scene = datasets.load_scene(conf.data.path, conf.data.downscale)
+    views = datasets.chosen_views(words, len(scene.images), "--views")
+    if min(scene.images.shape[1:3]) < SSIM_WINDOW:
+        raise helper.UserError(f"{conf.data.path}: images of {datasets.says_size(scene.images.shape[1:])} are too "
+                               f"small to measure; SSIM needs {SSIM_WINDOW} a side, so lower data.downscale")
+    errors, likeness = {}, {}
     sdf = network.sdf_evaluator()
     for view in tqdm(views, unit="view", dynamic_ncols=True):
-        render = synthesize.render_view(sdf, scene.intrinsics[view], scene.poses[view], scene.images.shape[1:3],
-                                        conf.tracer, wanted=scene.masks[view])
-        errors[view] = squared_error(render.rgb, scene.images[view] / np.float32(255), scene.masks[view])
+        truth, mask = scene.images[view] / np.float32(255), scene.masks[view]
+        render = synthesize.render_view(sdf, scene.intrinsics[view], scene.poses[view], mask.shape, conf.tracer,
+                                        wanted=mask)
+        errors[view] = squared_error(render.rgb, truth, mask)
+        likeness[view] = similarity(render.rgb, truth, mask)
 
-    monitor = Monitor(str(folder))
-    series = MonitorSeries("psnr_per_view", monitor, interval=1, verbose=False)
-    for view, error in errors.items():
+    series = {name: MonitorSeries(f"{name}_per_view", monitor, interval=1, verbose=False) for name in ("psnr", "ssim")}
+    for view in views:
         held_out = "  held out" if view in conf.data.held_out_views else ""
-        print(f"view {view:3d}  {scene.names[view]:<16} {psnr(error):6.2f} dB{held_out}")
-        series.add(view, psnr(error))
+        print(f"view {view:3d}  {scene.names[view]:<16} {psnr(errors[view]):6.2f} dB  "
+              f"SSIM {ssim(likeness[view]):.3f}{held_out}")
+        series["psnr"].add(view, psnr(errors[view]))
+        series["ssim"].add(view, ssim(likeness[view]))
     held_out = [v for v in views if v in conf.data.held_out_views]
     for name, group in (("all", views), ("trained", [v for v in views if v not in held_out]), ("held_out", held_out)):
         if group and (held_out or name == "all"):
-            over = psnr(sum(errors[v] for v in group))
-            print(f"{name.replace('_', ' ')} views ({len(group)}): {over:.2f} dB")
-            MonitorSeries(f"psnr_{name}_views", monitor, interval=1, verbose=False).add(0, over)
-    if args.mesh:
-        for name, value in chamfer(mesh, truth)._asdict().items():
-            print(f"{name}: {value:.5f}")
-            MonitorSeries(name, monitor, interval=1, verbose=False).add(0, value)
-    print(f"written to {folder}")
+            over = {"psnr": psnr(sum(errors[v] for v in group)), "ssim": ssim(sum(likeness[v] for v in group))}
+            print(f"{name.replace('_', ' ')} views ({len(group)}): {over['psnr']:.2f} dB, SSIM {over['ssim']:.3f}")
+            for measure, value in over.items():
+                MonitorSeries(f"{measure}_{name}_views", monitor, interval=1, verbose=False).add(0, value)
 
 
 def squared_error(image, truth, mask):
@@ -74,34 +100,20 @@ def psnr(error):
     return -10.0 * np.log10(max(error[0] / error[1], 1e-12))
 
 
-def load_points(path):
-    """Points (N, 3) on the surface that a file holds: samples of a mesh, uniform over its area, or a point cloud."""
-    import trimesh
-    if not Path(path).is_file():
-        raise helper.UserError(f"{path}: no such file")
-    try:
-        shape = trimesh.load(str(path))
-        if isinstance(shape, trimesh.Scene):
-            shape = trimesh.util.concatenate(list(shape.geometry.values()))
-    except Exception as error:      # trimesh's readers raise whatever the bytes lead them to
-        raise helper.UserError(f"{path}: not a mesh or point cloud that can be read ({type(error).__name__})")
-    faces = getattr(shape, "faces", None)
-    points = shape.vertices if faces is None or len(faces) == 0 else \
-        trimesh.sample.sample_surface(shape, SURFACE_SAMPLES, seed=0)[0]
-    if len(points) == 0 or not np.isfinite(points).all():
-        raise helper.UserError(f"{path}: holds no points, or points that are not finite")
-    return np.asarray(points, np.float64)
+def similarity(image, truth, mask):
+    """(sum, count) as an array of 2: of SSIM's map over the masked pixels, the mean of the channels; images in [0, 1].
 
-
-def chamfer(points, truth):
-    """Chamfer distance of two samples of surfaces, (N, 3) and (M, 3), as (accuracy, completeness, chamfer).
-
-    accuracy is the mean distance from the points to the truth, completeness the mean one from the truth to the points,
-    chamfer their mean; all in the points' unit. Samples lie apart, so equal surfaces give a little more than 0.
+    Outside the mask the photograph stands in both images: what a window sees there is alike, and makes no edge.
     """
-    accuracy = cKDTree(truth).query(points)[0].mean()
-    completeness = cKDTree(points).query(truth)[0].mean()
-    return Chamfer(accuracy, completeness, (accuracy + completeness) / 2)
+    pasted = np.where(mask[..., None], image, truth)
+    similar = structural_similarity(truth, pasted, data_range=1.0, channel_axis=-1, gaussian_weights=True, sigma=1.5,
+                                    use_sample_covariance=False, full=True)[1]
+    return np.array([similar.mean(axis=-1)[mask].sum(dtype=np.float64), mask.sum()])
+
+
+def ssim(likeness):
+    """The mean SSIM of one `similarity`, or of the sum of several."""
+    return likeness[0] / likeness[1]
 
 
 if __name__ == "__main__":

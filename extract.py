@@ -3,33 +3,60 @@
     python extract.py --config results_scan118/default.yaml --model-load-path results_scan118/model_01999.h5
 
 The first pass is coarse: it finds the object, drops what floats beside it, and gives its orientation. The second is
-fine, on a grid in that orientation. Writes mesh.ply to the run's folder, in the frame of the unit sphere.
+fine, on a grid in that orientation. The networks give every vertex its normal and its colour. Writes mesh.ply to the
+run's folder, in the frame of the unit sphere; --output and --world say otherwise.
 """
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import trimesh
+import trimesh.viewer
 from skimage.measure import marching_cubes
 from tqdm import tqdm
 
+import datasets
 import helper
 import network
 
 SLACK = 1.5         # how much steeper than 1 the sdf may be before a block with surface in it is passed over
 LEAF = 4            # blocks of the fine grid are halved down to this many points a side
+SHADED = 1 << 15    # vertices that get their normals and colours together
+SUFFIXES = (".ply", ".obj", ".glb", ".html")
 
 
 def main():
     parser = helper.argument_parser("Extract the surface of a trained scene as a mesh.", model=True)
     parser.add_argument("--resolution", type=int, default=None,
                         help="marching cubes cells along the longest side, instead of the configuration's")
+    parser.add_argument("--output", nargs="+", default=None, metavar="FILE",
+                        help=f"where the mesh goes, the kind by the name: {', '.join(SUFFIXES)}; by default mesh.ply "
+                             "in the run's folder")
+    parser.add_argument("--world", action="store_true",
+                        help="in the world's units, through the scene's scale_mat_0, not the unit sphere's")
     args = parser.parse_args()
     if args.resolution is not None and args.resolution < 16:
         raise helper.UserError(f"--resolution must be 16 or more, not {args.resolution}")
+    for path in args.output or []:
+        if Path(path).suffix.lower() not in SUFFIXES:
+            raise helper.UserError(f"--output {path}: the name must end in {', '.join(SUFFIXES)}")
     conf, folder = helper.open_run(args, network.parameter_shapes)
+    paths = [Path(path) for path in args.output or [folder / "mesh.ply"]]
+    poses = scale_mat = None
+    if args.world or any(path.suffix.lower() == ".html" for path in paths):
+        poses, scale_mat = datasets.load_scene_cameras(conf.data.path)[1:]
+        datasets.check_views([conf.train.validation_view], len(poses), f"{args.config}: train.validation_view")
+
     mesh = extract(network.sdf_evaluator(), conf.extract.coarse_resolution, args.resolution or conf.extract.resolution)
-    with helper.replacing(folder / "mesh.ply") as temporary:
-        mesh.export(temporary)
-    print(f"{folder / 'mesh.ply'}: {len(mesh.vertices)} vertices, {len(mesh.faces)} faces, "
-          f"{'watertight' if mesh.is_watertight else 'not watertight'}")
+    mesh = with_colors(mesh)
+    for path in paths:
+        with helper.replacing(path) as temporary:
+            if path.suffix.lower() == ".html":
+                temporary.write_text(page(mesh, path.stem, poses, conf.train.validation_view), encoding="utf-8")
+            else:
+                write_mesh(temporary, transformed(mesh, scale_mat) if args.world else mesh)
+        print(f"{path}: {len(mesh.vertices)} vertices, {len(mesh.faces)} faces, "
+              f"{'watertight' if mesh.is_watertight else 'not watertight'}")
 
 
 def extract(sdf, coarse_resolution, resolution):
@@ -116,6 +143,85 @@ def largest_component(mesh):
     largest.update_faces(largest.nondegenerate_faces())
     largest.remove_unreferenced_vertices()
     return largest
+
+
+
+# --- normals, colours, files ------------------------------------------------------------------------------------------
+
+def with_colors(mesh):
+    """A mesh with the vertex normals and vertex colours of the current parameters.
+
+    A normal is the direction of the sdf's gradient, a colour what the renderer shows to who looks along the normal.
+    """
+    points = mesh.vertices.astype(np.float32)
+    rgb, normals = np.empty_like(points), np.empty_like(points)
+    for start in tqdm(range(0, len(points), SHADED), desc="colours", unit="block", leave=False, dynamic_ncols=True,
+                      disable=len(points) <= SHADED):
+        part = slice(start, start + SHADED)
+        rgb[part], normals[part] = network.shade(points[part])
+    return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=trimesh.unitize(normals),
+                           vertex_colors=np.rint(255 * np.clip(rgb, 0, 1)).astype(np.uint8), process=False)
+
+
+def transformed(mesh, matrix):
+    """A mesh with normals and colours, moved by an affine matrix (4, 4) such as scale_mat_0; normals stay normal."""
+    moved = mesh.copy()
+    moved.apply_transform(matrix)       # turns the faces over where the matrix mirrors
+    moved.vertex_normals = trimesh.unitize(mesh.vertex_normals @ np.linalg.inv(matrix[:3, :3]))
+    return moved
+
+
+def write_mesh(path, mesh):
+    """Write a mesh with normals and colours as .ply, .obj or .glb, by the path's suffix."""
+    if path.suffix.lower() == ".glb":
+        encoded = mesh.visual.vertex_colors[:, :3] / np.float32(255)
+        linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)  # glTF wants that
+        mesh = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=mesh.vertex_normals, process=False,
+                               vertex_attributes={"_COLOR_0": linear.astype(np.float32)})
+        path.write_bytes(unlit_glb(trimesh.Scene(mesh)))
+    else:
+        mesh.export(str(path))
+
+
+def unlit_glb(scene):
+    """A trimesh.Scene as the bytes of a GLB that shows vertex colours as they are: they hold the photographs' light.
+
+    A vertex attribute _COLOR_0, (N, 3) float32, becomes the colours: trimesh's own have 8 bits, too few for that.
+    """
+    def finish(tree):
+        tree["materials"] = [{"extensions": {"KHR_materials_unlit": {}},
+                              "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}]
+        tree.setdefault("extensionsUsed", []).append("KHR_materials_unlit")
+        for primitive in (primitive for mesh in tree["meshes"] for primitive in mesh["primitives"]):
+            primitive["material"] = 0
+            if "_COLOR_0" in primitive["attributes"]:
+                primitive["attributes"]["COLOR_0"] = primitive["attributes"].pop("_COLOR_0")
+
+    return scene.export(file_type="glb", tree_postprocessor=finish)
+
+
+def page(mesh, title, poses, view):
+    """A page of HTML in which the coloured mesh turns under the mouse; it holds all that it needs (trimesh's viewer).
+
+    The mesh stands upright and is first seen from the side of the camera of `view`; poses: (N, 4, 4), all cameras'.
+    """
+    up = helper.upright(poses)
+    right = poses[view, :3, 0] - poses[view, :3, 0] @ up * up
+    axes = np.stack([right, up, np.cross(right, up)])       # the viewer's: y is up
+    axes /= np.linalg.norm(axes, axis=1, keepdims=True)
+    low, high = mesh.bounds
+    centre, size = (low + high) / 2, np.linalg.norm(high - low) / 2
+    upright = np.eye(4)
+    upright[:3, :3], upright[:3, 3] = axes / size, -axes @ centre / size
+    backwards = np.array([0.0, 0.3, 1.0]) / np.linalg.norm([0.0, 0.3, 1.0])
+    camera = np.eye(4)
+    camera[:3] = np.stack([[1.0, 0.0, 0.0], np.cross(backwards, [1.0, 0.0, 0.0]), backwards, 2.2 * backwards], axis=1)
+
+    scene = trimesh.Scene(camera=trimesh.scene.Camera(resolution=(800, 600), fov=(56, 44)), camera_transform=camera)
+    scene.add_geometry(mesh, transform=upright)
+    # trimesh's function asks a scene for its camera and its GLB alone; this GLB has a material that the scene cannot.
+    html = trimesh.viewer.scene_to_html(SimpleNamespace(camera=scene.camera, export=lambda file_type: unlit_glb(scene)))
+    return html.replace("<title>trimesh: threejs viewer</title>", f"<title>{title}</title>")
 
 
 if __name__ == "__main__":

@@ -153,13 +153,38 @@ def write_bytes(path, content):
         temporary.write_bytes(content)
 
 
+def image_bytes(image):
+    """Return an image, floats in [0, 1] or uint8, as uint8."""
+    return image if image.dtype == np.uint8 else (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
+
+
 def write_image(path, image):
     """Write `image` (H, W, 3) or (H, W), floats in [0, 1] or uint8, as a picture, replacing `path` whole."""
     import imageio.v2 as imageio  # here: the tracer's and the networks' users need no image library
-    if image.dtype != np.uint8:
-        image = (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
     with replacing(path) as temporary:
-        imageio.imwrite(temporary, image)
+        imageio.imwrite(temporary, image_bytes(image))
+
+
+FRAME_TIME = 40     # ms: 25 frames a second, which GIF too can say (it counts in hundredths of a second)
+
+
+@contextlib.contextmanager
+def video_writer(path):
+    """Yield a function that appends an image (H, W, 3) as a frame to a video, .mp4 (H.264) or .gif by the name.
+
+    The frames are 40 ms apart. `path` is replaced whole, after the last one.
+    """
+    import imageio.v2 as imageio
+    if Path(path).suffix.lower() == ".gif":
+        kind = {"format": "GIF", "duration": FRAME_TIME, "loop": 0}
+    else:
+        kind = {"format": "FFMPEG", "fps": 1000 // FRAME_TIME, "quality": 8, "macro_block_size": 1}
+    with replacing(path) as temporary, imageio.get_writer(temporary, **kind) as writer:
+        def append(image):
+            odd = np.array(image.shape[:2]) % 2     # H.264 wants even sizes
+            writer.append_data(np.pad(image_bytes(image), ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge"))
+
+        yield append
 
 
 # --- configuration ----------------------------------------------------------------------------------------------------
@@ -469,6 +494,16 @@ def pixel_grid(height, width):
     """Return the (height * width, 2) float32 pixel coordinates (column, row) of an image, row by row."""
     v, u = np.mgrid[:height, :width]
     return np.stack([u.ravel(), v.ravel()], axis=1).astype(np.float32)
+
+
+def upright(poses):
+    """Return the unit vector (3,) that is up in a scene: the mean of its cameras' upward axes.
+
+    poses: (N, 4, 4), camera to world, y down. Where the cameras disagree so much that there is none, the first one's.
+    """
+    up = -poses[:, :3, 1].mean(axis=0)
+    length = np.linalg.norm(up)
+    return up / length if length > 1e-3 else -poses[0, :3, 1]
 
 
 # --- randomness -------------------------------------------------------------------------------------------------------

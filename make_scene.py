@@ -3,8 +3,8 @@
     python make_scene.py --output data/demo --views 32 --held-out 6 --size 96
 
 writes image/, mask/ and cameras.npz (the training views first, then the held-out ones), surface.ply (100,000
-points of the exact surface, in the frame of the unit sphere) and scene.json (the settings). The same settings
-give the same bytes.
+points of the exact surface and their normals, in the frame of the unit sphere) and scene.json (the settings).
+The same settings give the same bytes.
 """
 import argparse
 import json
@@ -220,7 +220,7 @@ def write_scene(folder, views, held_out, size):
         covered.append((mask > 0).mean())
     np.savez(folder / "cameras.npz", **cameras)
     surface = surface_samples(SURFACE_SAMPLES, np.random.default_rng(0))
-    trimesh.PointCloud(surface).export(folder / "surface.ply")
+    trimesh.Trimesh(surface, vertex_normals=exact_normals(surface), process=False).export(folder / "surface.ply")
     return np.mean(covered)
 
 

@@ -591,11 +591,11 @@ class SdfOnGpu:
         return self.graphs[size, precision]
 
 
-def shade(points, directions, chunk=4096):
+def shade(points, directions=None, chunk=4096):
     """Colour and normal of surface points with the current parameters.
 
-    points, directions: (N, 3) float32, the latter the unit ray directions. Returns rgb (N, 3) in [0, 1] and the
-    gradient of the sdf (N, 3), float32.
+    points, directions: (N, 3) float32, the latter the unit ray directions; without them each point is seen along its
+    normal. Returns rgb (N, 3) in [0, 1] and the gradient of the sdf (N, 3), float32.
     """
     rows = min(chunk, len(points))
     rgb, normals = np.empty((len(points), 3), np.float32), np.empty((len(points), 3), np.float32)
@@ -604,12 +604,16 @@ def shade(points, directions, chunk=4096):
     x, view = nn.Variable((rows, 3)), nn.Variable((rows, 3))
     with nn.no_grad():
         _, feature, normal = implicit(x, folded_weights("implicit"))
+        if directions is None:
+            view = normal / (row_sums(normal * normal) + 1e-12) ** 0.5
         color = rendering(x, normal, view, feature, folded_weights("rendering"))
     both = F.sink(color, normal)
     for start in range(0, len(points), rows):
         part = slice(start, min(start + rows, len(points)))
         count = part.stop - start
-        x.d[:count], view.d[:count] = points[part], -directions[part]
+        x.d[:count] = points[part]
+        if directions is not None:
+            view.d[:count] = -directions[part]
         both.forward(clear_no_need_grad=False)
         rgb[part], normals[part] = color.d[:count] * 0.5 + 0.5, normal.d[:count]
     return rgb, normals

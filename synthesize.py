@@ -1,12 +1,16 @@
-"""Render views of a trained scene as pictures, with normals and depth on request.
+"""Render views of a trained scene as pictures, with normals and depth on request, or a moving camera as a video.
 
     python synthesize.py --config results_scan118/default.yaml --model-load-path results_scan118/model_01999.h5
 
 Writes to renders/ in the run's folder.
 """
 from collections import namedtuple
+from contextlib import ExitStack
+from pathlib import Path
 
+import nnabla as nn
 import numpy as np
+from scipy.spatial.transform import Rotation, Slerp
 from tqdm import tqdm
 
 import datasets
@@ -20,19 +24,48 @@ Render = namedtuple("Render", "rgb normals depth hit")
 
 
 def main():
-    parser = helper.argument_parser("Render views of a trained scene.", model=True)
+    parser = helper.argument_parser("Render views of a trained scene, or a moving camera.", model=True)
     parser.add_argument("--views", nargs="+", default=None, metavar="VIEW",
-                        help="indices of the views to render, or all; by default the validation view")
+                        help="indices of the views to render, or all; by default the validation view. Of a path: where "
+                             "the turntable starts, or between which cameras to go (by default all)")
+    parser.add_argument("--path", choices=("turntable", "cameras"),
+                        help="a video: once around the object, or from camera to camera")
+    parser.add_argument("--output", metavar="FILE",
+                        help="the video, .mp4 or .gif by its name; by default an .mp4 of the path's name in renders/")
+    parser.add_argument("--frames", type=int, default=100, help="of a video, which shows 25 a second")
+    parser.add_argument("--height", type=int, default=None, help="pixels; by default that of the scene's images")
     parser.add_argument("--normals", action="store_true", help="also write the normals, as colours")
     parser.add_argument("--depth", action="store_true", help="also write the depth, as a picture and as numbers (.npy)")
+    parser.add_argument("--appearance-model-path", metavar="MODEL",
+                        help="another run's model_*.h5, or its folder, whose renderer colours this model's shape")
     args = parser.parse_args()
+    check_arguments(args)
     conf, folder = helper.open_run(args, network.parameter_shapes)
+    if args.appearance_model_path:
+        take_appearance(helper.model_file(args.appearance_model_path), conf.network.feature)
     scene = datasets.load_scene(conf.data.path, conf.data.downscale)
-    views = datasets.chosen_views(args.views or [conf.train.validation_view], len(scene.images), "--views")
+    words = args.views or (["all"] if args.path == "cameras" else [conf.train.validation_view])
+    views = datasets.chosen_views(words, len(scene.images), "--views")
+    if args.path == "cameras" and len(views) < 2:
+        raise helper.UserError("--path cameras goes between cameras; --views must name two or more")
+    size = scene.images.shape[1:3]
+    intrinsics, shape = resized(scene.intrinsics, size, args.height or size[0])
+
+    ending = "_appearance" if args.appearance_model_path else ""
     sdf = network.sdf_evaluator()
+    if args.path:
+        path = Path(args.output or folder / "renders" / f"{args.path}{ending}.mp4")
+        if args.path == "turntable":
+            cameras = [intrinsics[views[0]]] * args.frames, turntable(scene.poses, views[0], args.frames)
+        else:
+            cameras = between_cameras(intrinsics[views], scene.poses[views], args.frames)
+        renders = (render_view(sdf, *camera, shape, conf.tracer) for camera in zip(*cameras))
+        write_video(path, tqdm(renders, total=args.frames, unit="frame", dynamic_ncols=True), args.normals)
+        print(f"rendered {args.frames} frames: {path}")
+        return
     for view in tqdm(views, unit="view", dynamic_ncols=True):
-        render = render_view(sdf, scene.intrinsics[view], scene.poses[view], scene.images.shape[1:3], conf.tracer)
-        stem = folder / "renders" / f"view_{view:03d}"
+        render = render_view(sdf, intrinsics[view], scene.poses[view], shape, conf.tracer)
+        stem = folder / "renders" / f"view_{view:03d}{ending}"
         helper.write_image(f"{stem}.png", render.rgb)
         if args.normals:
             helper.write_image(f"{stem}_normals.png", normal_colors(render))
@@ -42,6 +75,90 @@ def main():
                 np.save(temporary, render.depth)
     print(f"rendered {len(views)} view{'s' if len(views) > 1 else ''}: {folder / 'renders'}")
 
+
+def check_arguments(args):
+    """Raise UserError for options that do not fit together, before anything is loaded."""
+    if args.output and not args.path:
+        raise helper.UserError("--output names a video, which --path turntable or --path cameras makes")
+    if args.output and Path(args.output).suffix.lower() not in (".mp4", ".gif"):
+        raise helper.UserError(f"--output {args.output}: the name must end in .mp4 or .gif")
+    if args.path and args.depth:
+        raise helper.UserError("--depth writes numbers for single views; leave it or --path out")
+    if args.frames < 2:
+        raise helper.UserError(f"--frames must be 2 or more, not {args.frames}")
+    if args.height is not None and not 8 <= args.height <= 8192:
+        raise helper.UserError(f"--height must be 8 to 8192, not {args.height}")
+
+
+def take_appearance(path, feature):
+    """Put another model's rendering network in the place of the current one: its colours on our shape.
+
+    feature: the length of our feature vectors, which that renderer must take. Raises UserError where it does not.
+    """
+    with nn.parameter_scope("", {}):
+        helper.load_model(path, {})
+        other = {name: p for name, p in nn.get_parameters(grad_only=False).items() if name.startswith("rendering/")}
+    if "rendering/0/v" not in other:
+        raise helper.UserError(f"{path}: has no rendering network; it was saved by another program")
+    takes = other["rendering/0/v"].shape[0] - network.layer_sizes(64, 0, 9)["rendering/0"][0]
+    if takes != feature:
+        raise helper.UserError(f"{path}: its renderer takes {takes} features, the shape's model gives {feature}; train "
+                               "both with the same network.feature")
+    for name, parameter in other.items():
+        nn.parameter.set_parameter(name, parameter)
+
+
+# --- the path of a camera ---------------------------------------------------------------------------------------------
+
+def resized(intrinsics, shape, height):
+    """The intrinsics and the shape (height, width) of images resized from `shape` to that height."""
+    factor = shape[0] / height
+    return datasets.shrink_intrinsics(intrinsics, factor), (height, max(round(shape[1] / factor), 1))
+
+
+def turntable(poses, view, frames):
+    """The poses (frames, 4, 4) of a view's camera going once around the upright axis through the origin.
+
+    poses: (N, 4, 4), all cameras', whose mean says what is upright.
+    """
+    turns = np.eye(4)[None].repeat(frames, axis=0)
+    angles = 2 * np.pi * np.arange(frames) / frames     # the next frame would be the first again
+    turns[:, :3, :3] = Rotation.from_rotvec(angles[:, None] * helper.upright(poses)).as_matrix()
+    return turns @ poses[view]
+
+
+def between_cameras(intrinsics, poses, frames):
+    """The intrinsics (frames, 3, 3) and poses (frames, 4, 4) on the way from the first camera through all to the last.
+
+    Orientations by slerp; linearly the intrinsics and, seen from the camera, the place of the origin. So the object
+    keeps its place in the image, and the camera goes around it where its own place, taken linearly, would lead through.
+    """
+    times = np.linspace(0, len(poses) - 1, frames)
+    before = np.minimum(times.astype(int), len(poses) - 2)
+    weight = (times - before)[:, None]
+    rotations = Slerp(np.arange(len(poses)), Rotation.from_matrix(poses[:, :3, :3]))(times).as_matrix()
+    origins = -np.einsum("nji,nj->ni", poses[:, :3, :3], poses[:, :3, 3])
+    origins = (1 - weight) * origins[before] + weight * origins[before + 1]
+    path = np.eye(4)[None].repeat(frames, axis=0)
+    path[:, :3, :3] = rotations
+    path[:, :3, 3] = -np.einsum("nij,nj->ni", rotations, origins)
+    return (1 - weight[..., None]) * intrinsics[before] + weight[..., None] * intrinsics[before + 1], path
+
+
+def write_video(path, renders, normals):
+    """Write Renders as the frames of a video at `path`, and with `normals` a second one of these beside it."""
+    with ExitStack() as stack:
+        append = stack.enter_context(helper.video_writer(path))
+        if normals:
+            beside = path.with_name(f"{path.stem}_normals{path.suffix}")
+            append_normals = stack.enter_context(helper.video_writer(beside))
+        for render in renders:
+            append(render.rgb)
+            if normals:
+                append_normals(normal_colors(render))
+
+
+# --- a view -----------------------------------------------------------------------------------------------------------
 
 def render_view(sdf, intrinsics, pose, shape, tracer, wanted=None):
     """Render a view with the current parameters.

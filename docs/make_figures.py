@@ -3,6 +3,9 @@
     python docs/make_figures.py --method --initial --demo results_demo --scan65 results_scan65 scan65_cpu.png
     python docs/make_figures.py --check data/demo
     python docs/make_figures.py --psnr docs/scan65_psnr.csv
+    python docs/make_figures.py --turntable results_demo
+    python docs/make_figures.py --swapped data/demo data/blue       # a scene to train a second model on
+    python docs/make_figures.py --appearance results_demo results_blue
 """
 import argparse
 import shutil
@@ -41,6 +44,10 @@ def main():
                         help="a run on DTU's scan 65, after extract.py, and the name of its picture")
     parser.add_argument("--check", metavar="SCENE", help="what prepare.py --check draws of a scene")
     parser.add_argument("--psnr", metavar="TABLE", help="seconds of training and dB of a run on DTU's scan 65")
+    parser.add_argument("--turntable", metavar="FOLDER", help="a run of make demo, going round")
+    parser.add_argument("--swapped", nargs=2, metavar=("SCENE", "COPY"),
+                        help="make a copy of a scene in which red and blue are swapped")
+    parser.add_argument("--appearance", nargs=2, metavar="FOLDER", help="two such runs, in each other's colours too")
     args = parser.parse_args()
     if args.method:
         draw_method(DOCS / "method.png")
@@ -56,6 +63,13 @@ def main():
             picture.convert("RGB").quantize(256).save(str(DOCS / "prepare.png"), optimize=True)
     if args.psnr:
         draw_psnr(DOCS / "scan65_psnr.png", np.loadtxt(args.psnr, delimiter=",", skiprows=3))
+    if args.turntable:
+        turn(Path(args.turntable))
+    if args.swapped:
+        swap_red_and_blue(*map(Path, args.swapped))
+    if args.appearance:
+        write_labelled(DOCS / "appearance.png", appearance_picture([Path(folder) for folder in args.appearance]),
+                       columns=("the first one's renderer", "the second one's"), rows=("first shape", "second shape"))
     for folder, picture in args.scan65:
         write_labelled(DOCS / picture, scan_picture(Path(folder), view=20, shape=(340, 390)),
                        ("view 20", "its normals", "the extracted mesh"))
@@ -80,9 +94,55 @@ def load_run(folder):
     helper.set_context("auto", "0")
     shapes = network.parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers)
     helper.load_model(helper.model_file(folder), shapes)
-    count = len(datasets.scene_files(Path(conf.data.path))[0])
-    cameras = datasets.load_cameras(Path(conf.data.path) / "cameras.npz", count)[:2]
+    cameras = datasets.load_scene_cameras(conf.data.path)[:2]
     return conf, list(zip(*cameras)), trimesh.load(folder / "mesh.ply")
+
+
+def turn(folder, size=160, frames=36):
+    """Write docs/turntable.gif of a run as synthesize.py renders it, in few frames and colours to keep it small."""
+    with tempfile.TemporaryDirectory() as temporary:
+        video = Path(temporary) / "round.gif"
+        config = next(folder.glob("*.yaml"))
+        subprocess.run([sys.executable, str(DOCS.parent / "synthesize.py"), "--config", str(config),
+                        "--model-load-path", str(folder), "--path", "turntable", "--views", "36", "--height", str(size),
+                        "--frames", str(frames), "--output", str(video)], check=True)
+        with Image.open(str(video)) as pictures:
+            images = []
+            for i in range(frames):
+                pictures.seek(i)
+                images.append(pictures.convert("RGB"))
+    palette = Image.fromarray(np.concatenate([np.asarray(image) for image in images])).quantize(160)
+    first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
+    with helper.replacing(DOCS / "turntable.gif") as temporary:
+        first.save(str(temporary), save_all=True, append_images=rest, duration=80, loop=0)
+
+
+def swap_red_and_blue(scene, target):
+    """Copy a scene to `target` with red and blue swapped in its images."""
+    with helper.new_folder(target) as folder:
+        for name in ("mask", "image"):
+            shutil.copytree(str(scene / name), str(folder / name))
+        shutil.copyfile(str(scene / "cameras.npz"), str(folder / "cameras.npz"))
+        for path in datasets.picture_files(folder / "image")[0]:
+            helper.write_image(path, datasets.read_image(path)[..., ::-1])
+
+
+def appearance_picture(folders, view=36, size=288):
+    """A row for each run's shape, in which each run's renderer has a column."""
+    rows = []
+    for shape_of in folders:
+        row = []
+        for colors_of in folders:
+            conf, cameras, _ = load_run(shape_of)
+            synthesize.take_appearance(helper.model_file(colors_of), conf.network.feature)
+            intrinsics, pose = cameras[view]
+            pixels = round(2 * intrinsics[0, 2] + 1)
+            intrinsics = datasets.shrink_intrinsics(intrinsics, pixels / (size * OVERSAMPLING))
+            shape = size * OVERSAMPLING, size * OVERSAMPLING
+            render = synthesize.render_view(network.sdf_evaluator(), intrinsics, pose, shape, conf.tracer)
+            row.append(shrink(render.rgb)[size // 10:size - size // 12])
+        rows.append(np.concatenate(row, axis=1))
+    return np.concatenate(rows)
 
 
 def demo_picture(folder, views, size):

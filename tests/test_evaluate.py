@@ -1,10 +1,8 @@
-"""PSNR and the Chamfer distance, on cases with a known answer."""
+"""PSNR and SSIM, on cases with a known answer."""
 import numpy as np
 import pytest
-import trimesh
 
 import evaluate
-import helper
 
 
 def test_psnr_counts_the_masked_pixels_alone():
@@ -23,23 +21,21 @@ def test_psnr_over_views_is_over_their_pixels():
     assert evaluate.psnr(few + many) == pytest.approx(-10 * np.log10(0.01 * 10 / 1000))
 
 
-def test_chamfer_of_two_concentric_spheres_is_the_difference_of_their_radii(tmp_path):
-    for name, radius in (("inner", 0.5), ("outer", 0.53)):
-        trimesh.creation.icosphere(subdivisions=5, radius=radius).export(tmp_path / f"{name}.ply")
-    found = evaluate.chamfer(*(evaluate.load_points(tmp_path / f"{name}.ply") for name in ("inner", "outer")))
-    assert found.accuracy == pytest.approx(0.03, abs=2e-3)
-    assert found.completeness == pytest.approx(0.03, abs=2e-3)
+def test_ssim_of_flat_images_is_what_their_means_make_it():
+    image, truth = np.full((16, 20, 3), 0.5), np.full((16, 20, 3), 0.25)
+    likeness = evaluate.similarity(image, truth, np.ones((16, 20), bool))
+    assert evaluate.ssim(likeness) == pytest.approx((2 * 0.5 * 0.25 + 0.01 ** 2) / (0.5 ** 2 + 0.25 ** 2 + 0.01 ** 2))
 
 
-def test_chamfer_tells_missing_from_superfluous_surface():
-    truth = np.array([[0.0, 0, 0], [1.0, 0, 0]])
-    assert evaluate.chamfer(truth[:1], truth)[:3] == (0.0, 0.5, 0.25)
-    assert evaluate.chamfer(truth, truth[:1])[:3] == (0.5, 0.0, 0.25)
-
-
-@pytest.mark.parametrize("content", [b"", b"ply\nnonsense", b"\x00\x01\x02"])
-def test_a_file_that_is_no_mesh_is_refused(tmp_path, content):
-    path = tmp_path / "mesh.ply"
-    path.write_bytes(content)
-    with pytest.raises(helper.UserError, match="mesh.ply"):
-        evaluate.load_points(path)
+def test_ssim_counts_the_masked_pixels_alone():
+    rng = np.random.default_rng(0)
+    truth = rng.uniform(size=(24, 24, 3)).astype(np.float32)
+    mask = np.zeros((24, 24), bool)
+    mask[8:16, 6:20] = True
+    image = np.where(mask[..., None], truth, 1.0)       # right within the mask, white without
+    assert evaluate.ssim(evaluate.similarity(image, truth, mask)) == pytest.approx(1.0)
+    image[mask] = image[mask][::-1]
+    wrong = evaluate.similarity(image, truth, mask)
+    assert evaluate.ssim(wrong) < 0.5 and wrong[1] == mask.sum()
+    image[~mask] = 0.0
+    assert evaluate.similarity(image, truth, mask) == pytest.approx(wrong)

@@ -1,9 +1,15 @@
-"""The extraction, on exact shapes."""
+"""The extraction, on exact shapes; what it writes, opened as others open it."""
+import shutil
+import subprocess
+
+import imageio.v2 as imageio
 import numpy as np
 import pytest
+import trimesh
 
 import extract
 import helper
+import network
 
 
 def torus(points):
@@ -78,3 +84,104 @@ def test_a_surface_through_grid_points_is_closed_all_the_same():
 
     mesh = extract.largest_component(extract.grid_mesh(plates, np.eye(3), np.full(3, -1.0), np.full(3, 1.0), 1 / 16))
     assert mesh.is_watertight
+
+
+def painted_ball():
+    """A small ball off the middle with exact normals: red where z > 0, dark blue below."""
+    ball = trimesh.creation.icosphere(subdivisions=3, radius=0.4)
+    colors = np.where(ball.vertices[:, 2:] > 0, [[250, 10, 10]], [[10, 20, 60]]).astype(np.uint8)
+    return trimesh.Trimesh(ball.vertices + [0.1, 0.2, 0.0], ball.faces, vertex_normals=ball.vertices / 0.4,
+                           vertex_colors=colors, process=False)
+
+
+def test_vertices_get_the_networks_normals_and_the_colours_seen_along_them():
+    helper.set_context("cpu", "0")
+    network.initialize(64, 8, 9, 0.6, np.random.default_rng(0))
+    mesh = extract.extract(network.sdf_evaluator(), 24, 32)
+    painted = extract.with_colors(mesh)
+    rgb, gradient = network.shade(mesh.vertices.astype(np.float32), -painted.vertex_normals.astype(np.float32))
+    assert painted.vertex_normals == pytest.approx(trimesh.unitize(gradient), abs=1e-5)
+    assert np.abs(painted.visual.vertex_colors[:, :3] - 255 * rgb).max() <= 0.51
+    assert np.sum(painted.vertex_normals * trimesh.unitize(mesh.vertices), axis=1).min() > 0.5     # a rough sphere
+    assert np.array_equal(painted.faces, mesh.faces)
+
+
+def test_normals_stay_normal_under_any_scale_mat():
+    ball = painted_ball()
+    mirror = np.array([[0.0, 50, 0, 7], [50, 0, 0, -3], [0, 0, 20, 1], [0, 0, 0, 1]])
+    moved = extract.transformed(ball, mirror)
+    assert moved.volume == pytest.approx(ball.volume * 50 * 50 * 20)
+    assert moved.vertices[0] == pytest.approx(mirror[:3, :3] @ ball.vertices[0] + mirror[:3, 3])
+    across = np.einsum("fi,fci->fc", moved.face_normals, moved.vertex_normals[moved.faces])
+    assert across.min() > 0.95
+
+
+@pytest.mark.parametrize("suffix", [".ply", ".obj", ".glb"])
+def test_what_is_written_has_colours_and_normals(tmp_path, suffix):
+    ball = painted_ball()
+    extract.write_mesh(tmp_path / f"ball{suffix}", ball)
+    loaded = trimesh.load(tmp_path / f"ball{suffix}", process=False)
+    loaded = list(loaded.geometry.values())[0] if suffix == ".glb" else loaded
+    assert np.array_equal(loaded.faces, ball.faces)
+    assert loaded.vertices == pytest.approx(ball.vertices, abs=1e-6)
+    assert loaded.vertex_normals == pytest.approx(ball.vertex_normals, abs=1e-6)
+    colors = ball.visual.vertex_colors[:, :3]
+    if suffix == ".glb":        # linear light there: a grey of 188 is half of white
+        assert loaded.visual.vertex_attributes["color"] == pytest.approx((colors / 255) ** 2.2, abs=0.02)
+        assert b"KHR_materials_unlit" in (tmp_path / "ball.glb").read_bytes()
+    else:
+        assert np.array_equal(loaded.visual.vertex_colors[:, :3], colors)
+
+
+# Into the page: it may fetch nothing from outside, and after one second a mouse drags the mesh by 150 pixels.
+NOTHING_FROM_OUTSIDE = """<head><meta http-equiv="Content-Security-Policy" content="default-src 'none';
+    script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src data: blob:; img-src data: blob:">"""
+DRAG = """<script>
+Element.prototype.setPointerCapture = Element.prototype.releasePointerCapture = () => {};
+setTimeout(() => {
+    const at = (name, x) => new PointerEvent(name, {pointerId: 1, pointerType: "mouse", clientX: x, clientY: 200,
+                                                    pageX: x, pageY: 200, bubbles: true, button: 0});
+    const canvas = document.querySelector("canvas");
+    canvas.dispatchEvent(at("pointerdown", 150));
+    for (let x = 150; x <= 300; x += 30) canvas.dispatchEvent(at("pointermove", x));
+    canvas.dispatchEvent(at("pointerup", 300));
+}, 1000);
+</script></body>"""
+
+
+def photographed(page, folder):
+    """What headless Chromium draws of a page (H, W, 3), and its console's lines; skips where there is no Chromium."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser:
+        pytest.skip("no Chromium here to open the page with (apt-get install chromium)")
+    (folder / "page.html").write_text(page, encoding="utf-8")
+    done = subprocess.run(
+        [browser, "--headless", "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader",
+         "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
+         "--enable-logging=stderr", "--window-size=400,400", "--virtual-time-budget=4000",
+         f"--screenshot={folder / 'page.png'}", f"file://{folder / 'page.html'}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+    console = [line for line in done.stdout.decode(errors="replace").splitlines() if "CONSOLE" in line]
+    return imageio.imread(folder / "page.png")[..., :3].astype(int), console
+
+
+def share(picture, condition):
+    """The share of the drawn pixels, those that are not white, that fulfil a condition on (r, g, b)."""
+    drawn = picture[(picture < 240).any(axis=-1)]
+    assert 0.05 * picture.size / 3 < len(drawn) < 0.8 * picture.size / 3
+    return condition(*drawn.T).mean()
+
+
+def test_the_page_draws_the_mesh_in_its_colours_upright_and_turns_it(tmp_path):
+    poses = np.eye(4)[None].repeat(2, axis=0)
+    poses[:, :3, :3] = np.array([[1.0, 0, 0], [0, 0, -1], [0, -1, 0]]).T    # z of the scene is up, y towards the viewer
+    poses[1, :3, :3] = poses[1, :3, :3] @ np.diag([-1.0, 1.0, -1.0])
+    page = extract.page(painted_ball(), "ball", poses, 1).replace("<head>", NOTHING_FROM_OUTSIDE)
+    assert "<title>ball</title>" in page
+    still, console = photographed(page, tmp_path)
+    assert not console
+    assert share(still[:200], lambda r, g, b: (r > 240) & (g < 20) & (b < 20)) > 0.9     # red is the upper half
+    assert share(still[240:], lambda r, g, b: (r < 20) & (b < 80)) > 0.9
+    turned, console = photographed(page.replace("</body>", DRAG), tmp_path)
+    assert not console
+    assert np.abs(turned - still).max(axis=-1).astype(bool).mean() > 0.01

@@ -99,9 +99,26 @@ def test_extraction_gives_a_closed_mesh_near_the_object(folder):
     mesh = trimesh.load(folder / "results_tiny" / "mesh.ply")
     assert mesh.is_watertight and "watertight" in said
     measured = run("evaluate.py", *MODEL, "--mesh", "results_tiny/mesh.ply", "--ground-truth",
-                   "scenes/tiny/surface.ply", cwd=folder)
+                   "scenes/tiny/surface.ply", "--views", "none", cwd=folder)
+    assert "view " not in measured
     assert float(re.search(r"chamfer: ([\d.]+)", measured).group(1)) < 0.15
     assert series(folder / "results_tiny", "chamfer")[0] < 0.15
+    assert 0.7 < series(folder / "results_tiny", "normal_consistency")[0] < 1
+    (folder / "dtu").mkdir()
+    assert "--dtu" in refused("evaluate.py", *MODEL, "--mesh", "results_tiny/mesh.ply", "--dtu", "dtu", cwd=folder)
+    assert "--mesh" in refused("evaluate.py", *MODEL, "--dtu", "dtu", cwd=folder)
+
+
+def test_extraction_in_world_units_and_as_several_kinds_of_file(folder):
+    said = run("extract.py", *MODEL, "--world", "--output", "out/a.obj", "out/a.glb", "out/a.html", cwd=folder)
+    assert said.count("vertices") == 3
+    scale = np.load(folder / "scenes/tiny/cameras.npz")["scale_mat_0"]
+    mesh = trimesh.load(folder / "out" / "a.obj", process=False)
+    inside = (mesh.vertices - scale[:3, 3]) / scale[0, 0]
+    assert 0.3 < np.linalg.norm(inside, axis=1).max() < 1.0 and mesh.is_watertight
+    assert len({tuple(color) for color in mesh.visual.vertex_colors}) > 50
+    assert "<script>" in (folder / "out" / "a.html").read_text(encoding="utf-8")
+    assert "mesh.stl" in refused("extract.py", *MODEL, "--output", "out/a.ply", "mesh.stl", cwd=folder)
 
 
 def test_rendering_writes_pictures(folder):
@@ -116,12 +133,37 @@ def test_rendering_writes_pictures(folder):
     assert np.abs(rendered[mask].astype(float) - truth[mask]).mean() < np.abs(255.0 - truth[mask]).mean()
 
 
-def test_evaluation_prints_and_writes_psnr_per_view_and_over_all(folder):
+def test_rendering_a_path_and_another_models_colours(folder):
+    run("synthesize.py", *MODEL, "--path", "turntable", "--frames", "4", "--height", "24", "--normals",
+        "--output", "videos/round.gif", cwd=folder)
+    for name in ("round.gif", "round_normals.gif"):
+        frames = imageio.mimread(folder / "videos" / name)
+        assert len(frames) == 4 and frames[0].shape[:2] == (24, 24)
+        assert np.abs(frames[0][..., :3].astype(int) - frames[2][..., :3]).max() > 20
+    run("synthesize.py", *MODEL, "--path", "cameras", "--views", "0", "1", "--frames", "3", cwd=folder)
+    assert (folder / "results_tiny" / "renders" / "cameras.mp4").stat().st_size > 500
+    early = ("--appearance-model-path", "results_tiny/model_00005.h5")
+    run("synthesize.py", *MODEL, *early, "--views", "9", "--depth", cwd=folder)
+    run("synthesize.py", *MODEL, "--views", "9", "--depth", cwd=folder)
+    renders = folder / "results_tiny" / "renders"
+    assert np.array_equal(np.load(renders / "view_009_appearance_depth.npy"), np.load(renders / "view_009_depth.npy"))
+    own, others = (imageio.imread(renders / f"view_009{name}.png").astype(int) for name in ("", "_appearance"))
+    assert np.abs(own - others).max() > 3
+    for words, named in ((("--path", "turntable", "--output", "a.avi"), "a.avi"), (("--output", "a.gif"), "--path"),
+                         (("--path", "cameras", "--views", "3"), "two or more"), (("--height", "1"), "--height"),
+                         (("--appearance-model-path", "none.h5"), "none.h5")):
+        assert named in refused("synthesize.py", *MODEL, *words, cwd=folder)
+
+
+def test_evaluation_prints_and_writes_psnr_and_ssim_per_view_and_over_all(folder):
     said = run("evaluate.py", *MODEL, cwd=folder)
     assert len(re.findall(r"^view ", said, re.M)) == 10 and "held out" in said
     per_view = series(folder / "results_tiny", "psnr_per_view")
     over_all = float(re.search(r"^all views \(10\): ([\d.]+) dB", said, re.M).group(1))
     assert len(per_view) == 10 and per_view.min() <= over_all <= per_view.max()
+    similar = series(folder / "results_tiny", "ssim_per_view")
+    assert len(similar) == 10 and similar.min() <= series(folder / "results_tiny", "ssim_all_views")[0] <= similar.max()
+    assert 0 < similar.min() and similar.max() < 1
 
 
 def test_the_initial_sphere_as_pictures(tmp_path):

@@ -1,0 +1,76 @@
+"""The paths of a camera, videos, and the appearance of one model on the shape of another."""
+import imageio.v2 as imageio
+import nnabla as nn
+import numpy as np
+import pytest
+
+import helper
+import make_scene
+import network
+import synthesize
+
+
+def ring(*degrees):
+    """Poses of level cameras at these places of a circle about z, a little above the middle."""
+    return np.stack([make_scene.look_at((2.5 * np.cos(a), 2.5 * np.sin(a), 0.8), (0, 0, 0), (0, 0, 1))
+                     for a in np.radians(degrees)])
+
+
+def test_a_turntable_goes_once_around_the_upright_axis():
+    poses = synthesize.turntable(ring(10, 130, 250), 1, 36)
+    assert poses == pytest.approx(ring(*(130 + 10 * np.arange(36))), abs=1e-9)
+
+
+def test_between_cameras_of_a_ring_lie_those_of_the_ring():
+    intrinsics = np.stack([np.diag([f, f, 1.0]) for f in (100.0, 200.0, 250.0)])
+    between, poses = synthesize.between_cameras(intrinsics, ring(0, 40, 60), 9)
+    assert poses == pytest.approx(ring(0, 10, 20, 30, 40, 45, 50, 55, 60), abs=1e-9)
+    assert between[:, 0, 0] == pytest.approx([100, 125, 150, 175, 200, 212.5, 225, 237.5, 250])
+
+
+def test_the_way_between_opposite_cameras_does_not_lead_through_the_object():
+    poses = synthesize.between_cameras(np.eye(3)[None].repeat(2, axis=0), ring(0, 179), 20)[1]
+    assert np.linalg.norm(poses[:, :3, 3], axis=1) == pytest.approx(np.hypot(2.5, 0.8))
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".gif"])
+def test_a_video_holds_its_frames(tmp_path, suffix):
+    path = tmp_path / f"video{suffix}"
+    with helper.video_writer(path) as append:
+        for level in (0.1, 0.5, 0.9):
+            append(np.full((33, 46, 3), (level, 0.5, 0.2)))
+    with imageio.get_reader(path) as reader:
+        frames = [frame[..., :3] for frame in reader]
+    assert len(frames) == 3 and frames[0].shape == (34, 46, 3)
+    for frame, level in zip(frames, (0.1, 0.5, 0.9)):
+        assert np.abs(frame - 255 * np.array((level, 0.5, 0.2))).mean() < 5
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_an_interrupted_video_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        with helper.video_writer(tmp_path / "video.mp4") as append:
+            append(np.zeros((16, 16, 3)))
+            raise KeyboardInterrupt
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_models_renderer_colours_this_models_shape(tmp_path):
+    helper.set_context("cpu", "0")
+    stored = {}
+    for name, width, feature, seed in (("other", 80, 8, 1), ("unfit", 64, 5, 2), ("ours", 64, 8, 0)):
+        network.initialize(width, feature, 9, 0.6, np.random.default_rng(seed))
+        helper.save_model(tmp_path / f"{name}.h5")
+        stored[name] = {part: network.folded_arrays(part) for part in ("implicit", "rendering")}
+    synthesize.take_appearance(tmp_path / "other.h5", 8)
+    for part, owner in (("implicit", "ours"), ("rendering", "other")):
+        for (w, b), (w_owner, b_owner) in zip(network.folded_arrays(part), stored[owner][part]):
+            assert np.array_equal(w, w_owner) and np.array_equal(b, b_owner)
+    points = np.random.default_rng(3).normal(size=(50, 3)).astype(np.float32)
+    rgb, normals = network.shade(points, -points)
+    nn.clear_parameters()
+    helper.load_model(tmp_path / "ours.h5", {})
+    own_rgb, own_normals = network.shade(points, -points)
+    assert np.array_equal(normals, own_normals) and np.abs(rgb - own_rgb).max() > 0.01
+    with pytest.raises(helper.UserError, match="unfit.h5.* 5 features.* 8"):
+        synthesize.take_appearance(tmp_path / "unfit.h5", 8)
