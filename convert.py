@@ -16,6 +16,7 @@ instructions that build dicts and tensors are read one by one, and a file with a
 import argparse
 import contextlib
 import io
+import itertools
 import math
 import pickletools
 import re
@@ -31,13 +32,12 @@ from nnabla.logger import logger
 
 import helper
 import network
-from helper import UserError
+from helper import POSE, UserError, check_pose
 
 MOST_BYTES = 1 << 30    # of a checkpoint, which is read whole; the paper's networks take 12 MB
 OLD_MAGIC = 0x1950A86A20F9469CFC6C      # the first thing in the form that PyTorch wrote before 1.6
 OLD_VERSION = 1001
 THEIR_PARTS = {"b": "bias", "g": "weight_g", "v": "weight_v"}      # in their order
-POSE = "cameras/pose"
 
 
 def main():
@@ -95,20 +95,32 @@ def in_words(ours):
     """Return the words for what parameters of ours hold: the sizes as a configuration has them, and the cameras."""
     shapes, words = {name: array.shape for name, array in ours.items() if name != POSE}, []
     if shapes:
-        words.append("network: {" + ", ".join(f"{key}: {value}" for key, value in sizes(shapes).items()) + "}")
+        words.append("network: {" + ", ".join(f"{key}: {value}" for key, value in sizes(shapes).items()).replace("'", "") + "}")
     return ", ".join(words + ([f"{len(ours[POSE])} cameras"] if POSE in ours else []))
 
 
 # --- names and shapes -------------------------------------------------------------------------------------------------
 
 def sizes(shapes):
-    """Return {"width", "feature", "layers"} of the network whose parameters have these shapes, {our name: shape}.
+    """Return {"width", "feature", "layers"} of the network whose parameters have these shapes, {our name: shape}, and
+    where its renderer is not given all inputs, "without".
 
     Whether all shapes fit is for the caller. Raises ValueError, KeyError or IndexError where a bias is not there.
     """
     layers = min(max(int(name.split("/")[1]) for name in shapes if name.startswith("implicit/")) + 1, len(shapes))
-    return {"width": int(shapes["implicit/0/b"][0]), "feature": int(shapes[f"implicit/{layers - 1}/b"][0]) - 1,
-            "layers": layers}
+    found = {"width": int(shapes["implicit/0/b"][0]), "feature": int(shapes[f"implicit/{layers - 1}/b"][0]) - 1,
+             "layers": layers}
+    without = left_out(found["feature"], shapes.get("rendering/0/v", ()))
+    return {**found, "without": without} if without else found
+
+
+def left_out(feature, shape):
+    """Return which inputs a renderer whose first layer has this shape is not given, as a list; [] where none or several
+    choices would explain the shape."""
+    given = {"view": 3 + 6 * network.VIEW_BANDS, "normal": 3, "feature": feature}
+    subsets = [names for count in range(4) for names in itertools.combinations(network.OPTIONAL_INPUTS, count)
+               if len(shape) == 2 and 3 + sum(given.values()) - sum(given[name] for name in names) == shape[0]]
+    return list(subsets[0]) if len(subsets) == 1 else []
 
 
 def their_name(name):
@@ -161,8 +173,7 @@ def why_inputs_differ(name, found, wanted):
     if len(found) != 2 or found[0] != wanted[0]:
         return ""
     encoded = 6 * network.POSITION_BANDS if name.startswith("implicit") else 6 * network.VIEW_BANDS
-    said = {encoded: "no positional encoding", 3: "no normal", encoded + 3: "no view direction"}
-    return f" ({said[wanted[1] - found[1]]})" if wanted[1] - found[1] in said else ""
+    return " (no positional encoding)" if wanted[1] - found[1] == encoded else ""
 
 
 def our_parameters(path, tree, buffers):
@@ -181,7 +192,7 @@ def our_parameters(path, tree, buffers):
         names = {POSE: next(iter(shapes))}
         check_pose(f"{path}: {names[POSE]}", shapes[names[POSE]])
     else:
-        wanted = wanted_shapes(path, {our_name(name): shape for name, shape in shapes.items() if our_name(name)})
+        wanted = wanted_shapes(path, {our_name(name): shape[::-1] for name, shape in shapes.items() if our_name(name)})
         check_shapes(path, shapes, {their_name(name): their_shape(name, shape) for name, shape in wanted.items()})
         names = {name: their_name(name) for name in wanted}
     claimed = sum(np.dtype(tensor.storage.dtype).itemsize * math.prod(tensor.shape) for tensor in tensors.values())
@@ -196,12 +207,6 @@ def our_parameters(path, tree, buffers):
         if not np.isfinite(ours[name]).all():
             raise UserError(f"{path}: {theirs} has values that are not finite; take an earlier checkpoint")
     return ours
-
-
-def check_pose(where, shape):
-    """Raise UserError where cameras do not have the shape (views, 7), or are none."""
-    if len(shape) != 2 or shape[0] == 0 or shape[1] != 7:
-        raise UserError(f"{where} is {tuple(shape)}; cameras are (views, 7), a quaternion and a centre each")
 
 
 def their_parameters(path, ours):

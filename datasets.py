@@ -36,8 +36,10 @@ class Scene(NamedTuple):
 
 # --- loading ----------------------------------------------------------------------------------------------
 
-def load_scene(path, downscale=1):
+def load_scene(path, downscale=1, cameras="cameras.npz"):
     """Load the scene in the folder `path`, shrunk by the whole factor `downscale`, as a Scene of N views.
+
+    cameras: the file there that holds them.
 
     Images are area-averaged, a mask's pixel is set where more than half of what it covers is, and the
     intrinsics follow exactly. Rows at the bottom and columns at the right that fill no pixel are cut off.
@@ -45,7 +47,7 @@ def load_scene(path, downscale=1):
     that is none, for a mask without a set pixel and for a factor that leaves nothing of the images.
     """
     image_files, mask_files = scene_files(Path(path))
-    intrinsics, poses, scale_mat = load_cameras(Path(path) / "cameras.npz", len(image_files))
+    intrinsics, poses, scale_mat = load_cameras(Path(path) / cameras, len(image_files))
     images, masks = load_pictures(image_files, mask_files, downscale)
     intrinsics = shrink_intrinsics(intrinsics, downscale)
     return Scene(images, masks, intrinsics, poses, scale_mat, [file.stem for file in image_files])
@@ -194,16 +196,16 @@ def load_cameras(path, count):
     return intrinsics, poses, matrices["scale_mat_0"]
 
 
-def load_scene_cameras(path):
+def load_scene_cameras(path, cameras="cameras.npz"):
     """Read the cameras of the scene in the folder `path`, as load_cameras does, without its pictures."""
-    return load_cameras(Path(path) / "cameras.npz", len(scene_files(Path(path))[0]))
+    return load_cameras(Path(path) / cameras, len(scene_files(Path(path))[0]))
 
 
 def read_matrices(path, count, kinds=("world", "scale")):
     """Return {"world_mat_i" and "scale_mat_i": (4, 4) float64} of a cameras.npz with just `count` cameras."""
     keys = [f"{kind}_mat_{view}" for view in range(count) for kind in kinds]
     if not path.is_file():
-        raise UserError(f"{path}: no such file; a scene holds image/, mask/ and cameras.npz")
+        raise UserError(f"{path}: no such file; a scene holds image/, mask/ and {path.name}")
     try:
         with np.load(str(path), allow_pickle=False) as file:
             sizes = {entry.filename: entry.file_size for entry in file.zip.infolist()}

@@ -11,6 +11,7 @@ from nnabla.monitor import Monitor, MonitorSeries
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
+import cameras
 import datasets
 import helper
 import mesh_measures
@@ -69,7 +70,7 @@ def measure_views(words, conf, monitor):
     for view in tqdm(views, unit="view", dynamic_ncols=True):
         truth, mask = scene.images[view] / np.float32(255), scene.masks[view]
         render = synthesize.render_view(sdf, scene.intrinsics[view], scene.poses[view], mask.shape, conf.tracer,
-                                        wanted=mask)
+                                        mask, conf.network.without)
         errors[view] = squared_error(render.rgb, truth, mask)
         likeness[view] = similarity(render.rgb, truth, mask)
 

@@ -15,6 +15,7 @@ import trimesh.viewer
 from skimage.measure import marching_cubes
 from tqdm import tqdm
 
+import cameras
 import datasets
 import helper
 import network
@@ -44,11 +45,12 @@ def main():
     paths = [Path(path) for path in args.output or [folder / "mesh.ply"]]
     poses = scale_mat = None
     if args.world or any(path.suffix.lower() == ".html" for path in paths):
-        poses, scale_mat = datasets.load_scene_cameras(conf.data.path)[1:]
+        poses, scale_mat = datasets.load_scene_cameras(conf.data.path, conf.data.cameras)[1:]
+        poses = cameras.trained_poses(poses, model)
         datasets.check_views([conf.train.validation_view], len(poses), f"{args.config}: train.validation_view")
 
     mesh = extract(network.sdf_evaluator(), conf.extract.coarse_resolution, args.resolution or conf.extract.resolution)
-    mesh = with_colors(mesh)
+    mesh = with_colors(mesh, conf.network.without)
     for path in paths:
         with helper.replacing(path) as temporary:
             if path.suffix.lower() == ".html":
@@ -148,8 +150,8 @@ def largest_component(mesh):
 
 # --- normals, colours, files ------------------------------------------------------------------------------------------
 
-def with_colors(mesh):
-    """A mesh with the vertex normals and vertex colours of the current parameters.
+def with_colors(mesh, without=()):
+    """A mesh with the vertex normals and vertex colours of the current parameters; without: as network.rendering.
 
     A normal is the direction of the sdf's gradient, a colour what the renderer shows to who looks along the normal.
     """
@@ -158,7 +160,7 @@ def with_colors(mesh):
     for start in tqdm(range(0, len(points), SHADED), desc="colours", unit="block", leave=False, dynamic_ncols=True,
                       disable=len(points) <= SHADED):
         part = slice(start, start + SHADED)
-        rgb[part], normals[part] = network.shade(points[part])
+        rgb[part], normals[part] = network.shade(points[part], without=without)
     return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=trimesh.unitize(normals),
                            vertex_colors=np.rint(255 * np.clip(rgb, 0, 1)).astype(np.uint8), process=False)
 

@@ -192,12 +192,14 @@ def video_writer(path):
 POSITIVE = (lambda v: v > 0, "more than 0")
 NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
 AT_LEAST_TWO = (lambda v: v >= 2, "2 or more")
+TEXT = (lambda v: v.strip() != "" and v.isprintable(), "a name")
 ASCENDING = (lambda v: all(e >= 0 for e in v) and v == sorted(v), "epochs in ascending order")
 
 # Every key of a configuration: its type and the values it may take. config/default.yaml says what each one means.
 SETTINGS = {
     "data": {
-        "path": (str, (lambda v: v.strip() != "" and v.isprintable(), "a folder")),
+        "path": (str, (TEXT[0], "a folder")),
+        "cameras": (str, (TEXT[0], "a file in the scene's folder")),
         "downscale": (int, POSITIVE),
         "held_out_views": ([int], (lambda v: all(i >= 0 for i in v), "indices of views, from 0")),
     },
@@ -206,6 +208,7 @@ SETTINGS = {
         "feature": (int, POSITIVE),
         "layers": (int, AT_LEAST_TWO),
         "radius": (float, (lambda v: 0 < v < 1, "between 0 and 1")),
+        "without": ([str], (lambda v: set(v) <= {"normal", "view", "feature"}, "any of normal, view and feature")),
     },
     "tracer": {
         "sphere_tracing_steps": (int, NOT_NEGATIVE),
@@ -219,6 +222,7 @@ SETTINGS = {
         "rays": (int, AT_LEAST_TWO),
         "learning_rate": (float, POSITIVE),
         "learning_rate_halved_after": ([int], ASCENDING),
+        "camera_learning_rate": (float, NOT_NEGATIVE),
         "alpha": (float, POSITIVE),
         "alpha_doubled_after": ([int], ASCENDING),
         "mask_weight": (float, NOT_NEGATIVE),
@@ -234,6 +238,9 @@ SETTINGS = {
         "resolution": (int, (lambda v: v >= 16, "16 or more")),
     },
 }
+
+# What the keys that a file may leave out are then.
+OPTIONAL = {"data": {"cameras": "cameras.npz"}, "network": {"without": []}, "train": {"camera_learning_rate": 0.0}}
 
 
 SHORT = reprlib.Repr()      # a few lines of YAML that point to one another may spell out a text without end
@@ -276,15 +283,16 @@ def load_config(path):
         raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or 'cannot be parsed'})")
     sections = check_keys(path, "", tree, SETTINGS)
     for section, settings in SETTINGS.items():
-        values = check_keys(path, section, tree[section], settings)
+        values = check_keys(path, section, tree[section], settings, OPTIONAL.get(section, {}))
         for key, (kind, (allowed, says)) in settings.items():
             values[key] = check_value(f"{path}: {section}.{key}", values[key], kind, allowed, says)
         sections[section] = SimpleNamespace(**values)
     return SimpleNamespace(**sections)
 
 
-def check_keys(path, section, found, wanted):
-    """Return `found` as a dict if it has just the keys `wanted`; raise UserError naming the first that differs."""
+def check_keys(path, section, found, wanted, optional={}):
+    """Return `found` as a dict if it has just the keys `wanted`, those of `optional` {key: value} filled in; raise
+    UserError naming the first that differs."""
     prefix = section + "." if section else ""
     if not isinstance(found, dict):
         raise UserError(f"{path}: {section or 'the file'} must be a mapping with the keys {', '.join(wanted)}")
@@ -293,16 +301,17 @@ def check_keys(path, section, found, wanted):
             named = f"{prefix}{key}" if isinstance(key, str) and key.isidentifier() else repr(key)
             raise UserError(f"{path}: unknown key {named}; the keys here are {', '.join(wanted)}")
     for key in wanted:
-        if key not in found:
+        if key not in found and key not in optional:
             raise UserError(f"{path}: the key {prefix}{key} is missing; see config/default.yaml")
-    return dict(found)
+    return {**optional, **found}
 
 
 def check_value(where, value, kind, allowed, says):
-    """Return `value` as `kind` (int, float, str, or [int] for a list of int); raise UserError otherwise."""
+    """Return `value` as `kind` (int, float, str, or [int] or [str] for a list); raise UserError otherwise."""
     names = {int: "a whole number", float: "a number", str: "a text"}
     if isinstance(kind, list):
-        fits, name = isinstance(value, list) and all(type(v) is kind[0] for v in value), "a list of whole numbers"
+        fits = isinstance(value, list) and all(type(v) is kind[0] for v in value)
+        name = "a list of " + ("whole numbers" if kind[0] is int else "texts")
     elif kind is float:
         fits, name = type(value) in (int, float) and abs(value) < 1e300, names[kind]    # not infinite, not NaN
     else:
@@ -317,7 +326,12 @@ def check_value(where, value, kind, allowed, says):
 
 def settings(conf):
     """Return a configuration as {"section.key": value}."""
-    return {f"{section}.{key}": value for section, keys in vars(conf).items() for key, value in vars(keys).items()}
+    return flat({section: vars(keys) for section, keys in vars(conf).items()})
+
+
+def flat(sections):
+    """Return {section: {key: value}} as {"section.key": value}."""
+    return {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
 
 
 # --- the command line -------------------------------------------------------------------------------------------------
@@ -445,7 +459,8 @@ def open_run(args, parameter_shapes):
     conf = load_config(args.config)
     model = model_file(args.model_load_path)
     set_context(args.context, args.device_id)
-    load_model(model, parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers))
+    load_model(model, parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers,
+                                       conf.network.without))
     return conf, run_folder(conf, args.monitor_path) if args.monitor_path else model.parent
 
 
@@ -521,6 +536,7 @@ def random_numbers(seed, purpose, number):
 
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
+POSE = "cameras/pose"       # cameras.py says what it holds
 STATE_FILE = "state.h5"
 STATE_FORMAT = "IDR training state 1"
 PROGRESS = {"step": int, "steps": int, "loss": float, "elapsed": float, "lap": float, "config": dict}
@@ -548,25 +564,46 @@ def model_file(path):
 
 
 def load_model(path, shapes):
-    """Load the parameters of the checkpoint at `path` into nnabla's parameter scope.
+    """Load the parameters of the checkpoint at `path` into nnabla's parameter scope, in place of those there.
 
-    shapes: {parameter name: shape} of the configured network. Raises UserError where the file is no checkpoint, or one
-    of another network.
+    shapes: {parameter name: shape} of the configured network; trained cameras may be there beside. Raises UserError where
+    the file is no checkpoint, or one of another network.
     """
+    import nnabla as nn
     arrays, _ = read_arrays(path)
     check_parameters(path, arrays, shapes)
-    set_parameters({name: arrays[name] for name in shapes})
+    nn.clear_parameters()
+    set_parameters({name: array for name, array in arrays.items() if name in (*shapes, POSE)})
 
 
 def set_parameters(arrays):
     """Make {name: array} nnabla's parameters, beside those of other names."""
     import nnabla as nn
     for name, array in arrays.items():
-        nn.parameter.set_parameter(name, nn.Variable.from_numpy_array(array, need_grad=True))
+        nn.parameter.set_parameter(name, nn.Variable.from_numpy_array(array, need_grad=name != POSE))
+
+
+def solver_parameters(solver_name):
+    """Return nnabla's parameters that a solver of that name works on: "cameras" on the poses, "solver" on the rest."""
+    import nnabla as nn
+    # The poses want no gradient of nnabla's: cameras.py computes it.
+    return {POSE: nn.get_parameters(grad_only=False)[POSE]} if solver_name == "cameras" else nn.get_parameters()
+
+
+def check_pose(where, shape):
+    """Raise UserError where trained cameras do not have the shape (views, 7), or are none."""
+    if len(shape) != 2 or shape[0] == 0 or shape[1] != 7:
+        raise UserError(f"{where} is {tuple(shape)}; cameras are (views, 7), a quaternion and a centre each")
 
 
 def check_parameters(path, arrays, shapes):
-    """Raise UserError unless the `arrays` of the checkpoint at `path` are finite and have these {name: shape}."""
+    """Raise UserError unless the `arrays` of the checkpoint at `path` are finite and have these {name: shape}, and any
+    trained cameras beside are such."""
+    if POSE in arrays:
+        check_pose(f"{path}: {POSE}", arrays[POSE].shape)
+        if not np.linalg.norm(arrays[POSE][:, :4], axis=1).all():
+            raise UserError(f"{path}: {POSE} has a quaternion of length 0; the file is damaged")
+        shapes = {**shapes, POSE: arrays[POSE].shape}
     for name, shape in shapes.items():
         if name not in arrays:
             raise UserError(f"{path}: has no parameter {name}; it was saved by another program or with other layers")
@@ -672,7 +709,7 @@ def restore_state(state, solvers):
     nn.clear_parameters()
     set_parameters(state.parameters)
     for solver_name, solver in solvers.items():
-        solver.set_parameters(nn.get_parameters())
+        solver.set_parameters(solver_parameters(solver_name))
         states = solver.get_states()
         for name, kept in states.items():
             found = {part: state.arrays.get(f"{solver_name}/{name}/{part}") for part in ("t", *kept.pstate)}

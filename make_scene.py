@@ -4,7 +4,7 @@
 
 writes image/, mask/ and cameras.npz (the training views first, then the held-out ones), surface.ply (100,000
 points of the exact surface and their normals, in the frame of the unit sphere) and scene.json (the settings).
-The same settings give the same bytes.
+The same settings give the same bytes. `--camera-noise 3 3` adds cameras_linear_init.npz, the same cameras but inexact.
 """
 import argparse
 import json
@@ -15,6 +15,7 @@ import numpy as np
 import skimage.measure
 import tqdm
 import trimesh
+from scipy.spatial.transform import Rotation
 
 import helper
 import ray_tracer
@@ -190,6 +191,16 @@ def world_matrices(intrinsics, pose):
     return world_mat, scale_mat
 
 
+def disturbed(pose, degrees, percent, rng):
+    """Return a pose (4, 4) turned about a random axis and moved; the root mean squares, of the angle and of the movement
+    as a share of the distance from the origin, are `degrees` and `percent`."""
+    noisy = pose.copy()
+    turn = Rotation.from_rotvec(rng.normal(0.0, np.radians(degrees) / 3 ** 0.5, 3))
+    noisy[:3, :3] = turn.as_matrix() @ pose[:3, :3]
+    noisy[:3, 3] += rng.normal(0.0, percent / 100 * np.linalg.norm(pose[:3, 3]) / 3 ** 0.5, 3)
+    return noisy
+
+
 def render(intrinsics, pose, size):
     """Return the image (size, size, 3) and its mask (size, size), 0 or 255, both uint8; one ray per pixel."""
     origin, directions = helper.pixel_rays(helper.pixel_grid(size, size), intrinsics, pose)
@@ -203,11 +214,15 @@ def render(intrinsics, pose, size):
 # --- the scene on disk --------------------------------------------------------------------------------------
 
 
-def write_scene(folder, views, held_out, size):
-    """Write the scene to an empty folder; returns the share of the pixels that show the object."""
+def write_scene(folder, views, held_out, size, camera_noise):
+    """Write the scene to an empty folder; returns the share of the pixels that show the object.
+
+    camera_noise: None, or degrees and percent as `disturbed` takes them.
+    """
     (folder / "image").mkdir()
     (folder / "mask").mkdir()
-    intrinsics, cameras, covered = camera_intrinsics(size), {}, []
+    intrinsics, cameras, noisy, covered = camera_intrinsics(size), {}, {}, []
+    rng = np.random.default_rng(0)
     directions = view_directions(views, held_out)
     digits = max(3, len(str(len(directions) - 1)))  # names that sort as the views do
     for view, direction in enumerate(tqdm.tqdm(directions, unit="view", dynamic_ncols=True)):
@@ -217,8 +232,13 @@ def write_scene(folder, views, held_out, size):
         imageio.imwrite(folder / "image" / f"{view:0{digits}d}.png", image)
         imageio.imwrite(folder / "mask" / f"{view:0{digits}d}.png", mask)
         cameras[f"world_mat_{view}"], cameras[f"scale_mat_{view}"] = world_matrices(intrinsics, pose)
+        if camera_noise:
+            noisy[f"world_mat_{view}"], noisy[f"scale_mat_{view}"] = world_matrices(
+                intrinsics, disturbed(pose, *camera_noise, rng))
         covered.append((mask > 0).mean())
     np.savez(folder / "cameras.npz", **cameras)
+    if camera_noise:
+        np.savez(folder / "cameras_linear_init.npz", **noisy)
     surface = surface_samples(SURFACE_SAMPLES, np.random.default_rng(0))
     trimesh.Trimesh(surface, vertex_normals=exact_normals(surface), process=False).export(folder / "surface.ply")
     return np.mean(covered)
@@ -246,18 +266,25 @@ def main():
     parser.add_argument("--views", type=int, default=32, help="views to train on, all around")
     parser.add_argument("--held-out", type=int, default=6, help="further views, to measure on")
     parser.add_argument("--size", type=int, default=96, help="pixels along the sides of an image")
+    parser.add_argument("--camera-noise", type=float, nargs=2, metavar=("DEGREES", "PERCENT"),
+                        help="also write cameras_linear_init.npz, the cameras turned and moved by about so much (of "
+                             "their distance), to train cameras from")
     args = parser.parse_args()
     for flag, value, least, most in (("--views", args.views, 1, 1000), ("--held-out", args.held_out, 0, 1000),
                                      ("--size", args.size, 8, 1024)):
         if not least <= value <= most:
             raise helper.UserError(f"{flag} must be {least} to {most}, not {value}")
+    if args.camera_noise and not all(0 <= value <= 30 for value in args.camera_noise):
+        raise helper.UserError(f"--camera-noise must be two numbers from 0 to 30, not {args.camera_noise}")
     output = Path(args.output)
     settings = {"made by": "make_scene.py", "views": args.views, "held_out": args.held_out, "size": args.size}
+    if args.camera_noise:
+        settings["camera_noise"] = args.camera_noise
     if made_already(output, settings):
         print(f"{output}: is there already, made with these settings")
         return
     with helper.new_folder(output) as scene:
-        covered = write_scene(scene, args.views, args.held_out, args.size)
+        covered = write_scene(scene, args.views, args.held_out, args.size, args.camera_noise)
         (scene / "scene.json").write_text(json.dumps(settings) + "\n")
     print(f"{output}: {args.views} views to train on and {args.held_out} held out, {args.size}x{args.size} "
           f"pixels, the object on {covered:.0%} of them; surface.ply holds its exact surface")

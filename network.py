@@ -24,39 +24,45 @@ sys.modules.setdefault("nnabla.nnabla_ext", None)
 POSITION_BANDS = 6      # of the implicit network's encoding: 39 values
 VIEW_BANDS = 4          # of the view direction's: 27 values
 RENDERING_LAYERS = 5
+OPTIONAL_INPUTS = ("view", "normal", "feature")     # of the renderer: what network.without may name, in their order
 
 
 # --- parameters -------------------------------------------------------------------------------------------------------
 
-def layer_sizes(width, feature, layers):
-    """Return {parameter scope: (in, out)} of every affine layer: implicit/0, ..., rendering/4 (section 5.1)."""
+def layer_sizes(width, feature, layers, without=()):
+    """Return {parameter scope: (in, out)} of every affine layer: implicit/0, ..., rendering/4 (section 5.1).
+
+    without: of the OPTIONAL_INPUTS, those that the renderer is not given.
+    """
     encoded, sizes = 3 + 6 * POSITION_BANDS, {}
     for layer in range(layers):
         inputs = encoded if layer == 0 else width
         outputs = 1 + feature if layer == layers - 1 else width
         sizes[f"implicit/{layer}"] = (inputs, outputs - encoded if has_skip(layer + 1, layers) else outputs)
+    given = dict(zip(OPTIONAL_INPUTS, (3 + 6 * VIEW_BANDS, 3, feature)))
     for layer in range(RENDERING_LAYERS):
-        inputs = 3 + (3 + 6 * VIEW_BANDS) + 3 + feature if layer == 0 else width
+        inputs = 3 + sum(given[name] for name in given if name not in without) if layer == 0 else width
         sizes[f"rendering/{layer}"] = (inputs, 3 if layer == RENDERING_LAYERS - 1 else width)
     return sizes
 
 
-def parameter_shapes(width, feature, layers):
+def parameter_shapes(width, feature, layers, without=()):
     """Return {name: shape} of all parameters; a layer has v (in, out), its scale g (out,) and bias b (out,)."""
     shapes = {}
-    for scope, (inputs, outputs) in layer_sizes(width, feature, layers).items():
+    for scope, (inputs, outputs) in layer_sizes(width, feature, layers, without).items():
         shapes.update({f"{scope}/v": (inputs, outputs), f"{scope}/g": (outputs,), f"{scope}/b": (outputs,)})
     return shapes
 
 
-def initialize(width, feature, layers, radius, rng):
+def initialize(width, feature, layers, radius, rng, without=()):
     """Set nnabla's parameters to fresh networks, the implicit one by the geometric initialisation (SAL, theorem 1).
 
-    The sdf starts close to that of the sphere of `radius`; rng is a numpy Generator. Earlier parameters are dropped.
+    The sdf starts close to that of the sphere of `radius`; rng is a numpy Generator; without as in layer_sizes. Earlier
+    parameters are dropped.
     """
     nn.clear_parameters()
     encoded = 3 + 6 * POSITION_BANDS
-    for scope, (inputs, outputs) in layer_sizes(width, feature, layers).items():
+    for scope, (inputs, outputs) in layer_sizes(width, feature, layers, without).items():
         network, layer = scope.split("/")
         if network == "rendering":
             bound = inputs ** -0.5
@@ -222,13 +228,16 @@ def per_coordinate(columns):
     return constant(np.tile(np.eye(3), (columns // 3, 1)))
 
 
-def rendering(x, normal, view, feature, weights):
+def rendering(x, normal, view, feature, weights, without=()):
     """The renderer: rgb (N, 3) in [-1, 1] of surface points.
 
     x, normal, view: (N, 3) Variables; view is the unit vector from the surface to the camera, the normal is the
-    gradient of the sdf as it is; feature (N, F); weights: folded_weights("rendering").
+    gradient of the sdf as it is; feature (N, F); weights: folded_weights("rendering"); without: of the OPTIONAL_INPUTS,
+    those that it was not built for.
     """
-    h = F.concatenate(x, positional_encoding(view, VIEW_BANDS)[0], normal, feature, axis=1)
+    encoded_view = None if "view" in without else positional_encoding(view, VIEW_BANDS)[0]
+    given = [part for name, part in zip(OPTIONAL_INPUTS, (encoded_view, normal, feature)) if name not in without]
+    h = F.concatenate(x, *given, axis=1) if given else x
     if on_cpu():
         return RenderingOnCpu(weights.sizes)(h, weights.packed)
     for layer, (w, b, _) in enumerate(weights):
@@ -386,25 +395,30 @@ def eikonal_loss(gradient):
     return total((norm - 1.0) ** 2.0) * (1.0 / gradient.shape[0])
 
 
-def training_graph(rays, surface, mask_weight, eikonal_weight):
-    """The losses of one step over `rays` rays, of which the first `surface` may show the surface.
+def training_graph(rays, surface, mask_weight, eikonal_weight, without=(), by_rays=False):
+    """The losses of one step over `rays` rays, of which the first `surface` may show the surface; without: as rendering.
 
     Returns a dict of Variables and two functions. To be set: points (rays + rays // 2, 3), the rays' points followed by
     the uniform ones; directions and rgb (surface, 3); colored (surface, 1), 1 where the ray hits in the object mask;
     object_mask and masked (rays, 1), masked being 1 for the other rays; alpha (1, 1). forward() computes the losses, to
     be read: loss, color, mask, eikonal; backward() then adds the loss's derivatives to the parameters' gradients.
+    With `by_rays` a third function, by_rays(), then gives those by the rays' points (rays, 3) and by the directions
+    (surface, 3) as the renderer is given them, NumPy arrays; the eikonal loss has no part in them, and the distance along
+    a ray is held constant.
     """
     g = {"points": nn.Variable((rays + rays // 2, 3)), "directions": nn.Variable((surface, 3)),
          "rgb": nn.Variable((surface, 3)), "colored": nn.Variable((surface, 1)),
          "object_mask": nn.Variable((rays, 1)), "masked": nn.Variable((rays, 1)), "alpha": nn.Variable((1, 1))}
     evaluate = evaluate_twice if on_cpu() else evaluate_once
-    sdf, gradient, at_hits, evaluation, carry_back = evaluate(g["points"], g["directions"])
+    g["directions"].need_grad = by_rays
+    sdf, gradient, at_hits, evaluation, carry_back, by_points = evaluate(g["points"], g["directions"], by_rays)
     g["mask"] = mask_loss(sdf[:rays], g["object_mask"], g["masked"], g["alpha"], rays)
     g["eikonal"] = eikonal_loss(gradient)
     g["color"] = constant(0.0)
     if surface:
         hits, normal, feature = at_hits
-        rgb = rendering(hits, normal, g["directions"] * -1.0, feature, folded_weights("rendering"))
+        rgb = rendering(hits, normal, g["directions"] * -1.0, feature, folded_weights("rendering"),
+                        without)
         g["color"] = color_loss(rgb, g["rgb"], g["colored"], rays)
     g["loss"] = g["color"] + g["mask"] * mask_weight + g["eikonal"] * eikonal_weight
     for name in ("color", "mask", "eikonal"):
@@ -415,29 +429,46 @@ def training_graph(rays, surface, mask_weight, eikonal_weight):
         g["loss"].forward(clear_no_need_grad=True)
 
     def backward():
+        if by_rays:
+            g["directions"].grad.zero()     # an input's is added to
         g["loss"].backward(clear_buffer=True)
         carry_back()
 
     g["forward"], g["backward"] = forward, backward
+    if by_rays:
+        g["by_rays"] = lambda: (by_points()[:rays], g["directions"].g.copy())
     return g
 
 
-def evaluate_twice(points, directions):
+def evaluate_twice(points, directions, by_rays=False):
     """The implicit network at points (N, 3), and at the differentiable hits of the first rays, of directions (S, 3).
 
     Returns sdf (N, 1), gradient (N, 3), (hits, normal, feature) of the S rays, and two functions that have nothing to
-    do: nnabla differentiates all this.
+    do: nnabla differentiates all this. A third one gives, with `by_rays`, the derivatives by the points (N, 3) but for
+    the part that the gradient's loss has in them.
+
+    To move a ray's point is to move its hit along, and to change the point's sdf by gradient . movement.
     """
     surface, weights = directions.shape[0], folded_weights("implicit")
     sdf, _, gradient = implicit(points, weights)
-    if not surface:
-        return sdf, gradient, None, lambda: None, lambda: None
-    hits = differentiable_hit(points[:surface], directions, sdf[:surface], gradient[:surface])
-    _, feature, normal = implicit(hits, weights)
-    return sdf, gradient, (hits, normal, feature), lambda: None, lambda: None
+    at_hits = None
+    if surface:
+        hits = differentiable_hit(points[:surface], directions, sdf[:surface], gradient[:surface])
+        _, feature, normal = implicit(hits, weights)
+        at_hits = hits, normal, feature
+    for variable in (sdf, gradient, *(at_hits or ())[:1]) if by_rays else ():
+        variable.persistent = True
+
+    def by_points():
+        by = sdf.g * gradient.d
+        if surface:
+            by[:surface] += hits.g
+        return by
+
+    return sdf, gradient, at_hits, lambda: None, lambda: None, by_points
 
 
-def evaluate_once(points, directions):
+def evaluate_once(points, directions, by_rays=False):
     """What evaluate_twice gives, with the derivatives written out. A GPU waits for nnabla to start each function (7 to
     20 us on an H200, where a product takes 40 and all else less), and this way there are fewer.
 
@@ -464,18 +495,23 @@ def evaluate_once(points, directions):
     weights = [leaves(layer) for layer in weights]
     kept = Kept(*leaves(kept[:3]), *map(leaves, kept_lists))
     by_z, tangents, through_network = implicit_backward_graph(kept, weights, by_output, by_gradient, surface)
+    by_points = by_output[surface:, :1] * results[2][surface:] if by_rays else None
     if surface:
-        by_hits = row_sums((by_x[:surface] + through_network) * directions)
-        shift = by_hits / slope_along(directions, results[2][:surface]) * -1.0
+        by_hits = by_x[:surface] + through_network
+        shift = row_sums(by_hits * directions) / slope_along(directions, results[2][:surface]) * -1.0
+        if by_rays:
+            others = constant(np.zeros((points.shape[0] - surface, 3)))
+            by_points = by_points + F.concatenate(by_hits + shift * results[2][:surface], others, axis=0)
         shift = F.concatenate(shift, constant(np.zeros((points.shape[0], 1))), axis=0)
         by_z = [by + shift * delta for by, delta in zip(by_z, kept.deltas)]
     by_weights = [transposed_product(h, by) + transposed_product(tangent, delta)
                   for h, by, tangent, delta in zip(kept.inputs, by_z, tangents, kept.deltas)]
     ones = constant(np.ones((1, x.shape[0])))
     by_biases = [F.reshape(F.affine(ones, by), by.shape[1:]) for by in by_z]
-    for variable in by_weights + by_biases:
+    wanted = by_weights + by_biases + ([by_points] if by_rays else [])
+    for variable in wanted:
         variable.persistent = True
-    derivatives = F.sink(*by_weights, *by_biases)
+    derivatives = F.sink(*wanted)
 
     def evaluation():
         folding.forward()
@@ -493,7 +529,7 @@ def evaluate_once(points, directions):
 
     x, output, gradient = results
     at_hits = (x[:surface], gradient[:surface], output[:surface, 1:]) if surface else None
-    return output[surface:, :1], gradient[surface:], at_hits, evaluation, carry_back
+    return output[surface:, :1], gradient[surface:], at_hits, evaluation, carry_back, lambda: by_points.d
 
 
 def leaves(variables, need_grad=False):
@@ -591,11 +627,11 @@ class SdfOnGpu:
         return self.graphs[size, precision]
 
 
-def shade(points, directions=None, chunk=4096):
+def shade(points, directions=None, without=(), chunk=4096):
     """Colour and normal of surface points with the current parameters.
 
     points, directions: (N, 3) float32, the latter the unit ray directions; without them each point is seen along its
-    normal. Returns rgb (N, 3) in [0, 1] and the gradient of the sdf (N, 3), float32.
+    normal; without: as rendering. Returns rgb (N, 3) in [0, 1] and the gradient of the sdf (N, 3), float32.
     """
     rows = min(chunk, len(points))
     rgb, normals = np.empty((len(points), 3), np.float32), np.empty((len(points), 3), np.float32)
@@ -606,7 +642,7 @@ def shade(points, directions=None, chunk=4096):
         _, feature, normal = implicit(x, folded_weights("implicit"))
         if directions is None:
             view = normal / (row_sums(normal * normal) + 1e-12) ** 0.5
-        color = rendering(x, normal, view, feature, folded_weights("rendering"))
+        color = rendering(x, normal, view, feature, folded_weights("rendering"), without)
     both = F.sink(color, normal)
     for start in range(0, len(points), rows):
         part = slice(start, min(start + rows, len(points)))

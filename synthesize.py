@@ -13,6 +13,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 from tqdm import tqdm
 
+import cameras
 import datasets
 import helper
 import network
@@ -42,8 +43,9 @@ def main():
     check_arguments(args)
     conf, folder = helper.open_run(args, network.parameter_shapes)
     if args.appearance_model_path:
-        take_appearance(helper.model_file(args.appearance_model_path), conf.network.feature)
-    scene = datasets.load_scene(conf.data.path, conf.data.downscale)
+        take_appearance(helper.model_file(args.appearance_model_path), conf.network.feature, conf.network.without)
+    scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
+    scene = cameras.with_trained_poses(scene, args.model_load_path)
     words = args.views or (["all"] if args.path == "cameras" else [conf.train.validation_view])
     views = datasets.chosen_views(words, len(scene.images), "--views")
     if args.path == "cameras" and len(views) < 2:
@@ -56,15 +58,16 @@ def main():
     if args.path:
         path = Path(args.output or folder / "renders" / f"{args.path}{ending}.mp4")
         if args.path == "turntable":
-            cameras = [intrinsics[views[0]]] * args.frames, turntable(scene.poses, views[0], args.frames)
+            along = [intrinsics[views[0]]] * args.frames, turntable(scene.poses, views[0], args.frames)
         else:
-            cameras = between_cameras(intrinsics[views], scene.poses[views], args.frames)
-        renders = (render_view(sdf, *camera, shape, conf.tracer) for camera in zip(*cameras))
+            along = between_cameras(intrinsics[views], scene.poses[views], args.frames)
+        renders = (render_view(sdf, *camera, shape, conf.tracer, without=conf.network.without)
+                   for camera in zip(*along))
         write_video(path, tqdm(renders, total=args.frames, unit="frame", dynamic_ncols=True), args.normals)
         print(f"rendered {args.frames} frames: {path}")
         return
     for view in tqdm(views, unit="view", dynamic_ncols=True):
-        render = render_view(sdf, intrinsics[view], scene.poses[view], shape, conf.tracer)
+        render = render_view(sdf, intrinsics[view], scene.poses[view], shape, conf.tracer, without=conf.network.without)
         stem = folder / "renders" / f"view_{view:03d}{ending}"
         helper.write_image(f"{stem}.png", render.rgb)
         if args.normals:
@@ -90,17 +93,19 @@ def check_arguments(args):
         raise helper.UserError(f"--height must be 8 to 8192, not {args.height}")
 
 
-def take_appearance(path, feature):
+def take_appearance(path, feature, without=()):
     """Put another model's rendering network in the place of the current one: its colours on our shape.
 
-    feature: the length of our feature vectors, which that renderer must take. Raises UserError where it does not.
+    feature: the length of our feature vectors, which that renderer must take; without: what ours is not given, as
+    network.rendering. Raises UserError where it does not take that.
     """
     with nn.parameter_scope("", {}):
         helper.load_model(path, {})
         other = {name: p for name, p in nn.get_parameters(grad_only=False).items() if name.startswith("rendering/")}
     if "rendering/0/v" not in other:
         raise helper.UserError(f"{path}: has no rendering network; it was saved by another program")
-    takes = other["rendering/0/v"].shape[0] - network.layer_sizes(64, 0, 9)["rendering/0"][0]
+    takes = other["rendering/0/v"].shape[0] - network.layer_sizes(64, 0, 9, without)["rendering/0"][0]
+    feature = 0 if "feature" in without else feature
     if takes != feature:
         raise helper.UserError(f"{path}: its renderer takes {takes} features, the shape's model gives {feature}; train "
                                "both with the same network.feature")
@@ -160,11 +165,12 @@ def write_video(path, renders, normals):
 
 # --- a view -----------------------------------------------------------------------------------------------------------
 
-def render_view(sdf, intrinsics, pose, shape, tracer, wanted=None):
+def render_view(sdf, intrinsics, pose, shape, tracer, wanted=None, without=()):
     """Render a view with the current parameters.
 
     sdf: the callable of those parameters; intrinsics (3, 3), pose (4, 4), shape (height, width); tracer: the
-    configuration's section; wanted: (H, W) bool, the pixels to render (all by default).
+    configuration's section; wanted: (H, W) bool, the pixels to render (all by default); without: what the renderer is
+    not given, as network.rendering.
     Returns a Render: rgb (H, W, 3) in [0, 1], white where nothing is hit, normals (H, W, 3), the gradient of the sdf,
     depth (H, W), along the camera's axis in radii of the unit sphere, both 0 where nothing is hit, and hit (H, W) bool.
     """
@@ -178,7 +184,7 @@ def render_view(sdf, intrinsics, pose, shape, tracer, wanted=None):
         t, hit = ray_tracer.trace(sdf, origin, rays, **vars(tracer))
         shown = pixels[start:start + CHUNK][hit]
         t, rays = t[hit], rays[hit]
-        rgb[shown], normals[shown] = network.shade(origin + t[:, None] * rays, rays)
+        rgb[shown], normals[shown] = network.shade(origin + t[:, None] * rays, rays, without)
         depth[shown] = t * (rays @ pose[:3, 2].astype(np.float32))
         hits[shown] = True
     return Render(rgb.reshape(height, width, 3), normals.reshape(height, width, 3), depth.reshape(height, width),

@@ -18,6 +18,7 @@ import numpy as np
 from nnabla.monitor import MonitorSeries, MonitorTimeElapsed
 from tqdm import tqdm
 
+import cameras
 import datasets
 import evaluate
 import helper
@@ -35,7 +36,7 @@ def main():
                         help="go on with an interrupted run: that in {monitor_path}_{scan}, or in another FOLDER")
     args = parser.parse_args()
     conf = helper.load_config(args.config)
-    scene = datasets.load_scene(conf.data.path, conf.data.downscale)
+    scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
     views = datasets.training_views(conf.data.held_out_views, len(scene.images), f"{args.config}: data.held_out_views")
     datasets.check_views([conf.train.validation_view], len(scene.images), f"{args.config}: train.validation_view")
     datasets.check_downscale(scene.masks.shape[1:], conf.train.validation_downscale,
@@ -44,7 +45,8 @@ def main():
     if args.resume is not None:
         folder = Path(args.resume or helper.run_folder(conf, args.monitor_path))
         state = helper.load_state(folder, network.parameter_shapes(
-            conf.network.width, conf.network.feature, conf.network.layers))
+            conf.network.width, conf.network.feature, conf.network.layers, conf.network.without))
+        check_cameras(state, conf.train.camera_learning_rate, len(scene.images))
         if is_complete(state, conf.train.epochs, len(views)):
             print(f"{folder} is trained: {state.progress['step'] // len(views)} epochs, where {args.config} wants "
                   f"{conf.train.epochs}; raise train.epochs there to train on")
@@ -71,27 +73,38 @@ def train(conf, scene, views, folder, state, stop):
     Returns whether it came to its end.
     """
     steps, first, loss = len(views), 0, 0.0      # steps: of an epoch
-    solver = S.Adam(conf.train.learning_rate)
+    solver, camera_solver = S.Adam(conf.train.learning_rate), None
+    solvers = {"solver": solver}
+    if conf.train.camera_learning_rate:
+        camera_solver = solvers["cameras"] = cameras.SparseAdam(conf.train.camera_learning_rate)
     if state is None:
         network.initialize(**vars(conf.network), rng=np.random.default_rng(conf.train.seed))
-        solver.set_parameters(nn.get_parameters())
+        if camera_solver:
+            helper.set_parameters({helper.POSE: cameras.pose_vectors(scene.poses)})
+        for name in solvers:
+            solvers[name].set_parameters(helper.solver_parameters(name))
     else:
-        helper.restore_state(state, {"solver": solver})
+        helper.restore_state(state, solvers)
         first, loss = state.progress["step"], state.progress["loss"]
+        scene = cameras.with_trained_poses(scene, state.path)
     sdf = network.sdf_evaluator()
-    compute = TrainingStep(conf.train.rays, conf.train.mask_weight, conf.train.eikonal_weight)
+    compute = TrainingStep(conf.train.rays, conf.train.mask_weight, conf.train.eikonal_weight, conf.network.without,
+                           by_rays=camera_solver is not None)
+    pose, truth = cameras.parameter(), cameras.true_cameras(conf.data.path, conf.data.cameras, len(scene.images))
     # An epoch whose last step is done may still lack its render and its model: it is taken up once more.
     start = max(first - 1, 0) // steps
     due = is_due(start, conf.train.validate_every, conf.train.epochs)
-    log = EpochLog(folder, steps, first, psnr_until=start if due else start + 1, state=state)
+    log = EpochLog(folder, steps, first, validated_until=start if due else start + 1, state=state)
 
     def save(step):
         now = {"step": step, "steps": steps, "loss": loss, "config": helper.settings(conf), **log.times()}
-        helper.save_state(folder, {"solver": solver}, now, log.buffers())
+        helper.save_state(folder, solvers, now, log.buffers())
         return time.monotonic()
 
     saved = save(first) if state is None else time.monotonic()
-    batches = datasets.training_batches(scene, views, conf.train.rays, conf.train.seed, first)
+    # With trained cameras a ray's direction in the world is known only when its step begins.
+    source = scene._replace(poses=np.tile(np.eye(4), (len(scene.poses), 1, 1))) if camera_solver else scene
+    batches = datasets.training_batches(source, views, conf.train.rays, conf.train.seed, first)
     batch = next(batches)
     with tqdm(initial=first, total=conf.train.epochs * steps, unit="step", dynamic_ncols=True,
               smoothing=0.05) as progress:
@@ -101,7 +114,10 @@ def train(conf, scene, views, folder, state, stop):
             alpha = scheduled(conf.train.alpha, 2.0, conf.train.alpha_doubled_after, epoch)
             for step in range(max(first, epoch * steps), (epoch + 1) * steps):
                 rng = helper.random_numbers(conf.train.seed, helper.SAMPLES, step)
-                _, origin, directions, rgb, mask = batch
+                view, origin, directions, rgb, mask = batch
+                if camera_solver:
+                    in_camera = directions
+                    origin, directions = cameras.rays(pose.d[view], in_camera)
                 sdf.refresh()
                 points, colored = place_points(sdf, origin, directions, mask, alpha, conf.tracer, rng)
                 losses = compute(solver, points, colored, directions, rgb, mask, alpha, rng)
@@ -109,6 +125,8 @@ def train(conf, scene, views, folder, state, stop):
                 losses = {name: float(value.d) for name, value in losses.items()}
                 check_losses(losses, step, epoch, folder)
                 solver.update()
+                if camera_solver:
+                    camera_solver.update(view, cameras.by_vector(pose.d[view], in_camera, points, *compute.by_rays()))
                 loss = losses["loss"]
                 log.add(step, losses, hits=colored.sum(), learning_rate=solver.learning_rate(), alpha=alpha)
                 progress.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
@@ -126,11 +144,18 @@ def train(conf, scene, views, folder, state, stop):
             if validation_is_due:
                 sdf.refresh()
                 path = folder / "validation" / f"epoch_{epoch:05d}.png"
+                scene = cameras.with_trained_poses(scene, folder)
                 psnr = validate(path, sdf, scene, conf.train.validation_view, conf.train.validation_downscale,
-                                conf.tracer)
-                log.add_psnr(epoch, psnr)
+                                conf.tracer, conf.network.without)
+                log.add_validation(epoch, psnr=psnr)
                 progress.write(f"epoch {epoch}: loss {loss:.4f}, view {conf.train.validation_view} at "
                                f"{psnr:.2f} dB, {path}")
+                if camera_solver and truth:
+                    off = cameras.errors(scene.poses[views], truth.poses[views])
+                    if off:
+                        log.add_validation(epoch, camera_rotation=off.rotation.mean(),
+                                           camera_translation=off.translation.mean())
+                    progress.write(f"epoch {epoch}: cameras {cameras.in_words(off, truth.scale)}")
             if model_is_due:
                 helper.save_model(folder / model_name(epoch))
     return True
@@ -164,11 +189,22 @@ def is_complete(state, epochs, steps):
     return more > 0 or more == 0 and (state.path.parent / model_name(epochs - 1)).exists()
 
 
+def check_cameras(state, learning_rate, count):
+    """Raise UserError where a state has no cameras to train on, or those of another number of views."""
+    pose = state.parameters.get(helper.POSE)
+    if learning_rate and pose is None:
+        raise helper.UserError(f"{state.path}: was begun without trained cameras; set train.camera_learning_rate to 0, or "
+                               "start without --resume")
+    if pose is not None and len(pose) != count:
+        raise helper.UserError(f"{state.path}: has {len(pose)} trained cameras, and now there are {count} views; restore "
+                               "the scene, or start without --resume")
+
+
 def tell_resumed(state, conf):
     """Print where a run goes on, and each setting that is not the one it was begun with."""
     step, steps = state.progress["step"], state.progress["steps"]
     print(f"going on with {state.path.parent} after step {step} (epoch {step // steps})")
-    before = state.progress["config"]
+    before = {**helper.flat(helper.OPTIONAL), **state.progress["config"]}
     for name, value in helper.settings(conf).items():
         if before.get(name) != value:
             print(f"notice: {name} was {before.get(name)!r}, is now {value!r}")
@@ -210,16 +246,17 @@ class TrainingStep:
 
     SIZES = 8
 
-    def __init__(self, rays, mask_weight, eikonal_weight):
-        self.rays, self.mask_weight, self.eikonal_weight = rays, mask_weight, eikonal_weight
-        self.graphs = {}
+    def __init__(self, rays, *graph_settings, **more):
+        """rays: of a step; the rest is network.training_graph's, from its mask_weight on."""
+        self.rays, self.graph_settings, self.more = rays, graph_settings, more
+        self.graphs, self.latest = {}, None
 
     def graph(self, hits):
         """The training graph for at least that many surface rays; few sizes, so that few graphs are built."""
         grain = -(-self.rays // self.SIZES)
         surface = min(-(-hits // grain) * grain, self.rays)
         if surface not in self.graphs:
-            self.graphs[surface] = network.training_graph(self.rays, surface, self.mask_weight, self.eikonal_weight)
+            self.graphs[surface] = network.training_graph(self.rays, surface, *self.graph_settings, **self.more)
         return surface, self.graphs[surface]
 
     def filled(self, points, colored, directions, rgb, mask, alpha, rng):
@@ -237,6 +274,7 @@ class TrainingStep:
             g["colored"].d = colored[:surface, None]
         g["object_mask"].d, g["masked"].d = mask[:, None], 1 - colored[:, None]
         g["alpha"].d = alpha
+        self.latest = g, order
         return g
 
     def __call__(self, solver, *step):
@@ -250,24 +288,36 @@ class TrainingStep:
         g["backward"]()
         return {name: g[name] for name in ("loss", "color", "mask", "eikonal")}
 
+    def by_rays(self):
+        """After a step, its loss's derivatives by the rays' points and by their directions, (R, 3) float32 each, as
+        network.training_graph has them."""
+        g, order = self.latest
+        by_points, by_directions = np.zeros((2, self.rays, 3), np.float32)
+        found_points, found_directions = g["by_rays"]()
+        by_points[order], by_directions[order[:len(found_directions)]] = found_points, found_directions
+        return by_points, by_directions
+
 
 class EpochLog:
     """nnabla's monitors: each series gets its mean over an epoch's steps, and the time the epoch took."""
 
     NAMES = ("loss", "color", "mask", "eikonal", "hits", "learning_rate", "alpha")
 
-    def __init__(self, folder, steps, first, psnr_until, state):
-        """Keep what an earlier start wrote of the steps before `first`, and the PSNR of epochs before `psnr_until`.
+    VALIDATIONS = ("psnr", "camera_rotation", "camera_translation")
+
+    def __init__(self, folder, steps, first, validated_until, state):
+        """Keep what an earlier start wrote of the steps before `first`, and of the validations of epochs before
+        `validated_until`.
 
         Without a monitor nnabla's classes leave an earlier file be; with one they would empty it at once.
         """
         self.series = {name: MonitorSeries(name, interval=steps, verbose=False) for name in self.NAMES}
         self.time = MonitorTimeElapsed("time", interval=steps, verbose=False)
-        self.psnr = MonitorSeries("psnr", interval=1, verbose=False)
-        for name, monitor in {**self.series, "time": self.time, "psnr": self.psnr}.items():
+        self.validations = {name: MonitorSeries(name, interval=1, verbose=False) for name in self.VALIDATIONS}
+        for name, monitor in {**self.series, "time": self.time, **self.validations}.items():
             monitor.sp = str(folder / f"{name}.{'timer' if name == 'time' else 'series'}.txt")
-            keep_lines(monitor.sp, psnr_until if name == "psnr" else first)
-            monitor.flush_at = -1 if name == "psnr" else first - first % steps - 1
+            keep_lines(monitor.sp, validated_until if name in self.validations else first)
+            monitor.flush_at = -1 if name in self.validations else first - first % steps - 1
         self.folder, self.hits, self.gone = folder, None, False
         if state:
             for name in self.NAMES:
@@ -282,9 +332,10 @@ class EpochLog:
                 self.series[name].add(step, value)
             self.time.add(step)
 
-    def add_psnr(self, epoch, psnr):
-        with helper.writing(self.psnr.sp):
-            self.psnr.add(epoch, psnr)
+    def add_validation(self, epoch, **values):
+        with helper.writing(self.folder / "*.series.txt"):
+            for name, value in values.items():
+                self.validations[name].add(epoch, value)
 
     def collapsed(self):
         """Whether no ray has hit in the epoch that has just ended, unless the one before was like that too."""
@@ -312,12 +363,12 @@ def keep_lines(path, until):
         helper.write_bytes(path, "".join(kept).encode())
 
 
-def validate(path, sdf, scene, view, downscale, tracer):
+def validate(path, sdf, scene, view, downscale, tracer, without):
     """Render a view beside its photograph as a picture; returns the masked PSNR in dB."""
     photograph = datasets.shrink_image(scene.images[view], downscale) / np.float32(255)
     mask = datasets.shrink_mask(scene.masks[view], downscale)
     intrinsics = datasets.shrink_intrinsics(scene.intrinsics[view], downscale)
-    render = synthesize.render_view(sdf, intrinsics, scene.poses[view], mask.shape, tracer)
+    render = synthesize.render_view(sdf, intrinsics, scene.poses[view], mask.shape, tracer, without=without)
     helper.write_image(path, np.concatenate([photograph, render.rgb], axis=1))
     return evaluate.psnr(evaluate.squared_error(render.rgb, photograph, mask))
 

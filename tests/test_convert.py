@@ -199,8 +199,8 @@ def spoilt(name, change, **sizes):
 
 
 @pytest.mark.parametrize("state, words", [
-    (spoilt("rendering_network.lin0.weight_v", lambda v: v[:, :-3].copy()), ["lin0.weight_v", "(64, 32)", "no normal"]),
-    (spoilt("rendering_network.lin0.weight_v", lambda v: v[:, :-27].copy()), ["(64, 8)", "(64, 35)", "no view"]),
+    (spoilt("rendering_network.lin0.weight_v", lambda v: v[:, :-4].copy()), ["lin0.weight_v", "(64, 31)", "(64, 35)"]),
+    (spoilt("rendering_network.lin0.weight_v", lambda v: v[:, 3:].copy(), feature=3), ["(64, 33)", "(64, 36)"]),
     (spoilt("rendering_network.lin0.weight_v", lambda v: v[:, :-24].copy()), ["(64, 11)", "no positional encoding"]),
     (spoilt("implicit_network.lin0.weight_v", lambda v: v[:, :3].copy()), ["implicit_network.lin0", "no positional"]),
     (spoilt("implicit_network.lin3.weight_v", lambda v: np.zeros((64, 64), "f4"), layers=9), ["lin3", "(25, 64)"]),

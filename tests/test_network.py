@@ -72,17 +72,19 @@ def test_losses_and_their_gradient_equal_the_original(reference_network, monkeyp
         assert relative_error(parameter.g, wanted.T.reshape(parameter.shape)) <= 1e-3, name
 
 
-@pytest.mark.parametrize("surface", [0, 60, 200])
-def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, surface):
+@pytest.mark.parametrize("surface, without, by_rays", [
+    (0, (), False), (60, (), False), (200, (), False), (0, (), True), (60, (), True), (200, (), True),
+    (60, ("view",), True), (60, ("normal",), False), (60, ("feature",), False), (60, ("view", "normal", "feature"), True)])
+def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, surface, without, by_rays):
     """The GPU's graph against the CPU's on a network that is no sphere, with some rows of the surface that do not count;
     twice, as the second step finds what the first has left."""
     def gradients(numpy):
         monkeypatch.setattr(network, "on_cpu", lambda: numpy)
         rng = np.random.default_rng(0)
-        network.initialize(64, 32, 9, 0.6, rng)
+        network.initialize(64, 32, 9, 0.6, rng, without)
         for parameter in nn.get_parameters().values():
             parameter.d = parameter.d + 0.02 * rng.normal(size=parameter.shape)
-        g = network.training_graph(200, surface, 100.0, 0.1)
+        g = network.training_graph(200, surface, 100.0, 0.1, without, by_rays)
         g["alpha"].d = 50.0
         for _ in range(2):
             colored = np.arange(200) < surface - 7
@@ -97,10 +99,34 @@ def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, surf
             g["forward"]()
             losses = [float(g[name].d) for name in ("loss", "color", "mask", "eikonal")]
             g["backward"]()
-        return losses, {name: parameter.g.copy() for name, parameter in nn.get_parameters().items()}
+        found = {name: parameter.g.copy() for name, parameter in nn.get_parameters().items()}
+        return losses, {**found, **dict(zip(("points", "directions"), g["by_rays"]() if by_rays else ()))}
 
     (losses, found), (wanted_losses, wanted) = gradients(numpy=False), gradients(numpy=True)
     assert losses == pytest.approx(wanted_losses, rel=1e-5)
     for name in wanted:
-        if surface or name.startswith("implicit"):
+        if name == "directions" and (not surface or "view" in without):
+            assert not found[name].any() and not wanted[name].any()
+        elif surface or not name.startswith("rendering"):
             assert relative_error(found[name], wanted[name]) <= 1e-4, name
+
+
+@BACKENDS
+@pytest.mark.parametrize("without", [(), ("normal",), ("view",), ("feature",), ("view", "feature")])
+def test_a_renderer_without_an_input_ignores_it(monkeypatch, numpy, without):
+    monkeypatch.setattr(network, "on_cpu", lambda: numpy)
+    network.initialize(64, 5, 4, 0.6, np.random.default_rng(0), without)
+    given = {"view": 27, "normal": 3, "feature": 5}
+    assert nn.get_parameters()["rendering/0/v"].shape == (38 - sum(given[name] for name in without), 64)
+    rng = np.random.default_rng(1)
+    parts = {name: nn.Variable.from_numpy_array(rng.normal(size=(9, columns)).astype(np.float32))
+             for name, columns in (("x", 3), ("normal", 3), ("view", 3), ("feature", 5))}
+    rgb = network.rendering(weights=network.folded_weights("rendering"), without=without, **parts)
+    rgb.forward()
+    before = rgb.d.copy()
+    for name, part in parts.items():
+        kept = part.d.copy()
+        part.d = kept + 0.3
+        rgb.forward()
+        assert np.array_equal(rgb.d, before) is (name in without), name
+        part.d = kept
