@@ -68,8 +68,21 @@ def rays(vector, in_camera):
     return vector[4:].astype(np.float32), (in_camera @ rotation(vector[:4]).T).astype(np.float32)
 
 
-def by_vector(vector, in_camera, points, by_points, by_directions):
-    """Carry a loss's derivatives back to the pose vector (7,) of a view: returns (7,) float64.
+def moved(vector, step):
+    """Return the pose vector (7,) after a step (7,), of the quaternion's numbers and of the centre.
+
+    A camera that moves turns along, so that it sees the origin where it did. Without that, turning and moving change an
+    image so much alike that an optimiser soon has the one make up for the other, and hardly mends what is left.
+    """
+    centre, quaternion = vector[4:], vector[:4] + step[:4]
+    turn = np.cross(centre, step[4:]) / (centre @ centre)
+    w, axis = quaternion[0], quaternion[1:]
+    turned = quaternion + 0.5 * np.concatenate([[-turn @ axis], w * turn + np.cross(turn, axis)])
+    return np.concatenate([turned, centre + step[4:]])
+
+
+def by_step(vector, in_camera, points, by_points, by_directions):
+    """Carry a loss's derivatives back to the step (7,) with which a pose vector (7,) is moved: returns (7,) float64.
 
     vector and in_camera as for `rays`; points (R, 3): one on each ray, moved by the camera at a constant distance from
     its centre; by_points (R, 3): the derivatives by these; by_directions (R, 3): what the directions have beside.
@@ -80,7 +93,10 @@ def by_vector(vector, in_camera, points, by_points, by_directions):
     unit, length = unit_quaternion(vector[:4])
     by_unit = np.tensordot(rotation_slopes(unit), by_rotation, 2)
     by_quaternion = (by_unit - unit * (unit @ by_unit)) / length       # its length has no effect
-    return np.concatenate([by_quaternion, by_points.sum(axis=0, dtype=np.float64)])
+    by_turn = 0.5 * (vector[0] * by_quaternion[1:] - by_quaternion[0] * vector[1:4]
+                     + np.cross(vector[1:4], by_quaternion[1:]))
+    by_centre = by_points.sum(axis=0, dtype=np.float64) + np.cross(by_turn, vector[4:]) / (vector[4:] @ vector[4:])
+    return np.concatenate([by_quaternion, by_centre])
 
 
 # --- among nnabla's parameters ----------------------------------------------------------------------------------------
@@ -105,8 +121,9 @@ def with_trained_poses(scene, source):
 
 
 class SparseAdam:
-    """Adam on cameras/pose, of which a step touches one view's row and its moments alone; the count of the steps, of the
-    bias corrections, is that of all views. So does torch.optim.SparseAdam, which the authors use.
+    """Adam on cameras/pose, of which a step touches one view's row and its moments alone; the count of the steps, for the
+    bias corrections, is that of all views. So does torch.optim.SparseAdam, which the authors use. What a step is, `moved`
+    says.
 
     Its states are read and set as those of nnabla's solvers.
     """
@@ -124,7 +141,8 @@ class SparseAdam:
         self.m[view] += (1 - self.beta1) * (gradient - self.m[view])
         self.v[view] += (1 - self.beta2) * (gradient ** 2 - self.v[view])
         rate = self.learning_rate * np.sqrt(1 - self.beta2 ** self.t) / (1 - self.beta1 ** self.t)
-        self.pose.d[view] -= rate * self.m[view] / (np.sqrt(self.v[view]) + self.eps)
+        step = -rate * self.m[view] / (np.sqrt(self.v[view]) + self.eps)
+        self.pose.d[view] = moved(self.pose.d[view], step)
 
     def get_states(self):
         kept = {part: nn.Variable.from_numpy_array(array) for part, array in (("m", self.m), ("v", self.v))}

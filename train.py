@@ -109,8 +109,10 @@ def train(conf, scene, views, folder, state, stop):
     with tqdm(initial=first, total=conf.train.epochs * steps, unit="step", dynamic_ncols=True,
               smoothing=0.05) as progress:
         for epoch in range(start, conf.train.epochs):
-            solver.set_learning_rate(
-                scheduled(conf.train.learning_rate, 0.5, conf.train.learning_rate_halved_after, epoch))
+            slower = scheduled(1.0, 0.5, conf.train.learning_rate_halved_after, epoch)
+            solver.set_learning_rate(conf.train.learning_rate * slower)
+            if camera_solver:
+                camera_solver.learning_rate = conf.train.camera_learning_rate * slower
             alpha = scheduled(conf.train.alpha, 2.0, conf.train.alpha_doubled_after, epoch)
             for step in range(max(first, epoch * steps), (epoch + 1) * steps):
                 rng = helper.random_numbers(conf.train.seed, helper.SAMPLES, step)
@@ -126,7 +128,7 @@ def train(conf, scene, views, folder, state, stop):
                 check_losses(losses, step, epoch, folder)
                 solver.update()
                 if camera_solver:
-                    camera_solver.update(view, cameras.by_vector(pose.d[view], in_camera, points, *compute.by_rays()))
+                    camera_solver.update(view, cameras.by_step(pose.d[view], in_camera, points, *compute.by_rays()))
                 loss = losses["loss"]
                 log.add(step, losses, hits=colored.sum(), learning_rate=solver.learning_rate(), alpha=alpha)
                 progress.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)

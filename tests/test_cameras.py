@@ -62,9 +62,21 @@ def test_derivative_by_the_vector_against_differences():
         points, directions = points_and_directions(vector)
         return (by_points * points).sum() + (by_directions * directions).sum()
 
-    found = cameras.by_vector(vector, in_camera, points_and_directions(vector)[0], by_points, by_directions)
-    wanted = [(value(vector + step) - value(vector - step)) / 2e-6 for step in 1e-6 * np.eye(7)]
+    found = cameras.by_step(vector, in_camera, points_and_directions(vector)[0], by_points, by_directions)
+    wanted = [(value(cameras.moved(vector, step)) - value(cameras.moved(vector, -step))) / 2e-6
+              for step in 1e-6 * np.eye(7)]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
+
+
+def test_a_camera_that_moves_keeps_the_origin_in_view():
+    vector = cameras.pose_vectors(make_scene.look_at(np.array([1.0, 2.0, 1.5]), np.zeros(3), (0, 0, 1))[None])[0]
+    step = np.array([0, 0, 0, 0, 0.02, -0.01, 0.03])
+    moved = cameras.moved(2.0 * vector * np.array([1] * 4 + [0.5] * 3), step)
+    np.testing.assert_allclose(moved[4:], vector[4:] + step[4:])
+    seen = cameras.rotation(moved[:4]).T @ -moved[4:]
+    assert np.linalg.norm(seen[:2]) < 5e-4 * seen[2]
+    turned = cameras.moved(vector, np.array([0.01, -0.02, 0.03, 0.01, 0, 0, 0]))
+    np.testing.assert_allclose(turned, vector + np.array([0.01, -0.02, 0.03, 0.01, 0, 0, 0]))
 
 
 @BACKENDS
@@ -119,8 +131,9 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
     g["backward"]()
     by_points, by_directions = g["by_rays"]()
     by_directions = np.concatenate([by_directions, np.zeros((len(t) - len(by_directions), 3))])
-    found = cameras.by_vector(vector, in_camera, points, by_points, by_directions)
-    wanted = [(loss(vector + step) - loss(vector - step)) / 8e-3 for step in 4e-3 * np.eye(7)]
+    found = cameras.by_step(vector, in_camera, points, by_points, by_directions)
+    wanted = [(loss(cameras.moved(vector, step)) - loss(cameras.moved(vector, -step))) / 8e-3
+              for step in 4e-3 * np.eye(7)]
     assert relative_error(found, wanted) <= 0.03
 
 
@@ -140,7 +153,8 @@ def test_sparse_adam_is_adam_on_one_row_with_the_count_of_all():
         assert np.array_equal(np.delete(pose.d, view, 0), np.delete(before, view, 0))
         m[view] = 0.9 * m[view] + 0.1 * gradient
         v[view] = 0.999 * v[view] + 0.001 * gradient ** 2
-        rows[view] -= 1e-2 * (m[view] / (1 - 0.9 ** step)) / np.sqrt(v[view] / (1 - 0.999 ** step))
+        by = 1e-2 * (m[view] / (1 - 0.9 ** step)) / np.sqrt(v[view] / (1 - 0.999 ** step))
+        rows[view] = cameras.moved(rows[view], -by)
         np.testing.assert_allclose(pose.d, rows, atol=1e-5)
     assert np.array_equal(pose.d[2], start[2])
 
@@ -168,3 +182,144 @@ def test_errors_of_cameras_that_no_alignment_fits():
     poses[:, :3, 3] = np.arange(5)[:, None] * [1.0, 2.0, 3.0]
     assert cameras.errors(poses, poses) is None
     assert cameras.errors(np.tile(np.eye(4), (4, 1, 1)), some_poses(4)) is None
+
+
+# --- the scripts ------------------------------------------------------------------------------------------------------
+
+def write_config(folder, **changes):
+    """Write the configuration of a short run with trained cameras, with section.key=value changed; returns its name."""
+    tree = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
+    tree["data"].update(path="tiny", held_out_views=[8], cameras="cameras_linear_init.npz")
+    tree["network"].update(feature=8, layers=6, without=["view"])
+    tree["tracer"].update(samples=20)
+    tree["train"].update(epochs=40, rays=256, learning_rate_halved_after=[], alpha_doubled_after=[], save_every=20,
+                         validate_every=20, validation_view=0, validation_downscale=2, camera_learning_rate=5e-3)
+    for name, value in changes.items():
+        section, key = name.split("__")
+        tree[section][key] = value
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    return "tiny.yaml"
+
+
+def train(folder, *more, status=0, **changes):
+    return run("train.py", "--context", "cpu", "--config", write_config(folder, **changes), *more, cwd=folder,
+               status=status)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a tiny scene with inexact cameras, and a run on it."""
+    folder = tmp_path_factory.mktemp("cameras")
+    run("make_scene.py", "--output", "tiny", "--views", 8, "--held-out", 1, "--size", 32, "--camera-noise", 6, 0,
+        cwd=folder)
+    (folder / "said.txt").write_text(train(folder))
+    return folder
+
+
+MODEL = ("--config", "results_tiny/tiny.yaml", "--model-load-path", "results_tiny", "--context", "cpu")
+
+
+def test_noisy_cameras_are_as_noisy_as_asked_for(tmp_path):
+    run("make_scene.py", "--output", "noisy", "--views", 60, "--held-out", 0, "--size", 8, "--camera-noise", 4, 2,
+        cwd=tmp_path)
+    true, noisy = (datasets.load_cameras(tmp_path / "noisy" / name, 60)
+                   for name in ("cameras.npz", "cameras_linear_init.npz"))
+    np.testing.assert_allclose(noisy[0], true[0], atol=1e-6)        # K
+    turns = Rotation.from_matrix(np.swapaxes(noisy[1], 1, 2)[:, :3, :3] @ true[1][:, :3, :3]).magnitude()
+    assert np.degrees(np.sqrt((turns ** 2).mean())) == pytest.approx(4, rel=0.25)
+    moves = np.linalg.norm((noisy[1] - true[1])[:, :3, 3], axis=1)
+    assert np.sqrt((moves ** 2).mean()) == pytest.approx(0.02 * make_scene.DISTANCE, rel=0.25)
+    assert "--camera-noise" in refused("make_scene.py", "--output", "more", "--camera-noise", -1, 2, cwd=tmp_path)
+
+
+def test_training_mends_cameras_and_says_so(folder):
+    results = folder / "results_tiny"
+    said = (folder / "said.txt").read_text()
+    assert len(re.findall(r"cameras off by [\d.]+ degrees and [\d.]+ of", said)) == 2
+    off = series(results, "camera_rotation")
+    start = cameras.errors(*(datasets.load_cameras(folder / "tiny" / name, 9)[1][:8]
+                             for name in ("cameras_linear_init.npz", "cameras.npz"))).rotation.mean()
+    assert len(off) == 2 and off[-1] < 0.75 * start
+    assert len(series(results, "camera_translation")) == 2
+    pose = helper.read_arrays(results / "model_00039.h5")[0]["cameras/pose"]
+    start = cameras.pose_vectors(datasets.load_cameras(folder / "tiny" / "cameras_linear_init.npz", 9)[1])
+    assert (pose[:8] != start[:8]).any(axis=1).all() and np.array_equal(pose[8], start[8])   # held out: as it was
+    nn.clear_parameters()
+    nn.load_parameters(str(results / "model_00039.h5"))
+    assert nn.get_parameters(grad_only=False)["cameras/pose"].shape == (9, 7)
+    nn.clear_parameters()
+
+
+def test_the_other_scripts_use_trained_cameras(folder):
+    said = run("evaluate.py", *MODEL, cwd=folder)
+    start, trained = (float(off) for off in re.findall(r"cameras .*: off by ([\d.]+) degrees", said))
+    assert trained < 0.75 * start
+    assert series(folder / "results_tiny", "camera_rotation_per_view").mean() == pytest.approx(trained, abs=1e-3)
+    run("synthesize.py", *MODEL, "--views", 0, cwd=folder)
+    run("extract.py", *MODEL, "--resolution", 32, cwd=folder)
+    seen = (folder / "results_tiny" / "renders" / "view_000.png").read_bytes()
+    arrays = helper.read_arrays(folder / "results_tiny" / "model_00039.h5")[0]
+    arrays["cameras/pose"][0, 4:] *= 1.2
+    helper.set_parameters(arrays)
+    helper.save_model(folder / "farther.h5")
+    nn.clear_parameters()
+    farther = (*MODEL[:3], "farther.h5", *MODEL[4:])
+    run("synthesize.py", *farther, "--views", 0, "--monitor-path", "results", cwd=folder)
+    assert (folder / "results_tiny" / "renders" / "view_000.png").read_bytes() != seen
+    arrays["cameras/pose"] = arrays["cameras/pose"][:5]
+    helper.set_parameters(arrays)
+    helper.save_model(folder / "farther.h5")
+    nn.clear_parameters()
+    assert "farther.h5: has 5 trained cameras, and the scene 9 views" in refused(
+        "synthesize.py", *farther, "--views", 0, "--monitor-path", "results", cwd=folder)
+
+
+def test_a_resumed_run_with_cameras_is_the_one_that_was_not_interrupted(folder):
+    often = {"train__validate_every": 1, "train__save_every": 1}
+    train(folder, "--monitor-path", "whole", train__epochs=4, **often)
+    train(folder, "--monitor-path", "half", train__epochs=2, **often)
+    train(folder, "--monitor-path", "half", "--resume", train__epochs=4, **often)
+    found, wanted = (helper.read_arrays(folder / name / "state.h5")[0] for name in ("half_tiny", "whole_tiny"))
+    assert set(found) == set(wanted) and "cameras/cameras/pose/m" in wanted
+    for name in wanted:
+        assert np.array_equal(found[name], wanted[name]), name
+    for name in ("camera_rotation", "camera_translation", "psnr"):
+        assert np.array_equal(series(folder / "half_tiny", name), series(folder / "whole_tiny", name))
+
+
+def test_what_resuming_refuses(folder):
+    train(folder, "--monitor-path", "exact", train__epochs=1, train__camera_learning_rate=0)
+    assert not helper.read_arrays(folder / "exact_tiny" / "state.h5")[0].get("parameters/cameras/pose")
+    write_config(folder, train__epochs=2)
+    said = refused("train.py", "--config", "tiny.yaml", "--monitor-path", "exact", "--resume", cwd=folder)
+    assert "was begun without trained cameras" in said and "train.camera_learning_rate" in said
+    assert "nowhere.npz: no such file" in refused(
+        "train.py", "--config", write_config(folder, data__cameras="nowhere.npz"), cwd=folder)
+
+
+@pytest.mark.parametrize("pose, word", [(np.zeros((9, 7)), "length 0"), (np.full((9, 7), np.nan), "not finite"),
+                                        (np.ones((9, 6)), "(views, 7)")])
+def test_cameras_that_no_model_may_have(tmp_path, pose, word):
+    network.initialize(64, 8, 4, 0.6, np.random.default_rng(0))
+    helper.set_parameters({helper.POSE: pose.astype(np.float32)})
+    helper.save_model(tmp_path / "model.h5")
+    nn.clear_parameters()
+    with pytest.raises(helper.UserError, match="cameras/pose") as refusal:
+        helper.load_model(tmp_path / "model.h5", network.parameter_shapes(64, 8, 4))
+    assert word in str(refusal.value)
+
+
+def test_a_run_without_the_renderers_normal_and_view(folder):
+    without = {"network__without": ["normal", "view"], "train__camera_learning_rate": 0, "train__epochs": 1}
+    train(folder, "--monitor-path", "less", **without)
+    shapes = {name: array.shape for name, array in helper.read_arrays(folder / "less_tiny" / "model_00000.h5")[0].items()}
+    assert shapes["rendering/0/v"] == (3 + 8, 64)
+    model = ("--model-load-path", "less_tiny", "--context", "cpu")
+    run("evaluate.py", "--config", "less_tiny/tiny.yaml", *model, "--views", 0, cwd=folder)
+    assert "without: [view, normal]" in run("convert.py", "less_tiny/model_00000.h5", "--output", "less.pth", cwd=folder)
+    run("convert.py", "less.pth", "--output", "back.h5", cwd=folder)
+    write_config(folder)
+    assert "rendering/0/v is (11, 64)" in refused("evaluate.py", "--config", "tiny.yaml", *model, cwd=folder)
+    write_config(folder, network__without=["colour"])
+    assert "network.without must be any of normal, view and feature" in refused("evaluate.py", "--config", "tiny.yaml",
+                                                                               *model, cwd=folder)
