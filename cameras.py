@@ -1,8 +1,8 @@
 """Trained cameras: a pose per view as seven numbers, its derivative, its optimiser, and how far cameras are off.
 
 `cameras/pose`, (N, 7) float32, has one row per view by sorted name: a quaternion w, x, y, z, of any length, whose
-rotation takes the camera's axes (x right, y down, z forward) to those of the unit sphere's coordinates, and the camera's
-centre there. The intrinsics stay as they are.
+rotation takes the camera's axes (x right, y down, z forward) to those of the unit sphere's coordinates, and the
+camera's centre there. The intrinsics stay as they are.
 """
 from collections import namedtuple
 from pathlib import Path
@@ -106,24 +106,24 @@ def parameter():
     return nn.get_parameters(grad_only=False).get(helper.POSE)
 
 
-def with_trained_poses(scene, source):
-    """Return the scene with the poses of the trained cameras among nnabla's parameters, or as it is without them.
+def trained_poses(poses, source):
+    """Return the poses (N, 4, 4) of the trained cameras among nnabla's parameters; without such a scene's own `poses`.
 
     Raises UserError where they are of another number of views; `source` says where they come from.
     """
     pose = parameter()
     if pose is None:
-        return scene
-    if len(pose.d) != len(scene.poses):
-        raise helper.UserError(f"{source}: has {len(pose.d)} trained cameras, and the scene {len(scene.poses)} views; "
+        return poses
+    if len(pose.d) != len(poses):
+        raise helper.UserError(f"{source}: has {len(pose.d)} trained cameras, and the scene {len(poses)} views; "
                                "restore the scene that it was trained on")
-    return scene._replace(poses=pose_matrices(pose.d))
+    return pose_matrices(pose.d)
 
 
 class SparseAdam:
-    """Adam on cameras/pose, of which a step touches one view's row and its moments alone; the count of the steps, for the
-    bias corrections, is that of all views. So does torch.optim.SparseAdam, which the authors use. What a step is, `moved`
-    says.
+    """Adam on cameras/pose, of which a step touches one view's row and its moments alone; the count of the steps, for
+    the bias corrections, is that of all views. So does torch.optim.SparseAdam, which the authors use. What a step is,
+    `moved` says.
 
     Its states are read and set as those of nnabla's solvers.
     """
@@ -156,8 +156,8 @@ class SparseAdam:
 # --- how far off ------------------------------------------------------------------------------------------------------
 
 def true_cameras(path, trained, count):
-    """Return the cameras.npz of the scene in the folder `path` as Truth: poses (count, 4, 4), and the radius of its unit
-    sphere in world units. None where the scene has none, or has no other, `trained` being the file that is trained.
+    """Return the cameras.npz of the scene in the folder `path` as Truth: poses (count, 4, 4), and the radius of its
+    unit sphere in world units. None where the scene has none, or has no other, `trained` being the file to train.
     """
     file = Path(path) / "cameras.npz"
     if not file.is_file() or file.samefile(Path(path) / trained):
@@ -169,8 +169,8 @@ def true_cameras(path, trained, count):
 def errors(poses, true_poses):
     """Return the Errors of poses against the true ones, both (N, 4, 4), camera to world.
 
-    Two sets of cameras that differ by a similarity give the same images; so the centres are aligned first (Umeyama 1991),
-    and the rotations with them. Returns None where that is not determined: below three cameras, or all in a line.
+    Two sets of cameras that differ by a similarity give the same images; so the centres are aligned first (Umeyama
+    1991), and the rotations with them. Returns None where that is not determined: below three cameras, or all in a line.
     """
     aligned = alignment(poses[:, :3, 3], true_poses[:, :3, 3])
     if aligned is None:
@@ -183,7 +183,7 @@ def errors(poses, true_poses):
 
 
 def alignment(points, targets):
-    """Return the similarity (4, 4) that takes points (N, 3) closest to targets (N, 3), or None where there is no one."""
+    """Return the similarity (4, 4) that takes points (N, 3) closest to targets (N, 3), or None where many are."""
     spreads = [np.linalg.svd(p - p.mean(axis=0), compute_uv=False) for p in (points, targets)]
     if len(points) < 3 or any(spread[1] <= 1e-6 * spread[0] for spread in spreads):
         return None
@@ -197,5 +197,5 @@ def in_words(found, scale):
     if found is None:
         return "in a line or too few, so their errors have no measure"
     world = f" ({scale * found.translation.mean():.3g} in world units)" if abs(scale - 1) > 1e-6 else ""
-    return (f"off by {found.rotation.mean():.3f} degrees and {found.translation.mean():.5f} of the unit sphere's radius{world}, "
-            f"at most {found.rotation.max():.3f} and {found.translation.max():.5f}")
+    return (f"off by {found.rotation.mean():.3f} degrees and {found.translation.mean():.5f} of the unit sphere's radius"
+            f"{world}, at most {found.rotation.max():.3f} and {found.translation.max():.5f}")

@@ -95,7 +95,8 @@ def in_words(ours):
     """Return the words for what parameters of ours hold: the sizes as a configuration has them, and the cameras."""
     shapes, words = {name: array.shape for name, array in ours.items() if name != POSE}, []
     if shapes:
-        words.append("network: {" + ", ".join(f"{key}: {value}" for key, value in sizes(shapes).items()).replace("'", "") + "}")
+        said = ", ".join(f"{key}: {value}" for key, value in sizes(shapes).items()).replace("'", "")
+        words.append(f"network: {{{said}}}")
     return ", ".join(words + ([f"{len(ours[POSE])} cameras"] if POSE in ours else []))
 
 

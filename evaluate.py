@@ -39,7 +39,8 @@ def main():
     scan = mesh_measures.load_dtu(args.dtu, Path(conf.data.path).resolve().name) if args.dtu else None
     monitor = Monitor(str(folder))
     if args.views != ["none"]:
-        measure_views(args.views, conf, monitor)
+        measure_views(args.views, conf, args.model_load_path, monitor)
+    measure_cameras(conf, args.model_load_path, monitor)
     if truth is not None:
         distances, consistency = mesh_measures.compare(mesh_measures.surface(mesh), mesh_measures.surface(truth))
         report(distances._asdict(), monitor, "{:.5f}")
@@ -58,9 +59,28 @@ def report(values, monitor, form):
         MonitorSeries(name, monitor, interval=1, verbose=False).add(0, value)
 
 
-def measure_views(words, conf, monitor):
+def measure_cameras(conf, model, monitor):
+    """Print how far off trained cameras are, and were before, and write monitors; nothing where that is not known."""
+    if cameras.parameter() is None:
+        return
+    start = datasets.load_scene_cameras(conf.data.path, conf.data.cameras)[1]
+    true = cameras.true_cameras(conf.data.path, conf.data.cameras, len(start))
+    if true is None:
+        return
+    seen = [view for view in range(len(start)) if view not in conf.data.held_out_views]
+    for which, poses in ((f"of {conf.data.cameras}", start), ("as trained", cameras.trained_poses(start, model))):
+        off = cameras.errors(poses[seen], true.poses[seen])
+        print(f"cameras {which}: {cameras.in_words(off, true.scale)}")
+    for name, values in off._asdict().items() if off else ():
+        series = MonitorSeries(f"camera_{name}_per_view", monitor, interval=1, verbose=False)
+        for view, value in zip(seen, values):
+            series.add(view, value)
+
+
+def measure_views(words, conf, model, monitor):
     """Render the views that the command line names; print PSNR and SSIM of each and over all, and write monitors."""
-    scene = datasets.load_scene(conf.data.path, conf.data.downscale)
+    scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
+    scene = scene._replace(poses=cameras.trained_poses(scene.poses, model))
     views = datasets.chosen_views(words, len(scene.images), "--views")
     if min(scene.images.shape[1:3]) < SSIM_WINDOW:
         raise helper.UserError(f"{conf.data.path}: images of {datasets.says_size(scene.images.shape[1:])} are too "

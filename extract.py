@@ -46,7 +46,7 @@ def main():
     poses = scale_mat = None
     if args.world or any(path.suffix.lower() == ".html" for path in paths):
         poses, scale_mat = datasets.load_scene_cameras(conf.data.path, conf.data.cameras)[1:]
-        poses = cameras.trained_poses(poses, model)
+        poses = cameras.trained_poses(poses, args.model_load_path)
         datasets.check_views([conf.train.validation_view], len(poses), f"{args.config}: train.validation_view")
 
     mesh = extract(network.sdf_evaluator(), conf.extract.coarse_resolution, args.resolution or conf.extract.resolution)

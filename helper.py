@@ -566,8 +566,8 @@ def model_file(path):
 def load_model(path, shapes):
     """Load the parameters of the checkpoint at `path` into nnabla's parameter scope, in place of those there.
 
-    shapes: {parameter name: shape} of the configured network; trained cameras may be there beside. Raises UserError where
-    the file is no checkpoint, or one of another network.
+    shapes: {parameter name: shape} of the configured network; trained cameras may be there beside. Raises UserError
+    where the file is no checkpoint, or one of another network.
     """
     import nnabla as nn
     arrays, _ = read_arrays(path)

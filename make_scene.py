@@ -192,8 +192,8 @@ def world_matrices(intrinsics, pose):
 
 
 def disturbed(pose, degrees, percent, rng):
-    """Return a pose (4, 4) turned about a random axis and moved; the root mean squares, of the angle and of the movement
-    as a share of the distance from the origin, are `degrees` and `percent`."""
+    """Return a pose (4, 4) turned about a random axis and moved; the root mean squares, of the angle and of the
+    movement as a share of the distance from the origin, are `degrees` and `percent`."""
     noisy = pose.copy()
     turn = Rotation.from_rotvec(rng.normal(0.0, np.radians(degrees) / 3 ** 0.5, 3))
     noisy[:3, :3] = turn.as_matrix() @ pose[:3, :3]

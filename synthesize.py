@@ -45,7 +45,7 @@ def main():
     if args.appearance_model_path:
         take_appearance(helper.model_file(args.appearance_model_path), conf.network.feature, conf.network.without)
     scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
-    scene = cameras.with_trained_poses(scene, args.model_load_path)
+    scene = scene._replace(poses=cameras.trained_poses(scene.poses, args.model_load_path))
     words = args.views or (["all"] if args.path == "cameras" else [conf.train.validation_view])
     views = datasets.chosen_views(words, len(scene.images), "--views")
     if args.path == "cameras" and len(views) < 2:

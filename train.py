@@ -86,7 +86,7 @@ def train(conf, scene, views, folder, state, stop):
     else:
         helper.restore_state(state, solvers)
         first, loss = state.progress["step"], state.progress["loss"]
-        scene = cameras.with_trained_poses(scene, state.path)
+        scene = scene._replace(poses=cameras.trained_poses(scene.poses, state.path))
     sdf = network.sdf_evaluator()
     compute = TrainingStep(conf.train.rays, conf.train.mask_weight, conf.train.eikonal_weight, conf.network.without,
                            by_rays=camera_solver is not None)
@@ -146,7 +146,7 @@ def train(conf, scene, views, folder, state, stop):
             if validation_is_due:
                 sdf.refresh()
                 path = folder / "validation" / f"epoch_{epoch:05d}.png"
-                scene = cameras.with_trained_poses(scene, folder)
+                scene = scene._replace(poses=cameras.trained_poses(scene.poses, folder))
                 psnr = validate(path, sdf, scene, conf.train.validation_view, conf.train.validation_downscale,
                                 conf.tracer, conf.network.without)
                 log.add_validation(epoch, psnr=psnr)
@@ -195,11 +195,11 @@ def check_cameras(state, learning_rate, count):
     """Raise UserError where a state has no cameras to train on, or those of another number of views."""
     pose = state.parameters.get(helper.POSE)
     if learning_rate and pose is None:
-        raise helper.UserError(f"{state.path}: was begun without trained cameras; set train.camera_learning_rate to 0, or "
-                               "start without --resume")
+        raise helper.UserError(f"{state.path}: was begun without trained cameras; set train.camera_learning_rate to 0, "
+                               "or start without --resume")
     if pose is not None and len(pose) != count:
-        raise helper.UserError(f"{state.path}: has {len(pose)} trained cameras, and now there are {count} views; restore "
-                               "the scene, or start without --resume")
+        raise helper.UserError(f"{state.path}: has {len(pose)} trained cameras, and now there are {count} views; "
+                               "restore the scene, or start without --resume")
 
 
 def tell_resumed(state, conf):

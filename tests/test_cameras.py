@@ -1,4 +1,4 @@
-"""Trained cameras: poses as seven numbers, their derivative, the sparse Adam, the errors, and training by the scripts."""
+"""Trained cameras: poses as seven numbers, their derivative, the sparse Adam, the errors, training by the scripts."""
 import re
 
 import nnabla as nn
@@ -312,11 +312,12 @@ def test_cameras_that_no_model_may_have(tmp_path, pose, word):
 def test_a_run_without_the_renderers_normal_and_view(folder):
     without = {"network__without": ["normal", "view"], "train__camera_learning_rate": 0, "train__epochs": 1}
     train(folder, "--monitor-path", "less", **without)
-    shapes = {name: array.shape for name, array in helper.read_arrays(folder / "less_tiny" / "model_00000.h5")[0].items()}
-    assert shapes["rendering/0/v"] == (3 + 8, 64)
+    arrays = helper.read_arrays(folder / "less_tiny" / "model_00000.h5")[0]
+    assert arrays["rendering/0/v"].shape == (3 + 8, 64)
     model = ("--model-load-path", "less_tiny", "--context", "cpu")
     run("evaluate.py", "--config", "less_tiny/tiny.yaml", *model, "--views", 0, cwd=folder)
-    assert "without: [view, normal]" in run("convert.py", "less_tiny/model_00000.h5", "--output", "less.pth", cwd=folder)
+    said = run("convert.py", "less_tiny/model_00000.h5", "--output", "less.pth", cwd=folder)
+    assert "without: [view, normal]" in said
     run("convert.py", "less.pth", "--output", "back.h5", cwd=folder)
     write_config(folder)
     assert "rendering/0/v is (11, 64)" in refused("evaluate.py", "--config", "tiny.yaml", *model, cwd=folder)

@@ -74,7 +74,8 @@ def test_losses_and_their_gradient_equal_the_original(reference_network, monkeyp
 
 @pytest.mark.parametrize("surface, without, by_rays", [
     (0, (), False), (60, (), False), (200, (), False), (0, (), True), (60, (), True), (200, (), True),
-    (60, ("view",), True), (60, ("normal",), False), (60, ("feature",), False), (60, ("view", "normal", "feature"), True)])
+    (60, ("view",), True), (60, ("normal",), False), (60, ("feature",), False),
+    (60, ("view", "normal", "feature"), True)])
 def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, surface, without, by_rays):
     """The GPU's graph against the CPU's on a network that is no sphere, with some rows of the surface that do not count;
     twice, as the second step finds what the first has left."""
