@@ -170,7 +170,8 @@ def errors(poses, true_poses):
     """Return the Errors of poses against the true ones, both (N, 4, 4), camera to world.
 
     Two sets of cameras that differ by a similarity give the same images; so the centres are aligned first (Umeyama
-    1991), and the rotations with them. Returns None where that is not determined: below three cameras, or all in a line.
+    1991), and the rotations with them. Returns None where that is not determined: below three cameras, or all in one
+    line.
     """
     aligned = alignment(poses[:, :3, 3], true_poses[:, :3, 3])
     if aligned is None:

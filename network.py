@@ -398,10 +398,12 @@ def eikonal_loss(gradient):
 def training_graph(rays, surface, mask_weight, eikonal_weight, without=(), by_rays=False):
     """The losses of one step over `rays` rays, of which the first `surface` may show the surface.
 
-    without: as rendering. Returns a dict of Variables and two functions. To be set: points (rays + rays // 2, 3), the rays' points followed by
-    the uniform ones; directions and rgb (surface, 3); colored (surface, 1), 1 where the ray hits in the object mask;
-    object_mask and masked (rays, 1), masked being 1 for the other rays; alpha (1, 1). forward() computes the losses, to
-    be read: loss, color, mask, eikonal; backward() then adds the loss's derivatives to the parameters' gradients.
+    without: as rendering. Returns a dict of Variables and two functions. To be set: points (rays + rays // 2, 3), the
+    rays' points followed by the uniform ones; directions and rgb (surface, 3); colored (surface, 1), 1 where the ray
+    hits in the object mask; object_mask and masked (rays, 1), masked being 1 for the other rays; alpha (1, 1).
+    forward() computes the losses, to be read: loss, color, mask, eikonal; backward() then adds the loss's derivatives
+    to the parameters' gradients.
+
     With `by_rays` a third function, by_rays(), then gives those by the rays' points (rays, 3) and by the directions
     (surface, 3) as the renderer is given them, NumPy arrays; the eikonal loss has no part in them, and the distance
     along a ray is held constant.
