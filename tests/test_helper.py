@@ -80,9 +80,14 @@ def test_refuses_an_unknown_section(tmp_path, tree):
 
 
 @pytest.mark.parametrize("section, key", KEYS)
-def test_refuses_missing_keys(tmp_path, tree, section, key):
+def test_refuses_missing_keys_that_are_not_optional(tmp_path, tree, section, key):
     del tree[section][key]
-    assert f"{section}.{key} is missing" in refusal(tmp_path, tree)
+    if key in helper.OPTIONAL.get(section, {}):
+        (tmp_path / "some.yaml").write_text(yaml.safe_dump(tree))
+        conf = helper.load_config(tmp_path / "some.yaml")
+        assert getattr(getattr(conf, section), key) == helper.OPTIONAL[section][key]
+    else:
+        assert f"{section}.{key} is missing" in refusal(tmp_path, tree)
 
 
 @pytest.mark.parametrize("section", helper.SETTINGS)
