@@ -21,6 +21,8 @@ import numpy as np
 
 import helper
 
+PATIENCE = 3.0      # seconds in which mpirun has surely ended the others after one has failed
+
 # The number of this process and how many there are, of all machines and of this one.
 Launched = namedtuple("Launched", "rank size local_rank local_size")
 
@@ -117,7 +119,8 @@ def nccl_communicator(here):
     except Exception as error:      # the extension raises what is missing in a class of its own
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
         raise helper.UserError(f"nnabla's communicator cannot be set up: {lines[-1].strip()}; it needs Open MPI's "
-                               "libmpi.so and NCCL's libnccl.so.2, found by OMPI_HOME and NCCL_HOME (see README.md)")
+                               "libmpi.so and NCCL's libnccl.so.2, found by OMPI_HOME and NCCL_HOME, and nnabla 1.31 "
+                               "or newer (see README.md)")
     if (communicator.rank, communicator.size) != (here.rank, here.size):
         raise helper.UserError(f"mpirun started {here.size} processes, but the libmpi.so that nnabla loads knows of "
                                f"{communicator.size}: it is of another installation than mpirun; set OMPI_HOME to "
@@ -161,7 +164,7 @@ def run(main):
         traceback.print_exc()
         status = 1
     if here.rank:
-        time.sleep(min(here.rank, 20))      # seconds: the ones before it may tell the same
+        time.sleep(PATIENCE * min(here.rank, 10))       # the ones before it may tell the same
         print(f"process {here.rank} of {here.size}, on {socket.gethostname()}: {sys.stderr.getvalue()}", end="",
               file=stderr)
     for stream in (sys.stdout, stderr):

@@ -183,7 +183,7 @@ def is_complete(state, epochs, views, ranks):
         raise helper.UserError(f"{state.path}: was trained on {trained['views']} views, and now there are {views}; "
                                "restore the scene and data.held_out_views, or start without --resume")
     if trained["ranks"] != ranks:
-        raise helper.UserError(f"{state.path}: was trained by {trained['ranks']} process(es), and now there are "
+        raise helper.UserError(f"{state.path}: is of {trained['ranks']} process(es) at once, and now there would be "
                                f"{ranks}, with which an epoch has other steps; start as many (mpirun -n "
                                f"{trained['ranks']}), or start without --resume")
     more = state.progress["step"] - epochs * steps
