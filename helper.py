@@ -176,9 +176,9 @@ def video_writer(path):
     """
     import imageio.v2 as imageio
     if Path(path).suffix.lower() == ".gif":
-        kind = {"duration": FRAME_TIME, "loop": 0}
+        kind = {"format": "GIF", "duration": FRAME_TIME, "loop": 0}
     else:
-        kind = {"fps": 1000 // FRAME_TIME, "quality": 8, "macro_block_size": 1}
+        kind = {"format": "FFMPEG", "fps": 1000 // FRAME_TIME, "quality": 8, "macro_block_size": 1}
     with replacing(path) as temporary, imageio.get_writer(temporary, **kind) as writer:
         def append(image):
             odd = np.array(image.shape[:2]) % 2     # H.264 wants even sizes

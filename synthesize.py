@@ -35,9 +35,13 @@ def main():
     parser.add_argument("--height", type=int, default=None, help="pixels; by default that of the scene's images")
     parser.add_argument("--normals", action="store_true", help="also write the normals, as colours")
     parser.add_argument("--depth", action="store_true", help="also write the depth, as a picture and as numbers (.npy)")
+    parser.add_argument("--appearance-model-path", metavar="MODEL",
+                        help="another run's model_*.h5, or its folder, whose renderer colours this model's shape")
     args = parser.parse_args()
     check_arguments(args)
     conf, folder = helper.open_run(args, network.parameter_shapes)
+    if args.appearance_model_path:
+        take_appearance(helper.model_file(args.appearance_model_path), conf.network.feature)
     scene = datasets.load_scene(conf.data.path, conf.data.downscale)
     words = args.views or (["all"] if args.path == "cameras" else [conf.train.validation_view])
     views = datasets.chosen_views(words, len(scene.images), "--views")
@@ -46,9 +50,10 @@ def main():
     size = scene.images.shape[1:3]
     intrinsics, shape = resized(scene.intrinsics, size, args.height or size[0])
 
+    ending = "_appearance" if args.appearance_model_path else ""
     sdf = network.sdf_evaluator()
     if args.path:
-        path = Path(args.output or folder / "renders" / f"{args.path}.mp4")
+        path = Path(args.output or folder / "renders" / f"{args.path}{ending}.mp4")
         if args.path == "turntable":
             cameras = [intrinsics[views[0]]] * args.frames, turntable(scene.poses, views[0], args.frames)
         else:
@@ -59,7 +64,7 @@ def main():
         return
     for view in tqdm(views, unit="view", dynamic_ncols=True):
         render = render_view(sdf, intrinsics[view], scene.poses[view], shape, conf.tracer)
-        stem = folder / "renders" / f"view_{view:03d}"
+        stem = folder / "renders" / f"view_{view:03d}{ending}"
         helper.write_image(f"{stem}.png", render.rgb)
         if args.normals:
             helper.write_image(f"{stem}_normals.png", normal_colors(render))
@@ -82,6 +87,25 @@ def check_arguments(args):
         raise helper.UserError(f"--frames must be 2 or more, not {args.frames}")
     if args.height is not None and not 8 <= args.height <= 8192:
         raise helper.UserError(f"--height must be 8 to 8192, not {args.height}")
+
+
+def take_appearance(path, feature):
+    """Put another model's rendering network in the place of the current one: its colours on our shape.
+
+    feature: the length of our feature vectors, which that renderer must take. Raises UserError where it does not.
+    """
+    arrays, _ = helper.read_arrays(path)
+    first = arrays.get("rendering/0/v")
+    if first is None or first.ndim != 2:
+        raise helper.UserError(f"{path}: has no rendering network; it was saved by another program")
+    takes = first.shape[0] - network.layer_sizes(64, 0, 9)["rendering/0"][0]
+    if takes != feature:
+        raise helper.UserError(f"{path}: its renderer takes {takes} features, the shape's model gives {feature}; train "
+                               "both with the same network.feature")
+    shapes = {name: shape for name, shape in network.parameter_shapes(first.shape[1], feature, 9).items()
+              if name.startswith("rendering/")}
+    helper.check_parameters(path, arrays, shapes)
+    helper.set_parameters({name: arrays[name] for name in shapes})
 
 
 # --- the path of a camera ---------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
     python docs/make_figures.py --method --initial --demo results_demo --scan65 results_scan65 scan65_cpu.png
     python docs/make_figures.py --check data/demo
     python docs/make_figures.py --turntable results_demo
+    python docs/make_figures.py --swapped data/demo data/blue       # a scene to train a second model on
+    python docs/make_figures.py --appearance results_demo results_blue
 """
 import argparse
 import shutil
@@ -41,6 +43,9 @@ def main():
                         help="a run on DTU's scan 65, after extract.py, and the name of its picture")
     parser.add_argument("--check", metavar="SCENE", help="what prepare.py --check draws of a scene")
     parser.add_argument("--turntable", metavar="FOLDER", help="a run of make demo, going round")
+    parser.add_argument("--swapped", nargs=2, metavar=("SCENE", "COPY"),
+                        help="make a copy of a scene in which red and blue are swapped")
+    parser.add_argument("--appearance", nargs=2, metavar="FOLDER", help="two such runs, in each other's colours too")
     args = parser.parse_args()
     if args.method:
         draw_method(DOCS / "method.png")
@@ -56,6 +61,11 @@ def main():
             picture.convert("RGB").quantize(256).save(str(DOCS / "prepare.png"), optimize=True)
     if args.turntable:
         turn(Path(args.turntable))
+    if args.swapped:
+        swap_red_and_blue(*map(Path, args.swapped))
+    if args.appearance:
+        write_labelled(DOCS / "appearance.png", appearance_picture([Path(folder) for folder in args.appearance]),
+                       columns=("the first one's renderer", "the second one's"), rows=("first shape", "second shape"))
     for folder, picture in args.scan65:
         write_labelled(DOCS / picture, scan_picture(Path(folder), view=20, shape=(340, 390)),
                        ("view 20", "its normals", "the extracted mesh"))
@@ -90,6 +100,34 @@ def turn(folder, size=160, frames=36):
     first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     with helper.replacing(DOCS / "turntable.gif") as temporary:
         first.save(str(temporary), save_all=True, append_images=rest, duration=80, loop=0)
+
+
+def swap_red_and_blue(scene, target):
+    """Copy a scene to `target` with red and blue swapped in its images."""
+    with helper.new_folder(target) as folder:
+        for name in ("mask", "image"):
+            shutil.copytree(str(scene / name), str(folder / name))
+        shutil.copyfile(str(scene / "cameras.npz"), str(folder / "cameras.npz"))
+        for path in datasets.picture_files(folder / "image")[0]:
+            helper.write_image(path, datasets.read_image(path)[..., ::-1])
+
+
+def appearance_picture(folders, view=36, size=288):
+    """A row for each run's shape, in which each run's renderer has a column."""
+    rows = []
+    for shape_of in folders:
+        row = []
+        for colors_of in folders:
+            conf, cameras, _ = load_run(shape_of)
+            synthesize.take_appearance(helper.model_file(colors_of), conf.network.feature)
+            intrinsics, pose = cameras[view]
+            pixels = round(2 * intrinsics[0, 2] + 1)
+            intrinsics = datasets.shrink_intrinsics(intrinsics, pixels / (size * OVERSAMPLING))
+            shape = size * OVERSAMPLING, size * OVERSAMPLING
+            render = synthesize.render_view(network.sdf_evaluator(), intrinsics, pose, shape, conf.tracer)
+            row.append(shrink(render.rgb)[size // 10:size - size // 12])
+        rows.append(np.concatenate(row, axis=1))
+    return np.concatenate(rows)
 
 
 def demo_picture(folder, views, size):

@@ -133,7 +133,7 @@ def test_rendering_writes_pictures(folder):
     assert np.abs(rendered[mask].astype(float) - truth[mask]).mean() < np.abs(255.0 - truth[mask]).mean()
 
 
-def test_rendering_a_path(folder):
+def test_rendering_a_path_and_another_models_colours(folder):
     run("synthesize.py", *MODEL, "--path", "turntable", "--frames", "4", "--height", "24", "--normals",
         "--output", "videos/round.gif", cwd=folder)
     for name in ("round.gif", "round_normals.gif"):
@@ -142,8 +142,16 @@ def test_rendering_a_path(folder):
         assert np.abs(frames[0][..., :3].astype(int) - frames[2][..., :3]).max() > 20
     run("synthesize.py", *MODEL, "--path", "cameras", "--views", "0", "1", "--frames", "3", cwd=folder)
     assert (folder / "results_tiny" / "renders" / "cameras.mp4").stat().st_size > 500
+    early = ("--appearance-model-path", "results_tiny/model_00005.h5")
+    run("synthesize.py", *MODEL, *early, "--views", "9", "--depth", cwd=folder)
+    run("synthesize.py", *MODEL, "--views", "9", "--depth", cwd=folder)
+    renders = folder / "results_tiny" / "renders"
+    assert np.array_equal(np.load(renders / "view_009_appearance_depth.npy"), np.load(renders / "view_009_depth.npy"))
+    own, others = (imageio.imread(renders / f"view_009{name}.png").astype(int) for name in ("", "_appearance"))
+    assert np.abs(own - others).max() > 3
     for words, named in ((("--path", "turntable", "--output", "a.avi"), "a.avi"), (("--output", "a.gif"), "--path"),
-                         (("--path", "cameras", "--views", "3"), "two or more"), (("--height", "1"), "--height")):
+                         (("--path", "cameras", "--views", "3"), "two or more"), (("--height", "1"), "--height"),
+                         (("--appearance-model-path", "none.h5"), "none.h5")):
         assert named in refused("synthesize.py", *MODEL, *words, cwd=folder)
 
 

@@ -1,10 +1,12 @@
-"""The paths of a camera, and videos."""
+"""The paths of a camera, videos, and the appearance of one model on the shape of another."""
 import imageio.v2 as imageio
+import nnabla as nn
 import numpy as np
 import pytest
 
 import helper
 import make_scene
+import network
 import synthesize
 
 
@@ -51,3 +53,24 @@ def test_an_interrupted_video_leaves_nothing(tmp_path):
             append(np.zeros((16, 16, 3)))
             raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
+
+
+def test_another_models_renderer_colours_this_models_shape(tmp_path):
+    helper.set_context("cpu", "0")
+    stored = {}
+    for name, width, feature, seed in (("other", 80, 8, 1), ("unfit", 64, 5, 2), ("ours", 64, 8, 0)):
+        network.initialize(width, feature, 9, 0.6, np.random.default_rng(seed))
+        helper.save_model(tmp_path / f"{name}.h5")
+        stored[name] = {part: network.folded_arrays(part) for part in ("implicit", "rendering")}
+    synthesize.take_appearance(tmp_path / "other.h5", 8)
+    for part, owner in (("implicit", "ours"), ("rendering", "other")):
+        for (w, b), (w_owner, b_owner) in zip(network.folded_arrays(part), stored[owner][part]):
+            assert np.array_equal(w, w_owner) and np.array_equal(b, b_owner)
+    points = np.random.default_rng(3).normal(size=(50, 3)).astype(np.float32)
+    rgb, normals = network.shade(points, -points)
+    nn.clear_parameters()
+    helper.load_model(tmp_path / "ours.h5", network.parameter_shapes(64, 8, 9))
+    own_rgb, own_normals = network.shade(points, -points)
+    assert np.array_equal(normals, own_normals) and np.abs(rgb - own_rgb).max() > 0.01
+    with pytest.raises(helper.UserError, match="unfit.h5.* 5 features.* 8"):
+        synthesize.take_appearance(tmp_path / "unfit.h5", 8)
