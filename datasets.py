@@ -318,18 +318,25 @@ class Batch(NamedTuple):
     mask: np.ndarray        # (R,) bool, True on the object
 
 
-def training_batches(scene, views, rays, seed, start=0):
+def epoch_steps(views, ranks=1):
+    """Return the steps of an epoch in which `ranks` processes take one of `views` views each and every view comes."""
+    return -(-views // ranks)
+
+
+def training_batches(scene, views, rays, seed, start=0, rank=0, ranks=1):
     """Yield Batches for ever, from that of the step `start` on: each is one view and `rays` random pixels of it.
 
     Each of `views` comes once in every epoch (len(views) steps), in an order shuffled anew for each. The pixels
     are uniform over the whole image, object or not, and differ from one another unless the image has fewer.
-    A batch is a function of the seed and the step.
+    Of several processes, `ranks`, each takes the batches of its `rank`: an epoch has 1/ranks as many steps, and
+    its last step takes the epoch's first views again where `ranks` does not divide them. A batch is a function
+    of the seed, the step, the rank and the ranks.
     """
     height, width = scene.masks.shape[1:]
     for step in itertools.count(start):
-        epoch, position = divmod(step, len(views))
-        view = random_numbers(seed, ORDER, epoch).permutation(views)[position]
+        epoch, position = divmod(step, epoch_steps(len(views), ranks))
+        view = random_numbers(seed, ORDER, epoch).permutation(views)[(position * ranks + rank) % len(views)]
         # No shuffle: the order of the rays is of no use.
-        pixels = random_numbers(seed, PIXELS, step).choice(height * width, rays, replace=rays > height * width,
-                                                           shuffle=False)
+        rng = random_numbers(seed, PIXELS, step * ranks + rank)
+        pixels = rng.choice(height * width, rays, replace=rays > height * width, shuffle=False)
         yield Batch(int(view), *view_rays(scene, view, np.stack([pixels % width, pixels // width], axis=1)))

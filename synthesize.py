@@ -8,7 +8,6 @@ from collections import namedtuple
 from contextlib import ExitStack
 from pathlib import Path
 
-import nnabla as nn
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 from tqdm import tqdm
@@ -99,18 +98,19 @@ def take_appearance(path, feature, without=()):
     feature: the length of our feature vectors, which that renderer must take; without: what ours is not given, as
     network.rendering. Raises UserError where it does not take that.
     """
-    with nn.parameter_scope("", {}):
-        helper.load_model(path, {})
-        other = {name: p for name, p in nn.get_parameters(grad_only=False).items() if name.startswith("rendering/")}
-    if "rendering/0/v" not in other:
+    arrays, _ = helper.read_arrays(path)
+    first = arrays.get("rendering/0/v")
+    if first is None or first.ndim != 2:
         raise helper.UserError(f"{path}: has no rendering network; it was saved by another program")
-    takes = other["rendering/0/v"].shape[0] - network.layer_sizes(64, 0, 9, without)["rendering/0"][0]
+    takes = first.shape[0] - network.layer_sizes(64, 0, 9, without)["rendering/0"][0]
     feature = 0 if "feature" in without else feature
     if takes != feature:
         raise helper.UserError(f"{path}: its renderer takes {takes} features, the shape's model gives {feature}; train "
                                "both with the same network.feature")
-    for name, parameter in other.items():
-        nn.parameter.set_parameter(name, parameter)
+    shapes = {name: shape for name, shape in network.parameter_shapes(first.shape[1], feature, 9).items()
+              if name.startswith("rendering/")}
+    helper.check_parameters(path, arrays, shapes)
+    helper.set_parameters({name: arrays[name] for name in shapes})
 
 
 # --- the path of a camera ---------------------------------------------------------------------------------------------

@@ -2,11 +2,14 @@
 
     python train.py --config config/default.yaml --monitor-path results
     python train.py --config config/default.yaml --monitor-path results --resume
+    mpirun -n 4 --bind-to none python train.py --config config/default.yaml --monitor-path results
 
 Writes to {monitor_path}_{scan}: the configuration, a series per loss, validation renders, model_{epoch:05d}.h5, and
-state.h5, from which the second command goes on.
+state.h5, from which the second command goes on. The third trains on four GPUs; see parallel.py.
 """
+import contextlib
 import re
+import signal
 import sys
 import time
 import warnings
@@ -23,6 +26,7 @@ import datasets
 import evaluate
 import helper
 import network
+import parallel
 import ray_tracer
 import synthesize
 
@@ -41,38 +45,47 @@ def main():
     datasets.check_views([conf.train.validation_view], len(scene.images), f"{args.config}: train.validation_view")
     datasets.check_downscale(scene.masks.shape[1:], conf.train.validation_downscale,
                              f"{args.config}: train.validation_downscale")
-    state = None
+    ranks, state = parallel.launched().size, None
+    if ranks > 1 and conf.train.camera_learning_rate:
+        raise helper.UserError(f"{args.config}: train.camera_learning_rate is {conf.train.camera_learning_rate}, but "
+                               f"cameras are trained by one process, not {ranks}; start without mpirun, or set it to 0")
+    folder = Path(args.resume or helper.run_folder(conf, args.monitor_path))
     if args.resume is not None:
-        folder = Path(args.resume or helper.run_folder(conf, args.monitor_path))
         state = helper.load_state(folder, network.parameter_shapes(
             conf.network.width, conf.network.feature, conf.network.layers, conf.network.without))
         check_cameras(state, conf.train.camera_learning_rate, len(scene.images))
-        if is_complete(state, conf.train.epochs, len(views)):
-            print(f"{folder} is trained: {state.progress['step'] // len(views)} epochs, where {args.config} wants "
-                  f"{conf.train.epochs}; raise train.epochs there to train on")
+        if is_complete(state, conf.train.epochs, len(views), ranks):
+            print(f"{folder} is trained: {state.progress['step'] // state.progress['steps']} epochs, where "
+                  f"{args.config} wants {conf.train.epochs}; raise train.epochs there to train on")
             return
-    helper.set_context(args.context, args.device_id)
+    world = parallel.connect(args.context, args.device_id)
+    writes = world.rank == 0        # the first process, or the only one; the others wait for it where they meet next
     warnings.simplefilter("ignore", RuntimeWarning)     # of NumPy's, on overflow: the losses are looked at instead
-    if state is None:
+    if state is None and writes:
         folder = helper.new_run_folder(conf, args.monitor_path)
-    with helper.held(folder), helper.stop_signals() as stop:
-        if state is not None:
-            tell_resumed(state, conf)
-            remove_leftovers(folder)
-        helper.copy_config(args.config, folder)
-        finished = train(conf, scene, views, folder, state, stop)
+    with helper.held(folder) if writes else contextlib.nullcontext(), helper.stop_signals() as stop:
+        if writes:
+            if state is not None:
+                tell_resumed(state, conf)
+                remove_leftovers(folder)
+            helper.copy_config(args.config, folder)
+        finished = train(conf, scene, views, folder, state, stop, world)
+        if finished:
+            print(f"trained: {folder / model_name(conf.train.epochs - 1)}")
+        else:
+            print(f"stopped; the same command with --resume{' ' + str(folder) if args.resume else ''} goes on",
+                  flush=True)
+        world.wait()        # for the first to have written: mpirun ends all with any that ends otherwise than with 0
     if not finished:
-        print(f"stopped; the same command with --resume{' ' + str(folder) if args.resume else ''} goes on")
-        sys.exit(128 + stop[0])     # as a shell has it for a program that a signal ended
-    print(f"trained: {folder / model_name(conf.train.epochs - 1)}")
+        sys.exit(128 + (stop or [signal.SIGTERM])[0])     # as a shell has it for a program that a signal ended
 
 
-def train(conf, scene, views, folder, state, stop):
+def train(conf, scene, views, folder, state, stop, world):
     """Train on `views` of the scene, from the start or from `state`, until `stop` is not empty or the end.
 
-    Returns whether it came to its end.
+    world: the processes that take part; where one is to stop, all do. Returns whether it came to its end.
     """
-    steps, first, loss = len(views), 0, 0.0      # steps: of an epoch
+    steps, first, loss = datasets.epoch_steps(len(views), world.size), 0, 0.0      # steps: of an epoch
     solver, camera_solver = S.Adam(conf.train.learning_rate), None
     solvers = {"solver": solver}
     if conf.train.camera_learning_rate:
@@ -87,6 +100,8 @@ def train(conf, scene, views, folder, state, stop):
         helper.restore_state(state, solvers)
         first, loss = state.progress["step"], state.progress["loss"]
         scene = scene._replace(poses=cameras.trained_poses(scene.poses, state.path))
+    world.check_same([first, helper.settings(conf)], "the processes do not begin alike: each needs the same "
+                     "configuration and, with --resume, the same run's folder; let the machines share their files")
     sdf = network.sdf_evaluator()
     compute = TrainingStep(conf.train.rays, conf.train.mask_weight, conf.train.eikonal_weight, conf.network.without,
                            by_rays=camera_solver is not None)
@@ -94,20 +109,24 @@ def train(conf, scene, views, folder, state, stop):
     # An epoch whose last step is done may still lack its render and its model: it is taken up once more.
     start = max(first - 1, 0) // steps
     due = is_due(start, conf.train.validate_every, conf.train.epochs)
-    log = EpochLog(folder, steps, first, validated_until=start if due else start + 1, state=state)
+    log = EpochLog(None if world.rank else folder, steps, first, validated_until=start if due else start + 1,
+                   state=state)
 
     def save(step):
-        now = {"step": step, "steps": steps, "loss": loss, "config": helper.settings(conf), **log.times()}
+        if world.rank:
+            return np.inf       # it is not for this process to save, however late it gets
+        now = {"step": step, "steps": steps, "views": len(views), "ranks": world.size, "loss": loss,
+               "config": helper.settings(conf), **log.times()}
         helper.save_state(folder, solvers, now, log.buffers())
         return time.monotonic()
 
     saved = save(first) if state is None else time.monotonic()
     # With trained cameras a ray's direction in the world is known only when its step begins.
     source = scene._replace(poses=np.tile(np.eye(4), (len(scene.poses), 1, 1))) if camera_solver else scene
-    batches = datasets.training_batches(source, views, conf.train.rays, conf.train.seed, first)
+    batches = datasets.training_batches(source, views, conf.train.rays, conf.train.seed, first, world.rank, world.size)
     batch = next(batches)
     with tqdm(initial=first, total=conf.train.epochs * steps, unit="step", dynamic_ncols=True,
-              smoothing=0.05) as progress:
+              smoothing=0.05, disable=world.rank > 0) as progress:
         for epoch in range(start, conf.train.epochs):
             slower = scheduled(1.0, 0.5, conf.train.learning_rate_halved_after, epoch)
             solver.set_learning_rate(conf.train.learning_rate * slower)
@@ -115,7 +134,7 @@ def train(conf, scene, views, folder, state, stop):
                 camera_solver.learning_rate = conf.train.camera_learning_rate * slower
             alpha = scheduled(conf.train.alpha, 2.0, conf.train.alpha_doubled_after, epoch)
             for step in range(max(first, epoch * steps), (epoch + 1) * steps):
-                rng = helper.random_numbers(conf.train.seed, helper.SAMPLES, step)
+                rng = helper.random_numbers(conf.train.seed, helper.SAMPLES, step * world.size + world.rank)
                 view, origin, directions, rgb, mask = batch
                 if camera_solver:
                     in_camera = directions
@@ -123,20 +142,25 @@ def train(conf, scene, views, folder, state, stop):
                 sdf.refresh()
                 points, colored = place_points(sdf, origin, directions, mask, alpha, conf.tracer, rng)
                 losses = compute(solver, points, colored, directions, rgb, mask, alpha, rng)
+                world.mean_gradients()
                 batch = next(batches)       # while the GPU is still at work on the step
                 losses = {name: float(value.d) for name, value in losses.items()}
+                losses = world.mean({**losses, "hits": colored.sum(), "stop": len(stop)})
+                hits, stopping = losses.pop("hits"), losses.pop("stop") > 0
                 check_losses(losses, step, epoch, folder)
                 solver.update()
                 if camera_solver:
                     camera_solver.update(view, cameras.by_step(pose.d[view], in_camera, points, *compute.by_rays()))
                 loss = losses["loss"]
-                log.add(step, losses, hits=colored.sum(), learning_rate=solver.learning_rate(), alpha=alpha)
+                log.add(step, losses, hits=hits, learning_rate=solver.learning_rate(), alpha=alpha)
                 progress.set_postfix(epoch=epoch, loss=f"{loss:.4f}", refresh=False)
                 progress.update()
-                if stop or time.monotonic() - saved > STATE_EVERY:
+                if stopping or time.monotonic() - saved > STATE_EVERY:
                     saved = save(step + 1)
-                if stop:
+                if stopping:
                     return False
+            if world.rank:
+                continue        # the first process writes
             if log.collapsed():
                 progress.write(f"epoch {epoch}: " + COLLAPSED)
             validation_is_due = is_due(epoch, conf.train.validate_every, conf.train.epochs)
@@ -182,11 +206,17 @@ def model_name(epoch):
     return f"model_{epoch:05d}.h5"
 
 
-def is_complete(state, epochs, steps):
-    """Whether a state is that of a run with nothing left to do; UserError where its epochs have other than `steps`."""
-    if state.progress["steps"] != steps:
-        raise helper.UserError(f"{state.path}: was trained on {state.progress['steps']} views, and now there are "
-                               f"{steps}; restore the scene and data.held_out_views, or start without --resume")
+def is_complete(state, epochs, views, ranks):
+    """Whether a state is that of a run with nothing left to do; UserError where it had other `views` or `ranks`."""
+    steps = state.progress["steps"]
+    trained = {"views": state.progress.get("views", steps), "ranks": state.progress.get("ranks", 1)}
+    if trained["views"] != views:
+        raise helper.UserError(f"{state.path}: was trained on {trained['views']} views, and now there are {views}; "
+                               "restore the scene and data.held_out_views, or start without --resume")
+    if trained["ranks"] != ranks:
+        raise helper.UserError(f"{state.path}: is of {trained['ranks']} process(es) at once, and now there would be "
+                               f"{ranks}, with which an epoch has other steps; start as many (mpirun -n "
+                               f"{trained['ranks']}), or start without --resume")
     more = state.progress["step"] - epochs * steps
     return more > 0 or more == 0 and (state.path.parent / model_name(epochs - 1)).exists()
 
@@ -311,14 +341,16 @@ class EpochLog:
         """Keep what an earlier start wrote of the steps before `first`, and of the validations of epochs before
         `validated_until`.
 
-        Without a monitor nnabla's classes leave an earlier file be; with one they would empty it at once.
+        Without a monitor nnabla's classes leave an earlier file be; with one they would empty it at once. Without a
+        folder nothing is written.
         """
         self.series = {name: MonitorSeries(name, interval=steps, verbose=False) for name in self.NAMES}
         self.time = MonitorTimeElapsed("time", interval=steps, verbose=False)
         self.validations = {name: MonitorSeries(name, interval=1, verbose=False) for name in self.VALIDATIONS}
         for name, monitor in {**self.series, "time": self.time, **self.validations}.items():
-            monitor.sp = str(folder / f"{name}.{'timer' if name == 'time' else 'series'}.txt")
-            keep_lines(monitor.sp, validated_until if name in self.validations else first)
+            if folder:
+                monitor.sp = str(folder / f"{name}.{'timer' if name == 'time' else 'series'}.txt")
+                keep_lines(monitor.sp, validated_until if name in self.validations else first)
             monitor.flush_at = -1 if name in self.validations else first - first % steps - 1
         self.folder, self.hits, self.gone = folder, None, False
         if state:
@@ -328,7 +360,7 @@ class EpochLog:
             self.time.start, self.time.lap = now - state.progress["elapsed"], now - state.progress["lap"]
 
     def add(self, step, losses, **others):
-        with helper.writing(self.folder / "*.series.txt"):
+        with helper.writing(f"{self.folder}/*.series.txt"):
             self.hits = sum(self.series["hits"].buf) + others["hits"]
             for name, value in {**losses, **others}.items():
                 self.series[name].add(step, value)
@@ -376,4 +408,4 @@ def validate(path, sdf, scene, view, downscale, tracer, without):
 
 
 if __name__ == "__main__":
-    helper.run(main)
+    parallel.run(main)

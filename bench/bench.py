@@ -2,6 +2,7 @@
 
     python bench/bench.py                                   the embedded scene, from the initial sphere
     python bench/bench.py --scene DTU/scan65 --model-load-path model.h5 --settings dtu
+    mpirun -n 2 --bind-to none python bench/bench.py --settings dtu        a step on two GPUs: rays per second of both
 
 The floor of a part is its matrix products at the rate that one large product reaches here (measured first); the
 yardstick is NumPy's float32 product (20000 x 512) @ (512 x 512) on all cores, which travels between machines.
@@ -25,6 +26,7 @@ import helper  # noqa: E402
 import make_scene  # noqa: E402
 import network  # noqa: E402
 import numpy_network  # noqa: E402
+import parallel  # noqa: E402
 import ray_tracer  # noqa: E402
 import synthesize  # noqa: E402
 import train  # noqa: E402
@@ -42,9 +44,9 @@ def main():
     parser.add_argument("--steps", type=int, default=10, help="steps measured, after as many not counted")
     parser.add_argument("--resolution", type=int, default=128, help="of the extraction")
     args = parser.parse_args()
-    context = helper.set_context(args.context, args.device_id)
+    world = parallel.connect(args.context, args.device_id)
     scene = datasets.load_scene(args.scene) if args.scene else embedded_scene()
-    yardstick, rate = measure_yardstick(), measure_rate(context)
+    yardstick, rate = measure_yardstick(), measure_rate()
     print(f"yardstick {yardstick * 1e3:.1f} ms; matrix products at {rate / 1e9:.0f} GFLOP/s")
     conf = helper.load_config(Path(__file__).resolve().parent.parent / "config" / "default.yaml")
     for setting in args.settings:
@@ -54,9 +56,10 @@ def main():
             helper.load_model(args.model_load_path, network.parameter_shapes(width, feature, 9))
         state = "trained" if args.model_load_path else "initial sphere"
         print(f"\n{setting} (width {width}, feature {feature}, {rays} rays), {state}")
-        bench_step(scene, conf.tracer, rays, args.steps, rate, yardstick)
-        bench_render(scene, conf.tracer, rate)
-        bench_extraction(args.resolution, rate)
+        bench_step(scene, conf.tracer, rays, args.steps, rate, yardstick, world)
+        if world.size == 1:     # only training takes several
+            bench_render(scene, conf.tracer, rate)
+            bench_extraction(args.resolution, rate)
 
 
 def embedded_scene():
@@ -78,9 +81,9 @@ def measure_yardstick():
         return np.median([timed(lambda: a @ b) for _ in range(9)][2:])
 
 
-def measure_rate(context):
+def measure_rate():
     """FLOP/s of a large float32 matrix product where the networks are computed."""
-    if context == "cpu":
+    if network.on_cpu():
         return 2 * 20000 * 512 * 512 / measure_yardstick()
     x, w = nn.Variable((65536, 512)), nn.Variable((512, 512))
     y = F.affine(x, w)
@@ -130,13 +133,16 @@ def counted_stages(counts):
             setattr(ray_tracer, name, function)
 
 
-def bench_step(scene, tracer, rays, steps, rate, yardstick):
-    """Print the parts of a training step, their floors and the evaluations of the tracer's stages."""
-    rng = np.random.default_rng(0)
+def bench_step(scene, tracer, rays, steps, rate, yardstick, world):
+    """Print the parts of a training step, their floors and the evaluations of the tracer's stages.
+
+    Of several processes, each measures its own step; what one waits for the others is in the all-reduce.
+    """
+    rng = np.random.default_rng(world.rank)
     solver = S.Adam(1e-30)      # the state that is measured stays as it is
     solver.set_parameters(nn.get_parameters())
     sdf, step = network.sdf_evaluator(), train.TrainingStep(rays, 100.0, 0.1)
-    batches = datasets.training_batches(scene, list(range(len(scene.images))), rays, 0)
+    batches = datasets.training_batches(scene, list(range(len(scene.images))), rays, 0, 0, world.rank, world.size)
     seconds, counts, evaluations, surface = defaultdict(list), {}, defaultdict(int), []
 
     def part(name, function, *args):
@@ -167,6 +173,8 @@ def bench_step(scene, tracer, rays, steps, rate, yardstick):
         solver.zero_grad()
         part("forward", g["forward"])
         part("backward", g["backward"])
+        if world.size > 1:
+            part("all-reduce", world.mean_gradients)
         part("update", solver.update)
         surface.append(step.graph(colored.sum())[0])
     sdf_flops, rendering_flops = layer_flops("implicit"), layer_flops("rendering")
@@ -179,7 +187,8 @@ def bench_step(scene, tracer, rays, steps, rate, yardstick):
         print_row(name, 1e3 * np.median(values), *floor(floors.get(name), np.median(values), rate))
     whole = np.median(np.sum(list(seconds.values()), axis=0))
     print_row("step", 1e3 * whole, *floor(sum(floors.values()), whole, rate))
-    print(f"step: {whole / yardstick:.2f} yardsticks; surface rows {seen:.0f}")
+    print(f"step: {whole / yardstick:.2f} yardsticks; surface rows {seen:.0f}; {world.size * rays / whole:.0f} rays per "
+          "second")
     print("evaluations per step: " + ", ".join(
         f"{stage} {evaluations[stage] / steps:.0f} in {evaluations[stage + ' calls'] / steps:.0f} calls"
         for stage in STAGES.values()))
@@ -222,4 +231,4 @@ def bench_extraction(resolution, rate):
 
 
 if __name__ == "__main__":
-    helper.run(main)
+    parallel.run(main)

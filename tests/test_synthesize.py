@@ -69,7 +69,7 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
     points = np.random.default_rng(3).normal(size=(50, 3)).astype(np.float32)
     rgb, normals = network.shade(points, -points)
     nn.clear_parameters()
-    helper.load_model(tmp_path / "ours.h5", {})
+    helper.load_model(tmp_path / "ours.h5", network.parameter_shapes(64, 8, 9))
     own_rgb, own_normals = network.shade(points, -points)
     assert np.array_equal(normals, own_normals) and np.abs(rgb - own_rgb).max() > 0.01
     with pytest.raises(helper.UserError, match="unfit.h5.* 5 features.* 8"):
