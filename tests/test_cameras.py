@@ -325,3 +325,10 @@ def test_a_run_without_the_renderers_normal_and_view(folder):
     write_config(folder, network__without=["colour"])
     assert "network.without must be any of normal, view and feature" in refused("evaluate.py", "--config", "tiny.yaml",
                                                                                *model, cwd=folder)
+
+
+def test_several_processes_are_refused(folder, monkeypatch):
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    assert "cameras are trained by one process, not 2" in refused(
+        "train.py", "--config", write_config(folder), "--monitor-path", "several", cwd=folder)
