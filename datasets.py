@@ -298,6 +298,18 @@ def chosen_views(words, count, source):
 
 # --- rays and pixels --------------------------------------------------------------------------------------
 
+def spread_views(poses, first, count):
+    """Choose `count` views (all, where there are fewer), beginning with `first`: each next one is that whose camera is
+    farthest from those before it, as seen from the origin. poses: (N, 4, 4), camera to world."""
+    sides = poses[:, :3, 3] / np.linalg.norm(poses[:, :3, 3], axis=1, keepdims=True)
+    chosen = [first]
+    while len(chosen) < min(count, len(poses)):
+        nearness = (sides @ sides[chosen].T).max(axis=1)
+        nearness[chosen] = np.inf
+        chosen.append(int(nearness.argmin()))
+    return chosen
+
+
 def view_rays(scene, view, uv):
     """Return the rays of the pixels `uv` of a view, and what the view shows there.
 

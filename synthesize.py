@@ -19,6 +19,7 @@ import network
 import ray_tracer
 
 CHUNK = 1 << 15     # rays traced together; the memory of a render is that of a chunk, whatever the image's size
+SHAPE_VIEWS, SHAPE_SIDE = 4, 192        # of shape_picture: how many views, and the pixels of their longer side
 
 Render = namedtuple("Render", "rgb normals depth hit")
 
@@ -203,6 +204,35 @@ def depth_grey(render):
         return np.zeros(render.depth.shape)
     near, far = render.depth[render.hit].min(), render.depth[render.hit].max()
     return np.where(render.hit, 1.0 - 0.8 * (render.depth - near) / max(far - near, 1e-6), 0.0)
+
+
+def clay(normals, pose):
+    """A shape as grey clay (H, W, 3) in [0, 1], lit from the camera's upper left, a little from the right.
+
+    normals: (H, W, 3) of any length, 0 where nothing is hit, which is white; pose (4, 4): the camera's.
+    """
+    def unit(vectors):
+        return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+    inwards = unit(normals) @ pose[:3, :3]
+    key, fill = (inwards @ unit(np.array(light)) for light in ((-0.5, -0.7, -0.75), (0.8, 0.1, -0.4)))
+    grey = 0.16 + 0.66 * np.maximum(key, 0) + 0.16 * np.maximum(fill, 0)
+    return np.where((normals != 0).any(axis=-1, keepdims=True), grey[..., None] * np.array([0.98, 0.96, 0.92]), 1.0)
+
+
+def shape_picture(sdf, scene, view, tracer, without=()):
+    """The surface as clay (H, W, 3), seen small from `view` and from the views of the scene that lie farthest apart.
+
+    sdf: the callable of the current parameters; tracer: the configuration's section; without: as render_view.
+    """
+    factor = max(scene.images.shape[1:3]) / SHAPE_SIDE
+    shape = tuple(max(round(side / factor), 1) for side in scene.images.shape[1:3])
+    pictures = []
+    for view in datasets.spread_views(scene.poses, view, SHAPE_VIEWS):
+        intrinsics = datasets.shrink_intrinsics(scene.intrinsics[view], factor)
+        render = render_view(sdf, intrinsics, scene.poses[view], shape, tracer, without=without)
+        pictures.append(clay(render.normals, scene.poses[view]))
+    return np.concatenate(pictures, axis=1)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ import helper
 import network
 import parallel
 import ray_tracer
+import report
 import synthesize
 
 STATE_EVERY = 120       # seconds: what a run that is killed may lose; it changes no result
@@ -69,7 +70,8 @@ def main():
                 tell_resumed(state, conf)
                 remove_leftovers(folder)
             helper.copy_config(args.config, folder)
-        finished = train(conf, scene, views, folder, state, stop, world)
+        with report.last_page(folder) if writes else contextlib.nullcontext():
+            finished = train(conf, scene, views, folder, state, stop, world)
         if finished:
             print(f"trained: {folder / model_name(conf.train.epochs - 1)}")
         else:
@@ -184,6 +186,7 @@ def train(conf, scene, views, folder, state, stop, world):
                     progress.write(f"epoch {epoch}: cameras {cameras.in_words(off, truth.scale)}")
             if model_is_due:
                 helper.save_model(folder / model_name(epoch))
+            report.keep(folder, due=validation_is_due, tell=progress.write)
     return True
 
 
@@ -244,7 +247,7 @@ def tell_resumed(state, conf):
 
 def remove_leftovers(folder):
     """Remove what a run that was killed in the midst of writing left under a temporary name."""
-    for pattern in (".state-*.h5", ".model_*-*.h5", "validation/.epoch_*-*.png"):
+    for pattern in (".state-*.h5", ".model_*-*.h5", "validation/.epoch_*-*.png", ".report-*.html"):
         for path in folder.glob(pattern):
             path.unlink()
 
@@ -398,12 +401,16 @@ def keep_lines(path, until):
 
 
 def validate(path, sdf, scene, view, downscale, tracer, without):
-    """Render a view beside its photograph as a picture; returns the masked PSNR in dB."""
+    """Draw a view: photograph, render, normals and depth side by side, and the shape (see synthesize.shape_picture) as
+    a picture of its own; returns the masked PSNR in dB."""
     photograph = datasets.shrink_image(scene.images[view], downscale) / np.float32(255)
     mask = datasets.shrink_mask(scene.masks[view], downscale)
     intrinsics = datasets.shrink_intrinsics(scene.intrinsics[view], downscale)
     render = synthesize.render_view(sdf, intrinsics, scene.poses[view], mask.shape, tracer, without=without)
-    helper.write_image(path, np.concatenate([photograph, render.rgb], axis=1))
+    depth = np.repeat(synthesize.depth_grey(render)[..., None], 3, axis=-1)
+    helper.write_image(path, np.concatenate([photograph, render.rgb, synthesize.normal_colors(render), depth], axis=1))
+    helper.write_image(path.with_name(f"{path.stem}_shape.png"),
+                       synthesize.shape_picture(sdf, scene, view, tracer, without))
     return evaluate.psnr(evaluate.squared_error(render.rgb, photograph, mask))
 
 

@@ -159,7 +159,8 @@ def demo_picture(folder, views, size):
         columns.append((np.where(mask[..., None] > 0, truth / 255, 1.0), ours.rgb))
     true_normals = exact_normals(intrinsics, pose, size * OVERSAMPLING)
     columns.append((normal_colours(true_normals), normal_colours(ours.normals)))
-    columns.append((clay(true_normals, pose), clay(mesh_normals(mesh, intrinsics, pose, mask.shape), pose)))
+    mesh_shown = synthesize.clay(mesh_normals(mesh, intrinsics, pose, mask.shape), pose)
+    columns.append((synthesize.clay(true_normals, pose), mesh_shown))
     top, bottom = size // 10, size - size // 12     # nothing is seen beyond
     columns = [[shrink(image)[top:bottom] for image in column] for column in columns]
     return np.concatenate([np.concatenate(column) for column in columns], axis=1)
@@ -171,7 +172,7 @@ def scan_picture(folder, view, shape):
     shape = shape[0] * OVERSAMPLING, shape[1] * OVERSAMPLING
     intrinsics, pose = framed(mesh, *cameras[view], shape)
     ours = synthesize.render_view(network.sdf_evaluator(), intrinsics, pose, shape, conf.tracer)
-    images = ours.rgb, normal_colours(ours.normals), clay(mesh_normals(mesh, intrinsics, pose, shape), pose)
+    images = ours.rgb, normal_colours(ours.normals), synthesize.clay(mesh_normals(mesh, intrinsics, pose, shape), pose)
     return np.concatenate([shrink(image) for image in images], axis=1)
 
 
@@ -245,14 +246,6 @@ def on_white(image, normals):
 def normal_colours(normals):
     """Normals as colours, (n + 1) / 2 in the scene's axes; white where they are 0."""
     return on_white(unit(normals) / 2 + 0.5, normals)
-
-
-def clay(normals, pose):
-    """A shape as grey clay, lit from the camera's upper left, a little from the right; white where n is 0."""
-    inwards = unit(normals) @ pose[:3, :3]
-    key, fill = (inwards @ unit(np.array(light)) for light in ((-0.5, -0.7, -0.75), (0.8, 0.1, -0.4)))
-    grey = 0.16 + 0.66 * np.maximum(key, 0) + 0.16 * np.maximum(fill, 0)
-    return on_white(grey[..., None] * np.array([0.98, 0.96, 0.92]), normals)
 
 
 def shrink(image):
