@@ -150,11 +150,12 @@ LINES = ("#030301", "#030302", "#030303", "#030304")
 VARIABLES = {INK: "--muted", RULE: "--rule", **{line: f"--line{i}" for i, line in enumerate(LINES)}}
 
 
-def plot(words, lines, log=False, step=False):
+def plot(words, lines, log=False, step=False, from_zero=False):
     """Draw lines over the epochs as an inline SVG.
 
     words: what it shows, for who cannot see it; lines: {label: (x (N,), y (N,))}, the labels drawn where there are
-    several; log: a logarithmic axis, on which what is not positive is left out; step: values that hold for an epoch.
+    several; log: a logarithmic axis, on which what is not positive is left out; step: values that hold for an epoch;
+    from_zero: the axis begins at 0.
     """
     import matplotlib       # here: a training starts without waiting for it
     from matplotlib.figure import Figure
@@ -162,7 +163,7 @@ def plot(words, lines, log=False, step=False):
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": words, "axes.edgecolor": RULE, "text.color": INK,
                 "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-                "axes.labelcolor": INK, "font.size": 9.5, "grid.color": RULE, "grid.linewidth": 0.6}
+                "axes.labelcolor": INK, "font.size": 10.5, "grid.color": RULE, "grid.linewidth": 0.6}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(4.6, 2.7), constrained_layout=True)
         axes = figure.add_subplot()
@@ -178,7 +179,10 @@ def plot(words, lines, log=False, step=False):
             axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.set_xlabel("epoch")
+        axes.set_xlim(0, max(1.02 * x[-1] for x, _ in lines.values()))
+        if from_zero:
+            axes.set_ylim(0, None)
+        axes.set_xlabel("epochs")
         axes.grid(True, axis="y")
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.tick_params(length=0)
@@ -269,7 +273,7 @@ def tiles(run, state):
     series, wanted = run["series"], run["conf"].train.epochs
     items = [("epoch", f"{run['epochs']:,} <small>of {wanted:,}</small>")]
     if "psnr" in series:
-        items.append((f"PSNR of {validation_view(run['conf'])}", f"{series['psnr'][-1, 1]:.2f} <small>dB</small>"))
+        items.append((f"PSNR, view {run['conf'].train.validation_view}", f"{series['psnr'][-1, 1]:.2f} <small>dB</small>"))
     if "loss" in series:
         items.append(("loss", f"{series['loss'][-1, 1]:.4f}"))
     if len(run["laps"]):
@@ -285,6 +289,10 @@ def tiles(run, state):
 def validation_view(conf):
     view = conf.train.validation_view
     return f"view {view}, held out" if view in conf.data.held_out_views else f"view {view}"
+
+
+def epochs(count):
+    return f"{count:,} epoch{'s' if count != 1 else ''}"
 
 
 def duration(seconds):
@@ -309,7 +317,7 @@ def renders(run):
     captions = ("photograph", f"render, {psnr[epoch]:.2f} dB" if epoch in psnr else "render", "normals",
                 "depth, white is near")
     panels = np.split(read_picture(path), len(captions), axis=1)
-    return f'<p class="muted">{view.capitalize()}, after epoch {epoch}.</p>' + \
+    return f'<p class="muted">{view.capitalize()}, after {epochs(epoch + 1)}.</p>' + \
         figures([(picture(panel, caption), caption) for panel, caption in zip(panels, captions)], "four")
 
 
@@ -324,7 +332,7 @@ def shape(run):
         count = max(round(image.shape[1] / image.shape[0] / (width / 4 / height)), 1)     # of the same proportions
         items = [(picture(part, "the surface from another side"), "") for part in np.array_split(image, count, axis=1)]
         content = f'<p class="muted">The surface, as extract.py would mesh it, from cameras that lie far apart; ' \
-            f'after epoch {epoch}.</p>' + figures(items, "four bare")
+            f'after {epochs(epoch + 1)}.</p>' + figures(items, "four bare")
     links = [f'<a href="{name}">{words}</a>' for name, words in
              (("mesh.html", "turn the mesh"), ("mesh.ply", "the mesh, mesh.ply")) if (run["folder"] / name).exists()]
     return content + (f'<p class="links">{" ".join(links)}</p>' if links else "")
@@ -339,8 +347,7 @@ def thumbnails(run):
     for index in np.unique(np.linspace(0, len(found) - 1, THUMBNAILS).round().astype(int)):
         epoch, path = found[index]
         image = np.split(read_picture(path), 4, axis=1)[1]
-        items.append((picture(image, f"render after epoch {epoch}", SMALL),
-                      f"epoch {epoch}" + (f"<br>{psnr[epoch]:.1f} dB" if epoch in psnr else "")))
+        items.append((picture(image, f"render after {epochs(epoch + 1)}", SMALL), epochs(epoch + 1) + (f"<br>{psnr[epoch]:.1f} dB" if epoch in psnr else "")))
     return figures(items, "eight")
 
 
@@ -363,16 +370,16 @@ def curves(run):
         add("Loss", f"{series['loss'][-1, 1]:.4f}", losses, log=True)
     if "psnr" in series:
         add("PSNR", f"{series['psnr'][-1, 1]:.2f} dB, {validation_view(run['conf'])}",
-            {"PSNR": (series["psnr"][:, 0], series["psnr"][:, 1])})
+            {"PSNR": (series["psnr"][:, 0] + 1, series["psnr"][:, 1])})
     for name, title, says, how in (
-            ("hits", "Rays with a colour", "{:.0f} of %d a step" % train.rays, {}),
-            ("learning_rate", "Learning rate", "{:.3g}", {"step": True, "log": True}),
-            ("alpha", "Alpha, the sharpness of the mask", "{:g}", {"step": True})):
+            ("hits", "Rays that hit in the mask", "{:.0f} of %d" % train.rays, {}),
+            ("learning_rate", "Learning rate", "{:.3g}", {"step": True, "from_zero": True}),
+            ("alpha", "Alpha, the sharpness of the mask", "{:g}", {"step": True, "from_zero": True})):
         if name in series:
             add(title, says.format(series[name][-1, 1]), {title: over_epochs(name)}, **how)
     if len(run["laps"]):
         add("Seconds an epoch", f"{run['laps'][-1, 1]:.3g} s, {run['steps']} steps",
-            {"time": ((run["laps"][:, 0] + 1) / run["steps"], run["laps"][:, 1])})
+            {"time": ((run["laps"][:, 0] + 1) / run["steps"], run["laps"][:, 1])}, from_zero=True)
     return figures(items, "three") if items else '<p class="muted">No epoch is done yet.</p>'
 
 
