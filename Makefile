@@ -22,7 +22,8 @@ demo: env
 	$(python) extract.py --config $(run)/demo.yaml --model-load-path $(run) --output $(run)/mesh.ply $(run)/mesh.html
 	$(python) evaluate.py --config $(run)/demo.yaml --model-load-path $(run) \
 		--mesh $(run)/mesh.ply --ground-truth data/demo/surface.ply
-	@echo "Look at the renders in $(run)/renders, the mesh $(run)/mesh.ply and, in a browser, $(run)/mesh.html."
+	$(python) report.py $(run)
+	@echo "Look at $(run)/report.html in a browser, the renders in $(run)/renders, the mesh $(run)/mesh.ply and, in a browser too, $(run)/mesh.html."
 
 test: env
 	$(python) -m pytest

@@ -352,7 +352,7 @@ def thumbnails(run):
 
 
 def curves(run):
-    """The plots: losses, PSNR, rays that hit, learning rate, alpha, time."""
+    """The plots: losses, PSNR, errors of trained cameras, rays that hit, learning rate, alpha, time."""
     series, train = run["series"], run["conf"].train
 
     def over_epochs(name, factor=1.0):
@@ -371,6 +371,11 @@ def curves(run):
     if "psnr" in series:
         add("PSNR", f"{series['psnr'][-1, 1]:.2f} dB, {validation_view(run['conf'])}",
             {"PSNR": (series["psnr"][:, 0] + 1, series["psnr"][:, 1])})
+    for name, title, unit in (("camera_rotation", "Cameras turned", "°"),
+                              ("camera_translation", "Cameras moved", " of the sphere's radius")):
+        if name in series:
+            add(title, f"{series[name][-1, 1]:.3g}{unit}", {title: (series[name][:, 0] + 1, series[name][:, 1])},
+                from_zero=True)
     for name, title, says, how in (
             ("hits", "Rays that hit in the mask", "{:.0f} of %d" % train.rays, {}),
             ("learning_rate", "Learning rate", "{:.3g}", {"step": True, "from_zero": True}),

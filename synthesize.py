@@ -19,7 +19,7 @@ import network
 import ray_tracer
 
 CHUNK = 1 << 15     # rays traced together; the memory of a render is that of a chunk, whatever the image's size
-SHAPE_VIEWS, SHAPE_SIDE = 4, 192        # of shape_picture: how many views, and the pixels of their longer side
+SHAPE_VIEWS, SHAPE_SIDE = 4, 96        # of shape_picture: how many views, and the pixels of their longer side
 
 Render = namedtuple("Render", "rgb normals depth hit")
 

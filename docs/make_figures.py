@@ -29,6 +29,7 @@ import make_scene           # noqa: E402
 import network              # noqa: E402
 import prepare              # noqa: E402
 import ray_tracer           # noqa: E402
+import report               # noqa: E402
 import synthesize           # noqa: E402
 
 OVERSAMPLING = 2    # rendered larger by this factor and averaged, for smooth edges
@@ -48,6 +49,7 @@ def main():
     parser.add_argument("--swapped", nargs=2, metavar=("SCENE", "COPY"),
                         help="make a copy of a scene in which red and blue are swapped")
     parser.add_argument("--appearance", nargs=2, metavar="FOLDER", help="two such runs, in each other's colours too")
+    parser.add_argument("--report", metavar="FOLDER", help="the upper part of a run's report.html, drawn by Chromium")
     args = parser.parse_args()
     if args.method:
         draw_method(DOCS / "method.png")
@@ -70,6 +72,8 @@ def main():
     if args.appearance:
         write_labelled(DOCS / "appearance.png", appearance_picture([Path(folder) for folder in args.appearance]),
                        columns=("the first one's renderer", "the second one's"), rows=("first shape", "second shape"))
+    if args.report:
+        photograph_report(Path(args.report) / report.PAGE, DOCS / "report.jpg")
     for folder, picture in args.scan65:
         write_labelled(DOCS / picture, scan_picture(Path(folder), view=20, shape=(340, 390)),
                        ("view 20", "its normals", "the extracted mesh"))
@@ -262,6 +266,21 @@ def copy_initial():
             subprocess.run([sys.executable, str(script), *command[1:]], cwd=folder, check=True)
         for picture in Path(folder).glob("*.png"):
             shutil.copyfile(str(picture), str(DOCS / picture.name))
+
+
+def photograph_report(page, path):
+    """Draw the upper part of a page with headless Chromium, as a small picture."""
+    browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if not browser:
+        raise helper.UserError("no Chromium here to draw the page with; install one (apt-get install chromium)")
+    with tempfile.TemporaryDirectory() as folder:
+        picture = Path(folder) / "page.png"
+        subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
+                        f"--user-data-dir={folder}/profile", "--window-size=1180,1930", "--virtual-time-budget=2000",
+                        f"--screenshot={picture}", page.resolve().as_uri()], check=True, stderr=subprocess.DEVNULL)
+        with Image.open(str(picture)) as image, helper.replacing(path) as temporary:
+            image.convert("RGB").resize((900, round(image.height * 900 / image.width)), Image.LANCZOS).save(
+                str(temporary), quality=85, optimize=True)
 
 
 # --- the diagram ------------------------------------------------------------------------------------------

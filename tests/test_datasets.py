@@ -508,3 +508,11 @@ def test_scan65_masks_lie_in_the_unit_sphere(scan65):
         origin, directions, _, _ = datasets.view_rays(scan65, view, np.stack([u, v], axis=1))
         nearest = np.linalg.norm(np.cross(np.broadcast_to(origin, directions.shape), directions), axis=1)
         assert (nearest < 1.0).mean() > 0.999
+
+
+def test_spread_views_lie_far_apart():
+    poses = np.tile(np.eye(4), (5, 1, 1))
+    poses[:, :3, 3] = [[2, 0, 0], [3, 0.1, 0], [0, 2, 0], [-1, 0, 0], [0, -0.5, 0.5]]
+    assert datasets.spread_views(poses, 0, 2) == [0, 3]
+    assert datasets.spread_views(poses, 0, 4) == [0, 3, 2, 4]
+    assert sorted(datasets.spread_views(poses, 1, 9)) == [0, 1, 2, 3, 4]

@@ -79,7 +79,10 @@ def test_training_lowers_the_loss_and_writes_what_it_says(folder):
     for name in ("color", "mask", "eikonal", "hits"):
         assert len(series(results, name)) == 12
     assert (results / "time.timer.txt").exists()
-    assert imageio.imread(results / "validation" / "epoch_00011.png").shape == (32, 64, 3)
+    page = (results / "report.html").read_text(encoding="utf-8")
+    assert "complete</span>" in page and "refresh" not in page and page.count("<svg") == 6
+    assert (results / "validation" / "epoch_00011_shape.png").exists()
+    assert imageio.imread(results / "validation" / "epoch_00011.png").shape == (32, 128, 3)
     assert not [p for p in results.rglob(".*")]
 
 
