@@ -79,7 +79,8 @@ def at_step(monkeypatch, step, action):
 def contents(folder):
     """Everything that a run leaves but for times: {file: bytes}, and of the state its numbers."""
     files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    files.pop(train.Path("time.timer.txt"), None)
+    for name in ("time.timer.txt", "report.html"):
+        files.pop(train.Path(name), None)
     arrays, _ = helper.read_arrays(folder / "state.h5")
     files[train.Path("state.h5")] = {name: array.tobytes() for name, array in arrays.items()}
     return files
@@ -148,8 +149,9 @@ helper.run(train.main)
 
 @pytest.mark.parametrize("write, step, models", [
     (2, None, 0),       # the first state
-    (6, 2 * VIEWS, 1),  # the second epoch's: configuration, state, state, render and model are written
-    (8, 4 * VIEWS, 1),  # the fourth epoch's model, after its state and render
+    (8, 2 * VIEWS, 1),  # the second epoch's page: configuration, state, page, state, render, shape, model are written
+    (9, 2 * VIEWS, 1),  # the fourth epoch's state
+    (12, 4 * VIEWS, 1),     # its model, after its render and shape
 ])
 def test_a_run_that_is_killed_while_it_writes(home, capfd, write, step, models):
     name = f"killed{write}"
