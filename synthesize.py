@@ -19,7 +19,7 @@ import network
 import ray_tracer
 
 CHUNK = 1 << 15     # rays traced together; the memory of a render is that of a chunk, whatever the image's size
-SHAPE_VIEWS, SHAPE_SIDE = 4, 96        # of shape_picture: how many views, and the pixels of their longer side
+SHAPE_VIEWS, SHAPE_SIDE = 4, 96        # of shape_picture: how many views, and the most pixels of their longer side
 
 Render = namedtuple("Render", "rgb normals depth hit")
 
@@ -225,7 +225,7 @@ def shape_picture(sdf, scene, view, tracer, without=()):
 
     sdf: the callable of the current parameters; tracer: the configuration's section; without: as render_view.
     """
-    factor = max(scene.images.shape[1:3]) / SHAPE_SIDE
+    factor = max(max(scene.images.shape[1:3]) / SHAPE_SIDE, 1.0)
     shape = tuple(max(round(side / factor), 1) for side in scene.images.shape[1:3])
     pictures = []
     for view in datasets.spread_views(scene.poses, view, SHAPE_VIEWS):

@@ -14,10 +14,19 @@ import yaml
 
 import helper
 import make_scene
+import report
 import train
 from conftest import ROOT
 
 VIEWS, EPOCHS = 4, 5
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_pages():
+    """A run's page is tested elsewhere; here it is written, but takes no time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "page", lambda run, running: "")
+        yield
 
 
 def call(main, *arguments):
