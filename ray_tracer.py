@@ -116,14 +116,16 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, matters
     places = 0.5 if rng is None else rng.random(samples)
     # The near end comes first: the surface may be entered before the first sample.
     fractions = np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
-    chords, gaps = far - near, FEW_CALLS if rough_sdf else FEW_POINTS
+    gaps = FEW_CALLS if rough_sdf else FEW_POINTS
 
     def search(sdf, rays, matters):
         """Sample the rays, and set t to the least. Returns sdf_at, distances, table and evaluated for the stages."""
-        def sdf_at(ray, t, sdf_along=_sdf_along(sdf, origins, directions)):
+        sdf_along = _sdf_along(sdf, origins, directions)
+
+        def sdf_at(ray, t):
             return sdf_along(rays[ray], t)
 
-        distances = near[rays] + chords[rays] * fractions[:, None]
+        distances = near[rays] + (far - near)[rays] * fractions[:, None]
         table, evaluated = _coarse_to_fine(sdf_at, distances, matters(distances), gaps)
         t[rays] = distances[1 + table[1:].argmin(axis=0), np.arange(rays.size)]
         return sdf_at, distances, table, evaluated

@@ -18,6 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+import datasets
 import helper
 
 PAGE = "report.html"
@@ -200,11 +201,6 @@ def plot(words, lines, log=False, step=False, from_zero=False):
     return re.sub("|".join(VARIABLES), lambda match: f"var({VARIABLES[match.group()]})", svg)
 
 
-def read_picture(path):
-    import imageio.v2 as imageio
-    return imageio.imread(path)[..., :3]
-
-
 def picture(image, words, width=LARGE):
     """An image (H, W, 3) uint8 as an inline <img>, no wider than `width`: PNG, or JPEG where that would be large."""
     if image.shape[1] > width:
@@ -316,7 +312,7 @@ def renders(run):
     view, psnr = validation_view(run["conf"]), dict(run["series"].get("psnr", []))
     captions = ("photograph", f"render, {psnr[epoch]:.2f} dB" if epoch in psnr else "render", "normals",
                 "depth, white is near")
-    panels = np.split(read_picture(path), len(captions), axis=1)
+    panels = np.split(datasets.read_image(path), len(captions), axis=1)
     return f'<p class="muted">{view.capitalize()}, after {epochs(epoch + 1)}.</p>' + \
         figures([(picture(panel, caption), caption) for panel, caption in zip(panels, captions)], "four")
 
@@ -327,8 +323,8 @@ def shape(run):
     panels = validations(run["folder"])
     if found:
         epoch, path = list(found.items())[-1]
-        image = read_picture(path)
-        height, width = read_picture(panels[epoch]).shape[:2] if epoch in panels else (1, 4)
+        image = datasets.read_image(path)
+        height, width = datasets.read_image(panels[epoch]).shape[:2] if epoch in panels else (1, 4)
         count = max(round(image.shape[1] / image.shape[0] / (width / 4 / height)), 1)     # of the same proportions
         items = [(picture(part, "the surface from another side"), "") for part in np.array_split(image, count, axis=1)]
         content = f'<p class="muted">The surface, as extract.py would mesh it, from cameras that lie far apart; ' \
@@ -346,7 +342,7 @@ def thumbnails(run):
     psnr, items = dict(run["series"].get("psnr", [])), []
     for index in np.unique(np.linspace(0, len(found) - 1, THUMBNAILS).round().astype(int)):
         epoch, path = found[index]
-        image = np.split(read_picture(path), 4, axis=1)[1]
+        image = np.split(datasets.read_image(path), 4, axis=1)[1]
         items.append((picture(image, f"render after {epochs(epoch + 1)}", SMALL), epochs(epoch + 1) + (f"<br>{psnr[epoch]:.1f} dB" if epoch in psnr else "")))
     return figures(items, "eight")
 

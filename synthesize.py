@@ -194,8 +194,12 @@ def render_view(sdf, intrinsics, pose, shape, tracer, wanted=None, without=()):
 
 def normal_colors(render):
     """The unit normals as colours (H, W, 3) in [0, 1], (n + 1) / 2 in the scene's axes; white where nothing is hit."""
-    length = np.maximum(np.linalg.norm(render.normals, axis=-1, keepdims=True), 1e-12)
-    return np.where(render.hit[..., None], render.normals / length * 0.5 + 0.5, 1.0)
+    return np.where(render.hit[..., None], unit(render.normals) * 0.5 + 0.5, 1.0)
+
+
+def unit(vectors):
+    """Vectors (..., 3) at length 1; 0 stays 0."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
 def depth_grey(render):
@@ -211,9 +215,6 @@ def clay(normals, pose):
 
     normals: (H, W, 3) of any length, 0 where nothing is hit, which is white; pose (4, 4): the camera's.
     """
-    def unit(vectors):
-        return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-
     inwards = unit(normals) @ pose[:3, :3]
     key, fill = (inwards @ unit(np.array(light)) for light in ((-0.5, -0.7, -0.75), (0.8, 0.1, -0.4)))
     grey = 0.16 + 0.66 * np.maximum(key, 0) + 0.16 * np.maximum(fill, 0)

@@ -239,17 +239,13 @@ def mesh_normals(mesh, intrinsics, pose, shape):
     return normals.reshape(shape + (3,))
 
 
-def unit(vectors):
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-
-
 def on_white(image, normals):
     return np.where((normals != 0).any(axis=-1, keepdims=True), image, 1.0)
 
 
 def normal_colours(normals):
     """Normals as colours, (n + 1) / 2 in the scene's axes; white where they are 0."""
-    return on_white(unit(normals) / 2 + 0.5, normals)
+    return on_white(synthesize.unit(normals) / 2 + 0.5, normals)
 
 
 def shrink(image):
@@ -312,7 +308,7 @@ def draw_rays(axes):
     axes.add_patch(Circle((0, 0), 1, fill=False, edgecolor=GREY, linestyle=(0, (5, 4)), linewidth=1.2))
 
     eye = np.array([-2.0, 0.35])
-    hit_ray, side_ray = unit(np.array([1.9, -0.38])), unit(np.array([2.0, 0.52]))
+    hit_ray, side_ray = synthesize.unit(np.array([1.9, -0.38])), synthesize.unit(np.array([2.0, 0.52]))
     near = entry(eye, hit_ray)
     t = near
     for _ in range(40):     # sphere tracing, its first steps drawn

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -17,6 +18,22 @@ def reference():
     if not path.exists():
         pytest.skip("the reference numbers (shared/reference/idr_reference.npz) are not there")
     return dict(np.load(path))
+
+
+def write_demo_config(path, changes, **sections):
+    """Write config/demo.yaml with the keys of `sections`, {section: {key: value}}, and then with `changes`,
+    {section__key: value}, of which None takes the key out; returns the path."""
+    tree = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
+    for section, keys in sections.items():
+        tree[section].update(keys)
+    for name, value in changes.items():
+        section, key = name.split("__")
+        if value is None:
+            del tree[section][key]
+        else:
+            tree[section][key] = value
+    path.write_text(yaml.safe_dump(tree))
+    return path
 
 
 def link_scan65(folder, views, kinds):

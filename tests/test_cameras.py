@@ -4,7 +4,6 @@ import re
 import nnabla as nn
 import numpy as np
 import pytest
-import yaml
 from scipy.spatial.transform import Rotation
 
 import cameras
@@ -13,7 +12,7 @@ import helper
 import make_scene
 import network
 import ray_tracer
-from conftest import ROOT
+from conftest import ROOT, write_demo_config
 from test_network import BACKENDS, relative_error
 from test_scripts import refused, run, series
 
@@ -187,17 +186,11 @@ def test_errors_of_cameras_that_no_alignment_fits():
 
 def write_config(folder, **changes):
     """Write the configuration of a short run with trained cameras, with section.key=value changed; returns its name."""
-    tree = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
-    tree["data"].update(path="tiny", held_out_views=[8], cameras="cameras_linear_init.npz")
-    tree["network"].update(feature=8, layers=6, without=["view"])
-    tree["tracer"].update(samples=20)
-    tree["train"].update(epochs=40, rays=256, learning_rate_halved_after=[], alpha_doubled_after=[], save_every=20,
-                         validate_every=20, validation_view=0, validation_downscale=2, camera_learning_rate=5e-3)
-    for name, value in changes.items():
-        section, key = name.split("__")
-        tree[section][key] = value
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(tree))
-    return "tiny.yaml"
+    return write_demo_config(
+        folder / "tiny.yaml", changes, data=dict(path="tiny", held_out_views=[8], cameras="cameras_linear_init.npz"),
+        network=dict(feature=8, layers=6, without=["view"]), tracer=dict(samples=20),
+        train=dict(epochs=40, rays=256, learning_rate_halved_after=[], alpha_doubled_after=[], save_every=20,
+                   validate_every=20, validation_view=0, validation_downscale=2, camera_learning_rate=5e-3)).name
 
 
 def train(folder, *more, status=0, **changes):

@@ -10,13 +10,12 @@ import h5py
 import nnabla as nn
 import numpy as np
 import pytest
-import yaml
 
 import helper
 import make_scene
 import report
 import train
-from conftest import ROOT
+from conftest import ROOT, write_demo_config
 
 VIEWS, EPOCHS = 4, 5
 
@@ -43,18 +42,11 @@ def call(main, *arguments):
 
 def write_config(folder, **changes):
     """Write the configuration of runs of 20 steps, and a name of its own for each set of changes; returns its path."""
-    tree = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
-    tree["data"].update(path=str(folder / "tiny"), held_out_views=[VIEWS])
-    tree["network"].update(feature=8, layers=4)
-    tree["tracer"].update(samples=20)
-    tree["train"].update(epochs=EPOCHS, rays=64, learning_rate_halved_after=[3], alpha_doubled_after=[2], save_every=2,
-                         validate_every=2, validation_view=VIEWS, validation_downscale=2)
-    for name, value in changes.items():
-        section, key = name.split("__")
-        tree[section][key] = value
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_demo_config(
+        folder / "tiny.yaml", changes, data=dict(path=str(folder / "tiny"), held_out_views=[VIEWS]),
+        network=dict(feature=8, layers=4), tracer=dict(samples=20),
+        train=dict(epochs=EPOCHS, rays=64, learning_rate_halved_after=[3], alpha_doubled_after=[2], save_every=2,
+                   validate_every=2, validation_view=VIEWS, validation_downscale=2))
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import trimesh
-import yaml
 
 import helper
-from conftest import ROOT
+from conftest import ROOT, write_demo_config
 
 
 def run(*command, cwd, status=0):
@@ -33,21 +32,11 @@ def refused(*command, cwd):
 
 def write_config(folder, **changes):
     """Write a tiny configuration (config/demo.yaml with less of everything), with section.key=value changed."""
-    tree = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
-    tree["data"].update(path="scenes/tiny", held_out_views=[9])
-    tree["network"].update(feature=16)
-    tree["train"].update(epochs=12, rays=256, learning_rate=1e-3, learning_rate_halved_after=[8], save_every=6,
-                         validate_every=12, validation_view=9, alpha_doubled_after=[6])
-    tree["extract"].update(coarse_resolution=32, resolution=48)
-    for name, value in changes.items():
-        section, key = name.split("__")
-        if value is None:
-            del tree[section][key]
-        else:
-            tree[section][key] = value
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+    return write_demo_config(
+        folder / "tiny.yaml", changes, data=dict(path="scenes/tiny", held_out_views=[9]), network=dict(feature=16),
+        train=dict(epochs=12, rays=256, learning_rate=1e-3, learning_rate_halved_after=[8], save_every=6,
+                   validate_every=12, validation_view=9, alpha_doubled_after=[6]),
+        extract=dict(coarse_resolution=32, resolution=48))
 
 
 @pytest.fixture(scope="module")
