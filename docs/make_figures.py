@@ -2,7 +2,7 @@
 
     python docs/make_figures.py --method --initial --demo results_demo --scan65 results_scan65 scan65_cpu.png
     python docs/make_figures.py --check data/demo
-    python docs/make_figures.py --psnr docs/scan65_psnr.csv
+    python docs/make_figures.py --psnr docs/scan65_psnr.csv --cameras docs/scan65_cameras.csv
     python docs/make_figures.py --turntable results_demo
     python docs/make_figures.py --swapped data/demo data/blue       # a scene to train a second model on
     python docs/make_figures.py --appearance results_demo results_blue
@@ -45,6 +45,7 @@ def main():
                         help="a run on DTU's scan 65, after extract.py, and the name of its picture")
     parser.add_argument("--check", metavar="SCENE", help="what prepare.py --check draws of a scene")
     parser.add_argument("--psnr", metavar="TABLE", help="seconds of training and dB of a run on DTU's scan 65")
+    parser.add_argument("--cameras", metavar="TABLE", help="errors of the cameras of a run on DTU's scan 65, by epoch")
     parser.add_argument("--turntable", metavar="FOLDER", help="a run of make demo, going round")
     parser.add_argument("--swapped", nargs=2, metavar=("SCENE", "COPY"),
                         help="make a copy of a scene in which red and blue are swapped")
@@ -65,6 +66,8 @@ def main():
             picture.convert("RGB").quantize(256).save(str(DOCS / "prepare.png"), optimize=True)
     if args.psnr:
         draw_psnr(DOCS / "scan65_psnr.png", np.loadtxt(args.psnr, delimiter=",", skiprows=3))
+    if args.cameras:
+        draw_cameras(DOCS / "scan65_cameras.png", np.loadtxt(args.cameras, delimiter=",", skiprows=3))
     if args.turntable:
         turn(Path(args.turntable))
     if args.swapped:
@@ -87,6 +90,17 @@ def draw_psnr(path, table):
     axes.plot(8, 18.08, "D", color=ORANGE, label="the authors' code, same kind of card")
     axes.grid(color=GREY, alpha=0.25)
     axes.legend(frameon=False, loc="lower right")
+    figure.savefig(path)
+
+
+def draw_cameras(path, table):
+    """Plot the errors of trained cameras (rows of epochs, degrees, radii) over the epochs, one panel for each."""
+    figure = Figure(figsize=(6.4, 2.4), dpi=130, layout="constrained")
+    for axes, column, title in zip(figure.subplots(1, 2), (1, 2), ("rotation, degrees", "translation, radii of the sphere")):
+        axes.plot(table[:, 0], table[:, column], "o-", markersize=4, color=BLUE)
+        axes.set(xlabel="epochs", title=title, xlim=(0, None), ylim=(0, None))
+        axes.title.set_size("medium")
+        axes.grid(color=GREY, alpha=0.25)
     figure.savefig(path)
 
 
