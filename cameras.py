@@ -13,6 +13,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 from skimage.transform import SimilarityTransform
 
+import checkpoints
 import datasets
 import helper
 
@@ -103,7 +104,7 @@ def by_step(vector, in_camera, points, by_points, by_directions):
 
 def parameter():
     """Return the trained cameras among nnabla's parameters, a Variable (N, 7), or None where there are none."""
-    return nn.get_parameters(grad_only=False).get(helper.POSE)
+    return nn.get_parameters(grad_only=False).get(checkpoints.POSE)
 
 
 def trained_poses(poses, source):

@@ -30,9 +30,11 @@ import nnabla as nn
 import numpy as np
 from nnabla.logger import logger
 
+import checkpoints
 import helper
 import network
-from helper import POSE, UserError, check_pose
+from checkpoints import POSE, check_pose
+from helper import UserError
 
 MOST_BYTES = 1 << 30    # of a checkpoint, which is read whole; the paper's networks take 12 MB
 OLD_MAGIC = 0x1950A86A20F9469CFC6C      # the first thing in the form that PyTorch wrote before 1.6
@@ -73,7 +75,7 @@ def to_ours(paths, output):
     nn.clear_parameters()
     for name, array in ours.items():
         nn.parameter.set_parameter(name, nn.Variable.from_numpy_array(array, need_grad=True))
-    helper.save_model(output)
+    checkpoints.save_model(output)
     print(f"{output}: {in_words(ours)}")
 
 

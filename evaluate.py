@@ -12,6 +12,7 @@ from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
 import cameras
+import checkpoints
 import datasets
 import helper
 import mesh_measures
@@ -35,7 +36,7 @@ def main():
                                "the other")
     mesh = mesh_measures.load_shape(args.mesh) if args.mesh else None
     truth = mesh_measures.load_shape(args.ground_truth) if args.ground_truth else None
-    conf, folder = helper.open_run(args, network.parameter_shapes)
+    conf, folder = checkpoints.open_run(args, network.parameter_shapes)
     scan = mesh_measures.load_dtu(args.dtu, Path(conf.data.path).resolve().name) if args.dtu else None
     monitor = Monitor(str(folder))
     if args.views != ["none"]:

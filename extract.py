@@ -16,6 +16,7 @@ from skimage.measure import marching_cubes
 from tqdm import tqdm
 
 import cameras
+import checkpoints
 import datasets
 import helper
 import network
@@ -41,7 +42,7 @@ def main():
     for path in args.output or []:
         if Path(path).suffix.lower() not in SUFFIXES:
             raise helper.UserError(f"--output {path}: the name must end in {', '.join(SUFFIXES)}")
-    conf, folder = helper.open_run(args, network.parameter_shapes)
+    conf, folder = checkpoints.open_run(args, network.parameter_shapes)
     paths = [Path(path) for path in args.output or [folder / "mesh.ply"]]
     poses = scale_mat = None
     if args.world or any(path.suffix.lower() == ".html" for path in paths):

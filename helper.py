@@ -1,4 +1,4 @@
-"""What the scripts share: user errors, safe writing, configuration, nnabla's context, cameras and rays, checkpoints.
+"""What the scripts share: user errors, safe writing, configuration, nnabla's context, cameras and rays, randomness.
 
 Imports nothing of the other scripts.
 """
@@ -6,15 +6,12 @@ import argparse
 import contextlib
 import ctypes
 import errno
-import io
-import json
 import os
 import re
 import reprlib
 import signal
 import sys
 import tempfile
-import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -451,19 +448,6 @@ def new_run_folder(conf, monitor_path):
     return folder
 
 
-def open_run(args, parameter_shapes):
-    """Load the configuration and the model that a script's `args` name; returns (conf, the folder for its results).
-
-    parameter_shapes: network.parameter_shapes. Sets the context. Raises UserError as the functions that it calls do.
-    """
-    conf = load_config(args.config)
-    model = model_file(args.model_load_path)
-    set_context(args.context, args.device_id)
-    load_model(model, parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers,
-                                       conf.network.without))
-    return conf, run_folder(conf, args.monitor_path) if args.monitor_path else model.parent
-
-
 def copy_config(path, folder):
     """Copy a configuration file into the run's folder under its own name (unless it is that very file)."""
     target = Path(folder) / Path(path).name
@@ -532,190 +516,3 @@ def random_numbers(seed, purpose, number):
     Nothing of it is carried from step to step, so a run can be taken up at any.
     """
     return np.random.default_rng([seed, purpose, number])
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-POSE = "cameras/pose"       # cameras.py says what it holds
-STATE_FILE = "state.h5"
-STATE_FORMAT = "IDR training state 1"
-PROGRESS = {"step": int, "steps": int, "loss": float, "elapsed": float, "lap": float, "config": dict}
-
-
-def save_model(path):
-    """Write nnabla's current parameters to `path` (.h5), replacing it whole."""
-    import nnabla as nn
-    file = io.BytesIO()     # and not to the disk: HDF5 is at a loss when that is full
-    nn.save_parameters(file, extension=".h5")
-    write_bytes(path, file.getvalue())
-
-
-def model_file(path):
-    """Return the checkpoint that --model-load-path names: the file itself, or the newest model of a run's folder."""
-    path = Path(path)
-    if path.is_dir():
-        models = sorted(path.glob("model_*.h5"))
-        if not models:
-            raise UserError(f"{path}: no model_*.h5 in this folder; train first, or name the model's file")
-        return models[-1]
-    if not path.is_file():
-        raise UserError(f"{path}: no such model; name a model_*.h5 of a training run, or the run's folder")
-    return path
-
-
-def load_model(path, shapes):
-    """Load the parameters of the checkpoint at `path` into nnabla's parameter scope, in place of those there.
-
-    shapes: {parameter name: shape} of the configured network; trained cameras may be there beside. Raises UserError
-    where the file is no checkpoint, or one of another network.
-    """
-    import nnabla as nn
-    arrays, _ = read_arrays(path)
-    check_parameters(path, arrays, shapes)
-    nn.clear_parameters()
-    set_parameters({name: array for name, array in arrays.items() if name in (*shapes, POSE)})
-
-
-def set_parameters(arrays):
-    """Make {name: array} nnabla's parameters, beside those of other names."""
-    import nnabla as nn
-    for name, array in arrays.items():
-        nn.parameter.set_parameter(name, nn.Variable.from_numpy_array(array, need_grad=name != POSE))
-
-
-def solver_parameters(solver_name):
-    """Return nnabla's parameters that a solver of that name works on: "cameras" on the poses, "solver" on the rest."""
-    import nnabla as nn
-    # The poses want no gradient of nnabla's: cameras.py computes it.
-    return {POSE: nn.get_parameters(grad_only=False)[POSE]} if solver_name == "cameras" else nn.get_parameters()
-
-
-def check_pose(where, shape):
-    """Raise UserError where trained cameras do not have the shape (views, 7), or are none."""
-    if len(shape) != 2 or shape[0] == 0 or shape[1] != 7:
-        raise UserError(f"{where} is {tuple(shape)}; cameras are (views, 7), a quaternion and a centre each")
-
-
-def check_parameters(path, arrays, shapes):
-    """Raise UserError unless the `arrays` of the checkpoint at `path` are finite and have these {name: shape}, and any
-    trained cameras beside are such."""
-    if POSE in arrays:
-        check_pose(f"{path}: {POSE}", arrays[POSE].shape)
-        if not np.linalg.norm(arrays[POSE][:, :4], axis=1).all():
-            raise UserError(f"{path}: {POSE} has a quaternion of length 0; the file is damaged")
-        shapes = {**shapes, POSE: arrays[POSE].shape}
-    for name, shape in shapes.items():
-        if name not in arrays:
-            raise UserError(f"{path}: has no parameter {name}; it was saved by another program or with other layers")
-        if arrays[name].shape != tuple(shape):
-            raise UserError(f"{path}: {name} is {arrays[name].shape}, the configuration wants {tuple(shape)}; "
-                            "use the configuration that lies beside the model")
-        if not np.isfinite(arrays[name]).all():
-            raise UserError(f"{path}: {name} has values that are not finite; the file is damaged, or its training "
-                            "failed; use an earlier one")
-
-
-def read_arrays(path):
-    """Read an .h5 file of numbers: {name: array}, and the text of its attribute "about" ("" where it has none).
-
-    Nothing outside the file is read, and no more than the file's own size. Raises UserError for other files.
-    """
-    import h5py
-    arrays = {}
-
-    def read(name, item):
-        if isinstance(item, h5py.Dataset):
-            if (not isinstance(name, str) or item.dtype.kind not in "fiu" or item.external or item.is_virtual
-                    or item.nbytes > limit):
-                raise ValueError
-            arrays[name] = item[()]
-
-    try:
-        limit = os.path.getsize(str(path))
-        with h5py.File(str(path), "r") as file:
-            file.visititems(read)
-            return arrays, str(file.attrs.get("about", ""))
-    except Exception:   # a damaged file makes h5py raise nearly anything
-        raise UserError(f"{path}: not a readable .h5 checkpoint (truncated, damaged or another kind of file)")
-
-
-def save_state(folder, solvers, progress, series):
-    """Write what a training needs to go on, nnabla's parameters included, to `folder`/state.h5, replacing it whole.
-
-    solvers: {name: nnabla solver}; progress: what PROGRESS lists, that is the steps done, the steps of an epoch, the
-    last loss, seconds since the start and in this epoch, the settings; series: {name: numbers}.
-    Raises UserError where it cannot be written, and where a value is not finite: then the earlier state stays.
-    """
-    import h5py
-    import nnabla as nn
-    arrays = {f"parameters/{name}": p.d for name, p in nn.get_parameters(grad_only=False).items()}
-    for solver_name, solver in solvers.items():
-        for name, state in solver.get_states().items():
-            arrays[f"{solver_name}/{name}/t"] = np.array(state.t)
-            arrays.update({f"{solver_name}/{name}/{part}": value.d for part, value in state.pstate.items()})
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise UserError(f"{folder}: after step {progress['step']}, {name} has values that are not finite; "
-                            f"{STATE_FILE} there is of an earlier step; lower train.learning_rate")
-    arrays.update({f"series/{name}": np.array(values, np.float64) for name, values in series.items()})
-    about, file = json.dumps({**progress, "format": STATE_FORMAT, "checksum": checksum(arrays)}), io.BytesIO()
-    with h5py.File(file, "w") as h5:
-        for name, array in arrays.items():
-            h5[name] = array
-        h5.attrs["about"] = about
-    write_bytes(Path(folder) / STATE_FILE, file.getvalue())
-
-
-def checksum(arrays):
-    """Return a number that changes with any bit of {name: array}."""
-    total = 0
-    for name in sorted(arrays):
-        total = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), zlib.crc32(name.encode(), total))
-    return total
-
-
-def load_state(folder, shapes):
-    """Read the state of the run in `folder`, as save_state wrote it: a namespace of progress, arrays and path.
-
-    shapes: {parameter name: shape} of the configured network. Nothing of nnabla is touched; restore_state does that.
-    Raises UserError where there is none, or none that fits.
-    """
-    path = Path(folder) / STATE_FILE
-    if not Path(folder).is_dir():
-        raise UserError(f"{folder}: no such run to resume; name its folder after --resume, or start without --resume")
-    if not path.is_file():
-        raise UserError(f"{folder}: has no {STATE_FILE} to resume from; start without --resume (a run that is there "
-                        "is kept, under a name with a number)")
-    arrays, about = read_arrays(path)
-    try:
-        progress = json.loads(about)
-    except ValueError:
-        progress = None
-    if not isinstance(progress, dict) or progress.get("format") != STATE_FORMAT:
-        raise UserError(f"{path}: no training state of this program or this version; start without --resume")
-    fits = all(type(progress.get(name)) is kind for name, kind in PROGRESS.items())
-    if not fits or progress.get("checksum") != checksum(arrays):
-        raise UserError(f"{path}: damaged (its checksum is another); start without --resume")
-    parameters = {name[len("parameters/"):]: array for name, array in arrays.items() if name.startswith("parameters/")}
-    check_parameters(path, parameters, shapes)
-    parameters = {**{name: parameters[name] for name in shapes}, **parameters}      # in that order, which models keep
-    series = {name[len("series/"):]: array for name, array in arrays.items() if name.startswith("series/")}
-    return SimpleNamespace(path=path, progress=progress, parameters=parameters, series=series, arrays=arrays)
-
-
-def restore_state(state, solvers):
-    """Set nnabla's parameters to those of a state that load_state read, and the solvers {name: nnabla solver}."""
-    import nnabla as nn
-    nn.clear_parameters()
-    set_parameters(state.parameters)
-    for solver_name, solver in solvers.items():
-        solver.set_parameters(solver_parameters(solver_name))
-        states = solver.get_states()
-        for name, kept in states.items():
-            found = {part: state.arrays.get(f"{solver_name}/{name}/{part}") for part in ("t", *kept.pstate)}
-            if any(array is None or array.shape != (() if part == "t" else state.parameters[name].shape)
-                   for part, array in found.items()):
-                raise UserError(f"{state.path}: has no state of this {solver_name} for {name}; start without --resume")
-            kept.t = int(found.pop("t"))
-            kept.pstate = {part: nn.Variable.from_numpy_array(array) for part, array in found.items()}
-        solver.set_states(states)

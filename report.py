@@ -18,6 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+import checkpoints
 import datasets
 import helper
 
@@ -403,7 +404,7 @@ def commands(run, state):
     says = {"complete": "The run is complete. To train on, raise train.epochs in the configuration first.",
             "running": "Where the run is interrupted, this goes on with it.",
             "stopped": "The run was stopped before its end. This goes on with it."}[state]
-    content = f"<p>{says}</p><pre>{html.escape(resume)}</pre>" if (run["folder"] / helper.STATE_FILE).exists() else ""
+    content = f"<p>{says}</p><pre>{html.escape(resume)}</pre>" if (run["folder"] / checkpoints.STATE_FILE).exists() else ""
     if any(run["folder"].glob("model_*.h5")):
         lines = [f"python {script}.py {model}" for script in ("synthesize", "extract", "evaluate")]
         lines.append(f"python report.py {folder}")

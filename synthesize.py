@@ -13,6 +13,7 @@ from scipy.spatial.transform import Rotation, Slerp
 from tqdm import tqdm
 
 import cameras
+import checkpoints
 import datasets
 import helper
 import network
@@ -41,9 +42,9 @@ def main():
                         help="another run's model_*.h5, or its folder, whose renderer colours this model's shape")
     args = parser.parse_args()
     check_arguments(args)
-    conf, folder = helper.open_run(args, network.parameter_shapes)
+    conf, folder = checkpoints.open_run(args, network.parameter_shapes)
     if args.appearance_model_path:
-        take_appearance(helper.model_file(args.appearance_model_path), conf.network.feature, conf.network.without)
+        take_appearance(checkpoints.model_file(args.appearance_model_path), conf.network.feature, conf.network.without)
     scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
     scene = scene._replace(poses=cameras.trained_poses(scene.poses, args.model_load_path))
     words = args.views or (["all"] if args.path == "cameras" else [conf.train.validation_view])
@@ -99,7 +100,7 @@ def take_appearance(path, feature, without=()):
     feature: the length of our feature vectors, which that renderer must take; without: what ours is not given, as
     network.rendering. Raises UserError where it does not take that.
     """
-    arrays, _ = helper.read_arrays(path)
+    arrays, _ = checkpoints.read_arrays(path)
     first = arrays.get("rendering/0/v")
     if first is None or first.ndim != 2:
         raise helper.UserError(f"{path}: has no rendering network; it was saved by another program")
@@ -110,8 +111,8 @@ def take_appearance(path, feature, without=()):
                                "both with the same network.feature")
     shapes = {name: shape for name, shape in network.parameter_shapes(first.shape[1], feature, 9).items()
               if name.startswith("rendering/")}
-    helper.check_parameters(path, arrays, shapes)
-    helper.set_parameters({name: arrays[name] for name in shapes})
+    checkpoints.check_parameters(path, arrays, shapes)
+    checkpoints.set_parameters({name: arrays[name] for name in shapes})
 
 
 # --- the path of a camera ---------------------------------------------------------------------------------------------

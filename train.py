@@ -15,13 +15,13 @@ import time
 import warnings
 from pathlib import Path
 
-import nnabla as nn
 import nnabla.solvers as S
 import numpy as np
 from nnabla.monitor import MonitorSeries, MonitorTimeElapsed
 from tqdm import tqdm
 
 import cameras
+import checkpoints
 import datasets
 import evaluate
 import helper
@@ -52,7 +52,7 @@ def main():
                                f"cameras are trained by one process, not {ranks}; start without mpirun, or set it to 0")
     folder = Path(args.resume or helper.run_folder(conf, args.monitor_path))
     if args.resume is not None:
-        state = helper.load_state(folder, network.parameter_shapes(
+        state = checkpoints.load_state(folder, network.parameter_shapes(
             conf.network.width, conf.network.feature, conf.network.layers, conf.network.without))
         check_cameras(state, conf.train.camera_learning_rate, len(scene.images))
         if is_complete(state, conf.train.epochs, len(views), ranks):
@@ -95,11 +95,11 @@ def train(conf, scene, views, folder, state, stop, world):
     if state is None:
         network.initialize(**vars(conf.network), rng=np.random.default_rng(conf.train.seed))
         if camera_solver:
-            helper.set_parameters({helper.POSE: cameras.pose_vectors(scene.poses)})
+            checkpoints.set_parameters({checkpoints.POSE: cameras.pose_vectors(scene.poses)})
         for name in solvers:
-            solvers[name].set_parameters(helper.solver_parameters(name))
+            solvers[name].set_parameters(checkpoints.solver_parameters(name))
     else:
-        helper.restore_state(state, solvers)
+        checkpoints.restore_state(state, solvers)
         first, loss = state.progress["step"], state.progress["loss"]
         scene = scene._replace(poses=cameras.trained_poses(scene.poses, state.path))
     world.check_same([first, helper.settings(conf)], "the processes do not begin alike: each needs the same "
@@ -119,7 +119,7 @@ def train(conf, scene, views, folder, state, stop, world):
             return np.inf       # it is not for this process to save, however late it gets
         now = {"step": step, "steps": steps, "views": len(views), "ranks": world.size, "loss": loss,
                "config": helper.settings(conf), **log.times()}
-        helper.save_state(folder, solvers, now, log.buffers())
+        checkpoints.save_state(folder, solvers, now, log.buffers())
         return time.monotonic()
 
     saved = save(first) if state is None else time.monotonic()
@@ -185,7 +185,7 @@ def train(conf, scene, views, folder, state, stop, world):
                                            camera_translation=off.translation.mean())
                     progress.write(f"epoch {epoch}: cameras {cameras.in_words(off, truth.scale)}")
             if model_is_due:
-                helper.save_model(folder / model_name(epoch))
+                checkpoints.save_model(folder / model_name(epoch))
             report.keep(folder, due=validation_is_due, tell=progress.write)
     return True
 
@@ -226,7 +226,7 @@ def is_complete(state, epochs, views, ranks):
 
 def check_cameras(state, learning_rate, count):
     """Raise UserError where a state has no cameras to train on, or those of another number of views."""
-    pose = state.parameters.get(helper.POSE)
+    pose = state.parameters.get(checkpoints.POSE)
     if learning_rate and pose is None:
         raise helper.UserError(f"{state.path}: was begun without trained cameras; set train.camera_learning_rate to 0, "
                                "or start without --resume")

@@ -20,6 +20,7 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import checkpoints  # noqa: E402
 import datasets  # noqa: E402
 import extract  # noqa: E402
 import helper  # noqa: E402
@@ -53,7 +54,7 @@ def main():
         width, feature, rays = SETTINGS[setting]
         network.initialize(width, feature, 9, 0.6, np.random.default_rng(0))
         if args.model_load_path:
-            helper.load_model(args.model_load_path, network.parameter_shapes(width, feature, 9))
+            checkpoints.load_model(args.model_load_path, network.parameter_shapes(width, feature, 9))
         state = "trained" if args.model_load_path else "initial sphere"
         print(f"\n{setting} (width {width}, feature {feature}, {rays} rays), {state}")
         bench_step(scene, conf.tracer, rays, args.steps, rate, yardstick, world)

@@ -23,6 +23,7 @@ from PIL import Image
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
+import checkpoints          # noqa: E402
 import datasets             # noqa: E402
 import helper               # noqa: E402
 import make_scene           # noqa: E402
@@ -111,7 +112,7 @@ def load_run(folder):
     conf = helper.load_config(next(folder.glob("*.yaml")))
     helper.set_context("auto", "0")
     shapes = network.parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers)
-    helper.load_model(helper.model_file(folder), shapes)
+    checkpoints.load_model(checkpoints.model_file(folder), shapes)
     cameras = datasets.load_scene_cameras(conf.data.path)[:2]
     return conf, list(zip(*cameras)), trimesh.load(folder / "mesh.ply")
 
@@ -152,7 +153,7 @@ def appearance_picture(folders, view=36, size=288):
         row = []
         for colors_of in folders:
             conf, cameras, _ = load_run(shape_of)
-            synthesize.take_appearance(helper.model_file(colors_of), conf.network.feature)
+            synthesize.take_appearance(checkpoints.model_file(colors_of), conf.network.feature)
             intrinsics, pose = cameras[view]
             pixels = round(2 * intrinsics[0, 2] + 1)
             intrinsics = datasets.shrink_intrinsics(intrinsics, pixels / (size * OVERSAMPLING))

@@ -7,12 +7,13 @@ import pytest
 from scipy.spatial.transform import Rotation
 
 import cameras
+import checkpoints
 import datasets
 import helper
 import make_scene
 import network
 import ray_tracer
-from conftest import ROOT, write_demo_config
+from conftest import write_demo_config
 from test_network import BACKENDS, relative_error
 from test_scripts import refused, run, series
 
@@ -141,7 +142,7 @@ def test_sparse_adam_is_adam_on_one_row_with_the_count_of_all():
     start = np.random.default_rng(0).normal(size=(3, 7)).astype(np.float32)
     pose = nn.Variable.from_numpy_array(start.copy())
     solver = cameras.SparseAdam(1e-2)
-    solver.set_parameters({helper.POSE: pose})
+    solver.set_parameters({checkpoints.POSE: pose})
     rows, m, v = start.astype(np.float64), np.zeros((3, 7)), np.zeros((3, 7))
     rng = np.random.default_rng(1)
     for step in range(1, 30):
@@ -235,7 +236,7 @@ def test_training_mends_cameras_and_says_so(folder):
                              for name in ("cameras_linear_init.npz", "cameras.npz"))).rotation.mean()
     assert len(off) == 2 and off[-1] < 0.75 * start
     assert len(series(results, "camera_translation")) == 2
-    pose = helper.read_arrays(results / "model_00039.h5")[0]["cameras/pose"]
+    pose = checkpoints.read_arrays(results / "model_00039.h5")[0]["cameras/pose"]
     start = cameras.pose_vectors(datasets.load_cameras(folder / "tiny" / "cameras_linear_init.npz", 9)[1])
     assert (pose[:8] != start[:8]).any(axis=1).all() and np.array_equal(pose[8], start[8])   # held out: as it was
     nn.clear_parameters()
@@ -252,17 +253,17 @@ def test_the_other_scripts_use_trained_cameras(folder):
     run("synthesize.py", *MODEL, "--views", 0, cwd=folder)
     run("extract.py", *MODEL, "--resolution", 32, cwd=folder)
     seen = (folder / "results_tiny" / "renders" / "view_000.png").read_bytes()
-    arrays = helper.read_arrays(folder / "results_tiny" / "model_00039.h5")[0]
+    arrays = checkpoints.read_arrays(folder / "results_tiny" / "model_00039.h5")[0]
     arrays["cameras/pose"][0, 4:] *= 1.2
-    helper.set_parameters(arrays)
-    helper.save_model(folder / "farther.h5")
+    checkpoints.set_parameters(arrays)
+    checkpoints.save_model(folder / "farther.h5")
     nn.clear_parameters()
     farther = (*MODEL[:3], "farther.h5", *MODEL[4:])
     run("synthesize.py", *farther, "--views", 0, "--monitor-path", "results", cwd=folder)
     assert (folder / "results_tiny" / "renders" / "view_000.png").read_bytes() != seen
     arrays["cameras/pose"] = arrays["cameras/pose"][:5]
-    helper.set_parameters(arrays)
-    helper.save_model(folder / "farther.h5")
+    checkpoints.set_parameters(arrays)
+    checkpoints.save_model(folder / "farther.h5")
     nn.clear_parameters()
     assert "farther.h5: has 5 trained cameras, and the scene 9 views" in refused(
         "synthesize.py", *farther, "--views", 0, "--monitor-path", "results", cwd=folder)
@@ -273,7 +274,7 @@ def test_a_resumed_run_with_cameras_is_the_one_that_was_not_interrupted(folder):
     train(folder, "--monitor-path", "whole", train__epochs=4, **often)
     train(folder, "--monitor-path", "half", train__epochs=2, **often)
     train(folder, "--monitor-path", "half", "--resume", train__epochs=4, **often)
-    found, wanted = (helper.read_arrays(folder / name / "state.h5")[0] for name in ("half_tiny", "whole_tiny"))
+    found, wanted = (checkpoints.read_arrays(folder / name / "state.h5")[0] for name in ("half_tiny", "whole_tiny"))
     assert set(found) == set(wanted) and "cameras/cameras/pose/m" in wanted
     for name in wanted:
         assert np.array_equal(found[name], wanted[name]), name
@@ -283,7 +284,7 @@ def test_a_resumed_run_with_cameras_is_the_one_that_was_not_interrupted(folder):
 
 def test_what_resuming_refuses(folder):
     train(folder, "--monitor-path", "exact", train__epochs=1, train__camera_learning_rate=0)
-    assert not helper.read_arrays(folder / "exact_tiny" / "state.h5")[0].get("parameters/cameras/pose")
+    assert not checkpoints.read_arrays(folder / "exact_tiny" / "state.h5")[0].get("parameters/cameras/pose")
     write_config(folder, train__epochs=2)
     said = refused("train.py", "--config", "tiny.yaml", "--monitor-path", "exact", "--resume", cwd=folder)
     assert "was begun without trained cameras" in said and "train.camera_learning_rate" in said
@@ -295,18 +296,18 @@ def test_what_resuming_refuses(folder):
                                         (np.ones((9, 6)), "(views, 7)")])
 def test_cameras_that_no_model_may_have(tmp_path, pose, word):
     network.initialize(64, 8, 4, 0.6, np.random.default_rng(0))
-    helper.set_parameters({helper.POSE: pose.astype(np.float32)})
-    helper.save_model(tmp_path / "model.h5")
+    checkpoints.set_parameters({checkpoints.POSE: pose.astype(np.float32)})
+    checkpoints.save_model(tmp_path / "model.h5")
     nn.clear_parameters()
     with pytest.raises(helper.UserError, match="cameras/pose") as refusal:
-        helper.load_model(tmp_path / "model.h5", network.parameter_shapes(64, 8, 4))
+        checkpoints.load_model(tmp_path / "model.h5", network.parameter_shapes(64, 8, 4))
     assert word in str(refusal.value)
 
 
 def test_a_run_without_the_renderers_normal_and_view(folder):
     without = {"network__without": ["normal", "view"], "train__camera_learning_rate": 0, "train__epochs": 1}
     train(folder, "--monitor-path", "less", **without)
-    arrays = helper.read_arrays(folder / "less_tiny" / "model_00000.h5")[0]
+    arrays = checkpoints.read_arrays(folder / "less_tiny" / "model_00000.h5")[0]
     assert arrays["rendering/0/v"].shape == (3 + 8, 64)
     model = ("--model-load-path", "less_tiny", "--context", "cpu")
     run("evaluate.py", "--config", "less_tiny/tiny.yaml", *model, "--views", 0, cwd=folder)

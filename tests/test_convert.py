@@ -13,6 +13,7 @@ import nnabla as nn
 import numpy as np
 import pytest
 
+import checkpoints
 import convert
 import datasets
 import evaluate
@@ -109,7 +110,7 @@ def test_the_reference_network_computes_the_authors_numbers(reference, tmp_path,
     write_model(tmp_path / "latest.pth", state, old_form)
     said = run("convert.py", "latest.pth", "--output", "out/model.h5", cwd=tmp_path)
     assert "out/model.h5: network: {width: 64, feature: 32, layers: 9}" in said
-    helper.load_model(tmp_path / "out" / "model.h5", network.parameter_shapes(64, 32, 9))
+    checkpoints.load_model(tmp_path / "out" / "model.h5", network.parameter_shapes(64, 32, 9))
     found = network.sdf_evaluator()(reference["probe_points"])
     assert np.abs(found - reference["probe_output"][:, 0]).max() < 1e-4
     hit = reference["hit"] & reference["object_mask"]
@@ -124,7 +125,7 @@ def test_there_and_back_and_there_again(tmp_path, old_form):
     nn.clear_parameters()
     for name, array in ours.items():
         nn.parameter.set_parameter(name, nn.Variable.from_numpy_array(array, need_grad=True))
-    helper.save_model(tmp_path / "model_01999.h5")
+    checkpoints.save_model(tmp_path / "model_01999.h5")
     nn.clear_parameters()
     said = run("convert.py", "model_01999.h5", "--output", "theirs.pth", *["--old-form"] * old_form, cwd=tmp_path)
     assert "theirs.pth: network: {width: 64, feature: 2, layers: 3}, 5 cameras" in said and "theirs_cameras.pth" in said
@@ -176,7 +177,7 @@ def test_the_full_model_of_scan_65_renders_it(tmp_path):
     link_scan65(tmp_path / "scene", [24], ("world", "scale"))
     run("convert.py", path, "--output", tmp_path / "scan65.h5", cwd=tmp_path)
     conf = helper.load_config(ROOT / "config" / "default.yaml")
-    helper.load_model(tmp_path / "scan65.h5", network.parameter_shapes(512, 256, 9))
+    checkpoints.load_model(tmp_path / "scan65.h5", network.parameter_shapes(512, 256, 9))
     scene = datasets.load_scene(tmp_path / "scene", 4)
     inside = np.flatnonzero(scene.masks[0])
     wanted = np.zeros(scene.masks[0].size, bool)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from PIL import EpsImagePlugin, Image
 
+import checkpoints
 import helper
 import make_scene
 import network
@@ -109,7 +110,7 @@ H5 = """
 import sys, warnings
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import numpy as np
-import helper, network
+import checkpoints, helper, network
 from pathlib import Path
 from test_damage import damaged
 path, rng, counts = Path(sys.argv[2]), np.random.default_rng(0), {True: 0, False: 0}
@@ -118,9 +119,9 @@ whole, shapes = path.read_bytes(), network.parameter_shapes(64, 8, 4)
 
 def load(path, shapes):
     if path.name == "state.h5":
-        helper.load_state(path.parent, shapes)
+        checkpoints.load_state(path.parent, shapes)
     else:
-        helper.load_model(path, shapes)
+        checkpoints.load_model(path, shapes)
 
 
 load(path, shapes)
@@ -141,11 +142,11 @@ print(counts[True], counts[False])
 def test_random_damage_to_checkpoints(tmp_path, name, tries, at_least):
     """In a process of its own, as the library that reads them is in C."""
     network.initialize(64, 8, 4, 0.6, np.random.default_rng(0))
-    helper.save_model(tmp_path / "model_00000.h5")
+    checkpoints.save_model(tmp_path / "model_00000.h5")
     solver = S.Adam()
     solver.set_parameters(nn.get_parameters())
     progress = {"step": 7, "steps": 2, "loss": 0.5, "elapsed": 1.0, "lap": 1.0, "config": {}}
-    helper.save_state(tmp_path, {"solver": solver}, progress, {"loss": [1.0]})
+    checkpoints.save_state(tmp_path, {"solver": solver}, progress, {"loss": [1.0]})
     done = subprocess.run([sys.executable, "-c", H5, str(ROOT), str(tmp_path / name), str(tries)],
                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
     assert done.returncode == 0, done.stderr
@@ -158,7 +159,7 @@ def test_checkpoints_that_are_none(tmp_path, content):
     path = tmp_path / "model_00000.h5"
     path.write_bytes(content)
     with pytest.raises(helper.UserError, match="not a readable .h5 checkpoint"):
-        helper.load_model(path, {"implicit/0/v": (39, 64)})
+        checkpoints.load_model(path, {"implicit/0/v": (39, 64)})
 
 
 def test_a_model_that_reads_another_file(tmp_path):
@@ -169,13 +170,13 @@ def test_a_model_that_reads_another_file(tmp_path):
         file.create_dataset("implicit/0/v", (39, 64), "f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
         file["large"] = np.zeros(20000)     # or the file would be refused as smaller than its contents
     with pytest.raises(helper.UserError, match="not a readable"):
-        helper.load_model(path, shapes)
+        checkpoints.load_model(path, shapes)
     with h5py.File(str(tmp_path / "other.h5"), "w") as file:
         file["x"] = np.zeros((39, 64), np.float32)
     with h5py.File(str(path), "w") as file:
         file["implicit/0/v"] = h5py.ExternalLink("other.h5", "x")
     with pytest.raises(helper.UserError, match="has no parameter implicit/0/v"):
-        helper.load_model(path, shapes)
+        checkpoints.load_model(path, shapes)
 
 
 def test_a_model_that_unpacks_to_more_than_its_size(tmp_path):
@@ -184,7 +185,7 @@ def test_a_model_that_unpacks_to_more_than_its_size(tmp_path):
         file["implicit/0/v"] = np.zeros((39, 64), np.float32)
         file.create_dataset("large", (2000, 2000), "f4", compression="gzip")
     with pytest.raises(helper.UserError, match="not a readable"):
-        helper.load_model(path, {"implicit/0/v": (39, 64)})
+        checkpoints.load_model(path, {"implicit/0/v": (39, 64)})
 
 
 def test_a_model_with_values_that_are_not_finite(tmp_path):
@@ -192,7 +193,7 @@ def test_a_model_with_values_that_are_not_finite(tmp_path):
     with h5py.File(str(path), "w") as file:
         file["implicit/0/v"] = np.full((39, 64), np.nan, np.float32)
     with pytest.raises(helper.UserError, match="implicit/0/v has values that are not finite"):
-        helper.load_model(path, {"implicit/0/v": (39, 64)})
+        checkpoints.load_model(path, {"implicit/0/v": (39, 64)})
 
 
 # --- files of strangers -----------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import nnabla.solvers as S
 import numpy as np
 import pytest
 
+import checkpoints
 import datasets
 import helper
 import make_scene
@@ -220,7 +221,7 @@ def test_one_process_writes_and_an_epoch_has_fewer_steps(home):
     assert [p.name for p in sorted(folder.glob("model_*.h5"))] == [f"model_{e:05d}.h5" for e in (1, 3, 4)]
     lines = (folder / "loss.series.txt").read_text().splitlines()
     assert [int(line.split()[0]) for line in lines] == [STEPS * epoch + STEPS - 1 for epoch in range(EPOCHS)]
-    progress = helper.load_state(folder, {}).progress
+    progress = checkpoints.load_state(folder, {}).progress
     assert (progress["step"], progress["views"], progress["ranks"]) == (STEPS * EPOCHS, VIEWS, RANKS)
 
 
@@ -230,7 +231,7 @@ def test_where_one_is_told_to_stop_all_do_and_go_on(home, failing, number):
     statuses, said, _ = start(home, name, fails=("5", str(int(number))), failing=failing)
     assert statuses[failing] == 128 + number and set(statuses) <= {128 + number, 128 + signal.SIGTERM}
     assert "--resume goes on" in said[0] and said[1:] == ("",) * (RANKS - 1)
-    assert helper.load_state(home / f"{name}_tiny", {}).progress["step"] == 5
+    assert checkpoints.load_state(home / f"{name}_tiny", {}).progress["step"] == 5
     statuses, said, errors = start(home, name, "--resume")
     assert statuses == [0] * RANKS and "after step 5 (epoch 2)" in said[0], errors
     same_as_straight(home, name)
@@ -243,7 +244,7 @@ def test_a_loss_that_is_not_finite_in_one_stops_all_with_one_line(home):
     assert len(said) == 1 and "step 4 (epoch 2): the " in said[0] and "loss is nan" in said[0]
     for rank in (1, 2):     # what these would say, were they not ended first
         assert errors[rank].startswith(f"process {rank} of 3, on ") and errors[rank].count("\n") == 1
-    assert helper.load_state(home / "spoilt_tiny", {}).progress["step"] == 2 * STEPS       # as the last render has it
+    assert checkpoints.load_state(home / "spoilt_tiny", {}).progress["step"] == 2 * STEPS       # as the last render has it
 
 
 def test_processes_that_do_not_begin_alike(home):

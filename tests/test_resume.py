@@ -11,6 +11,7 @@ import nnabla as nn
 import numpy as np
 import pytest
 
+import checkpoints
 import helper
 import make_scene
 import report
@@ -82,7 +83,7 @@ def contents(folder):
     files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for name in ("time.timer.txt", "report.html"):
         files.pop(train.Path(name), None)
-    arrays, _ = helper.read_arrays(folder / "state.h5")
+    arrays, _ = checkpoints.read_arrays(folder / "state.h5")
     files[train.Path("state.h5")] = {name: array.tobytes() for name, array in arrays.items()}
     return files
 
@@ -128,7 +129,7 @@ def test_an_interruption_while_rendering(home, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train, "validate", interrupted)
         assert start(home, "rendering") == 143
-    state = helper.load_state(home / "rendering_tiny", {})
+    state = checkpoints.load_state(home / "rendering_tiny", {})
     assert state.progress["step"] == 2 * VIEWS + 1      # not lost: the epoch's end, and one step more
     assert start(home, "rendering", "--resume") == 0
     same_as_straight(home, "rendering")
@@ -167,7 +168,7 @@ def test_a_run_that_is_killed_while_it_writes(home, capfd, write, step, models):
         assert start(home, name, "--resume") == 2 and "no state.h5 to resume" in capfd.readouterr().err
         assert start(home, name) == 0
     else:
-        assert helper.load_state(folder, {}).progress["step"] == step
+        assert checkpoints.load_state(folder, {}).progress["step"] == step
         assert start(home, name, "--resume") == 0
     same_as_straight(home, name)
 
@@ -203,7 +204,7 @@ def test_a_disk_that_is_full(home, monkeypatch, capfd):
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "state.h5: cannot be written" in said[0] and "free some space" in said[0]
     folder = home / "full_tiny"
-    assert not list(folder.rglob(".*")) and helper.load_state(folder, {}).progress["step"] == 2 * VIEWS
+    assert not list(folder.rglob(".*")) and checkpoints.load_state(folder, {}).progress["step"] == 2 * VIEWS
     assert (folder / "model_00001.h5").read_bytes() == (home / "straight_tiny/model_00001.h5").read_bytes()
     assert start(home, "full", "--resume") == 0
     same_as_straight(home, "full")
@@ -230,7 +231,7 @@ def test_a_loss_that_is_not_finite(home, monkeypatch, capfd, spoilt, named):
     with monkeypatch.context() as patch:
         at_step(patch, 2 * VIEWS + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert start(home, "before") == 143     # the parameters that the failing step finds
-    before = helper.load_state(home / "before_tiny", {}).parameters
+    before = checkpoints.load_state(home / "before_tiny", {}).parameters
     with monkeypatch.context() as patch:
         patch.setattr(train.TrainingStep, "filled", spoil)
         assert start(home, f"spoilt_{spoilt}") == 2
@@ -238,7 +239,7 @@ def test_a_loss_that_is_not_finite(home, monkeypatch, capfd, spoilt, named):
     assert f"step {2 * VIEWS + 1} (epoch 2)" in said and f"the {named} loss is " in said
     for name, parameter in nn.get_parameters().items():
         np.testing.assert_array_equal(parameter.d, before[name])
-    assert helper.load_state(home / f"spoilt_{spoilt}_tiny", {}).progress["step"] == 2 * VIEWS
+    assert checkpoints.load_state(home / f"spoilt_{spoilt}_tiny", {}).progress["step"] == 2 * VIEWS
     assert start(home, f"spoilt_{spoilt}", "--resume") == 0
     same_as_straight(home, f"spoilt_{spoilt}")
 
@@ -247,11 +248,11 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     progress = {"step": 7, "steps": 2, "loss": 0.0, "elapsed": 0.0, "lap": 0.0, "config": {}}
     nn.clear_parameters()
     parameter = nn.parameter.get_parameter_or_create("implicit/0/v", (2, 3))
-    helper.save_state(tmp_path, {}, progress, {})
+    checkpoints.save_state(tmp_path, {}, progress, {})
     whole = (tmp_path / "state.h5").read_bytes()
     parameter.d = np.array([[0, 0, 0], [0, 0, np.inf]])
     with pytest.raises(helper.UserError, match="after step 7, parameters/implicit/0/v has values that are not finite"):
-        helper.save_state(tmp_path, {}, progress, {})
+        checkpoints.save_state(tmp_path, {}, progress, {})
     assert (tmp_path / "state.h5").read_bytes() == whole
     nn.clear_parameters()
 
@@ -310,14 +311,14 @@ def test_what_is_no_state_of_this_run(home, capfd):
 
 def test_a_state_without_its_solver(home):
     shapes = {"implicit/0/v": (39, 64)}
-    state = helper.load_state(home / "straight_tiny", shapes)
+    state = checkpoints.load_state(home / "straight_tiny", shapes)
     for spoil in (lambda arrays: arrays.pop("solver/implicit/0/v/var"),
                   lambda arrays: arrays.update({"solver/implicit/0/v/mean": np.zeros((2, 2), np.float32)})):
         arrays = dict(state.arrays)
         spoil(arrays)
         spoilt = SimpleNamespace(**{**vars(state), "arrays": arrays})
         with pytest.raises(helper.UserError, match="no state of this solver for implicit/0/v"):
-            helper.restore_state(spoilt, {"solver": train.S.Adam(1e-3)})
+            checkpoints.restore_state(spoilt, {"solver": train.S.Adam(1e-3)})
 
 
 def test_a_run_that_is_complete_and_one_that_is_to_be_longer(home, capfd):

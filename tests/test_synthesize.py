@@ -4,6 +4,7 @@ import nnabla as nn
 import numpy as np
 import pytest
 
+import checkpoints
 import helper
 import make_scene
 import network
@@ -60,7 +61,7 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
     stored = {}
     for name, width, feature, seed in (("other", 80, 8, 1), ("unfit", 64, 5, 2), ("ours", 64, 8, 0)):
         network.initialize(width, feature, 9, 0.6, np.random.default_rng(seed))
-        helper.save_model(tmp_path / f"{name}.h5")
+        checkpoints.save_model(tmp_path / f"{name}.h5")
         stored[name] = {part: network.folded_arrays(part) for part in ("implicit", "rendering")}
     synthesize.take_appearance(tmp_path / "other.h5", 8)
     for part, owner in (("implicit", "ours"), ("rendering", "other")):
@@ -69,7 +70,7 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
     points = np.random.default_rng(3).normal(size=(50, 3)).astype(np.float32)
     rgb, normals = network.shade(points, -points)
     nn.clear_parameters()
-    helper.load_model(tmp_path / "ours.h5", network.parameter_shapes(64, 8, 9))
+    checkpoints.load_model(tmp_path / "ours.h5", network.parameter_shapes(64, 8, 9))
     own_rgb, own_normals = network.shade(points, -points)
     assert np.array_equal(normals, own_normals) and np.abs(rgb - own_rgb).max() > 0.01
     with pytest.raises(helper.UserError, match="unfit.h5.* 5 features.* 8"):
