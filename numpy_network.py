@@ -13,6 +13,7 @@ from threadpoolctl import threadpool_limits
 SOFTPLUS_BETA = 100.0
 SKIP_LAYER = 4        # its input is [h, gamma(x)] / sqrt(2)
 BLOCK = 1 << 17       # values of a layer worked on together (512 rows at least): they stay in the cache
+LEAST = 3 << 12       # values that a core must get: below, two threads lose more by waiting for the interpreter's lock
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 # Blocks of rows go to the cores as a whole. The matrix library's own threads are off: they would help with the products
@@ -22,8 +23,9 @@ threadpool_limits(1, user_api="blas")
 
 
 def blocks(rows, width):
-    """Cut rows of that width into slices, enough of them for all cores."""
-    block = min(max(BLOCK // width, 512), max(64, -(-rows // CORES)))
+    """Cut rows of that width into slices, for as many cores as they are enough for."""
+    cores = min(max(rows * width // LEAST, 1), CORES)
+    block = max(min(max(BLOCK // width, 512), -(-rows // cores)), 1)
     return [slice(start, min(start + block, rows)) for start in range(0, rows, block)]
 
 

@@ -116,45 +116,43 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, matters
     places = 0.5 if rng is None else rng.random(samples)
     # The near end comes first: the surface may be entered before the first sample.
     fractions = np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
-    gaps = FEW_CALLS if rough_sdf else FEW_POINTS
+    limit = np.where(seeks, np.inf, matters_below).astype(np.float32)
 
-    def search(sdf, rays, matters):
-        """Sample the rays, and set t to the least. Returns sdf_at, distances, table and evaluated for the stages."""
-        sdf_along = _sdf_along(sdf, origins, directions)
+    def search(sdf, rays):
+        """Set t of these rays to their sample of least sdf, or to their hit where one is sought and found."""
+        if not rays.size:
+            return
+        sdf_along, seeking = _sdf_along(sdf, origins, directions), seeks[rays]
+        distances = near[rays] + (far - near)[rays] * fractions[:, None]
+        entries_matter = _entries_matter(distances, tolerance) if seeking.any() else None
 
         def sdf_at(ray, t):
             return sdf_along(rays[ray], t)
 
-        distances = near[rays] + (far - near)[rays] * fractions[:, None]
-        table, evaluated = _coarse_to_fine(sdf_at, distances, matters(distances), gaps)
+        def matters(known, bounds, *place):
+            least = bounds <= np.minimum(known[1:].min(axis=0, initial=np.inf), limit[rays])
+            if not entries_matter:
+                return least
+            entered, before_entry = entries_matter(known, bounds, *place)
+            return np.where(seeking, before_entry | least & ~entered, least)
+
+        table, evaluated = _coarse_to_fine(sdf_at, distances, matters, FEW_CALLS if rough_sdf else FEW_POINTS)
         t[rays] = distances[1 + table[1:].argmin(axis=0), np.arange(rays.size)]
-        return sdf_at, distances, table, evaluated
+        if entries_matter:
+            number, ray = _gap_ends(distances, table, evaluated, tolerance)
+            number, ray = number[:, seeking[ray]], ray[seeking[ray]]
+            ray, t_found = _refine(sdf_at, ray, distances[number, ray], table[number, ray], refinement == "secant",
+                                   refinement_steps, tolerance, SPREAD)
+            t[rays[ray]], hit[rays[ray]] = t_found, True
 
-    def least_matters(distances, limit=matters_below):
-        return lambda known, bounds, numbers, gap: bounds <= known[1:].min(axis=0, initial=limit)
-
-    def entry_or_least_matters(distances):
-        entries_matter, least = _entries_matter(distances, tolerance), least_matters(distances, np.inf)
-
-        def matters(*seen):
-            entered, before_entry = entries_matter(*seen)
-            return before_entry | least(*seen) & ~entered
-
-        return matters
-
-    others, sought = np.flatnonzero(meets & ~seeks), np.flatnonzero(meets & seeks)
-    # In a thread of its own: while the GPU computes for one of the searches, the other one chooses its next points.
-    least = second_thread.submit(search, rough_sdf, others, least_matters) if rough_sdf and others.size else None
-    if others.size and not rough_sdf:
-        search(sdf, others, least_matters)
-    if sought.size:
-        sdf_at, distances, table, evaluated = search(sdf, sought, entry_or_least_matters)
-        number, ray = _gap_ends(distances, table, evaluated, tolerance)
-        ray, t_found = _refine(sdf_at, ray, distances[number, ray], table[number, ray], refinement == "secant",
-                               refinement_steps, tolerance, SPREAD)
-        t[sought[ray]], hit[sought[ray]] = t_found, True
-    if least:
+    rays = np.flatnonzero(meets)
+    if rough_sdf:
+        # In a thread of its own: while the GPU computes for one of the searches, the other one chooses its next points.
+        least = second_thread.submit(search, rough_sdf, rays[~seeks[rays]])
+        search(sdf, rays[seeks[rays]])
         least.result()
+    else:
+        search(sdf, rays)
     return t, hit
 
 
