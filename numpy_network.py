@@ -18,7 +18,7 @@ CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os
 
 # Blocks of rows go to the cores as a whole. The matrix library's own threads are off: they would help with the products
 # alone, and between products they spin on the cores that the blocks need.
-pool = ThreadPoolExecutor(CORES)
+pool = ThreadPoolExecutor(max(CORES - 1, 1))      # the caller's thread works too
 threadpool_limits(1, user_api="blas")
 
 
@@ -31,7 +31,17 @@ def blocks(rows, width):
 
 def on_all_cores(function, items):
     """[function(item) for item in items], each item on one core."""
-    return list(pool.map(function, items)) if len(items) > 1 else [function(item) for item in items]
+    results, numbers = [None] * len(items), iter(range(len(items)))
+
+    def work():
+        for number in numbers:      # each thread takes the next one
+            results[number] = function(items[number])
+
+    others = [pool.submit(work) for _ in range(min(CORES, len(items)) - 1)]
+    work()
+    for other in others:
+        other.result()
+    return results
 
 
 def has_skip(layer, layers):
