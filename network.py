@@ -24,6 +24,7 @@ sys.modules.setdefault("nnabla.nnabla_ext", None)
 POSITION_BANDS = 6      # of the implicit network's encoding: 39 values
 VIEW_BANDS = 4          # of the view direction's: 27 values
 RENDERING_LAYERS = 5
+GRAZING = 0.1           # |n . v| of a ray along the surface: with 0.01 its colour tears at the outline, and more pixels miss
 OPTIONAL_INPUTS = ("view", "normal", "feature")     # of the renderer: what network.without may name, in their order
 
 
@@ -366,9 +367,9 @@ def differentiable_hit(points, directions, sdf, gradient):
 
 
 def slope_along(directions, gradient):
-    """gradient . direction (N, 1), but for a ray along the surface, whose hit would get an unbounded derivative."""
+    """gradient . direction (N, 1), but no nearer to 0 than GRAZING, as the hit's derivative is without bound there."""
     slope = row_sums(gradient * directions)
-    return F.where(F.less_scalar(F.abs(slope), 1e-2), constant(np.full(slope.shape, -1e-2)), slope)
+    return F.where(F.less_scalar(F.abs(slope), GRAZING), constant(np.full(slope.shape, -GRAZING)), slope)
 
 
 def total(x):
