@@ -5,26 +5,45 @@ As a script: the zero contour of the initial sdf as a picture, `python network.p
 """
 import sys
 import threading
+import types
 from collections import namedtuple
 
 import nnabla as nn
 import nnabla.functions as F
+import nnabla_ext
+import nnabla_ext.cpu
 import numpy as np
 from nnabla.ext_utils import get_extension_context
 from nnabla.function import PythonFunction
 
-import numpy_network
-from numpy_network import SKIP_LAYER, SOFTPLUS_BETA, frequencies, has_skip
+import cpu_network
+from cpu_network import GRAZING, SKIP_LAYER, SOFTPLUS_BETA, frequencies, has_skip
 
-# nnabla's compiled modules look for these two, which no installation has, at every access to an array, before they take
-# the right ones. Told once that they are not there, Python does not search its path for them: a third of a small step.
-sys.modules.setdefault("nnabla.nnabla", None)
-sys.modules.setdefault("nnabla.nnabla_ext", None)
+
+def answer_at_once(module):
+    """Put a stand-in for `module` in sys.modules where nnabla's compiled modules look for it first.
+
+    They import nnabla and nnabla_ext.cpu at every access to an array, and first as parts of their own package, where
+    they are not. To find that out takes Python longer than the access (7 of 10 us, 130 times in a step: a tenth of a
+    small one). The stand-in is no package, so nothing that is looked for in it is loaded a second time.
+    """
+    def attribute(name):
+        if name.startswith("__"):       # __path__ makes a package
+            raise AttributeError(name)
+        return getattr(module, name)
+
+    stand_in = types.ModuleType(f"nnabla.{module.__name__}")
+    stand_in.__getattr__ = attribute
+    sys.modules.setdefault(stand_in.__name__, stand_in)
+
+
+answer_at_once(nn)
+answer_at_once(nnabla_ext)
+sys.modules.setdefault("nnabla.nnabla_ext.cpu", nnabla_ext.cpu)
 
 POSITION_BANDS = 6      # of the implicit network's encoding: 39 values
 VIEW_BANDS = 4          # of the view direction's: 27 values
 RENDERING_LAYERS = 5
-GRAZING = 0.1           # |n . v| of a ray along the surface: with 0.01 its colour tears at the outline, and more pixels miss
 OPTIONAL_INPUTS = ("view", "normal", "feature")     # of the renderer: what network.without may name, in their order
 
 
@@ -96,14 +115,18 @@ def folded_weights(network):
     """
     layers = layer_parameters(network)
     if on_cpu():
-        return PackedWeights(FoldOnCpu()(*(p for layer in layers for p in layer)), [v.shape for v, _, _ in layers])
+        return PackedWeights(FoldOnCpu()(*(p for layer in layers for p in layer)),
+                             np.array([v.shape for v, _, _ in layers]))
     folded = [(F.weight_normalization(v, g, dim=1), b) for v, g, b in layers]
     return [(w, b, F.transpose(w, (1, 0))) for w, b in folded]
 
 
-def folded_arrays(network):
-    """The same as [(W, b)] of NumPy arrays, a copy of the parameters as they are now."""
-    return [(numpy_network.fold(v.d, g.d), b.d.copy()) for v, g, b in layer_parameters(network)]
+def packed_arrays(network):
+    """The same as NumPy arrays, of the parameters as they are now: the packed weights, and (in, out) of each layer."""
+    layers = layer_parameters(network)
+    arrays = [(v.d, g.d, b.d) for v, g, b in layers]
+    return (cpu_network.pack([(cpu_network.fold(v, g, np.linalg.norm(v, axis=0)), b) for v, g, b in arrays]),
+            np.array([v.shape for v, _, _ in layers]))
 
 
 # --- the networks -----------------------------------------------------------------------------------------------------
@@ -137,14 +160,14 @@ def positional_encoding(x, bands):
 
 
 def implicit(x, weights):
-    """The implicit network with the gradient of its sdf. On the CPU differentiable in x and in the weights; on the GPU,
-    training_graph_on_gpu carries the derivatives.
+    """The implicit network with the gradient of its sdf; training_graph carries a loss's derivatives back.
 
     x: (N, 3) Variable; weights: folded_weights("implicit").
     Returns sdf (N, 1), positive outside, feature (N, F) and gradient (N, 3).
     """
     if on_cpu():
-        return ImplicitOnCpu(weights.sizes)(x, weights.packed)
+        sdf, gradient, _, _, feature = ImplicitOnCpu(weights.sizes, x.shape[0])(x, x, weights.packed)
+        return sdf, feature, gradient
     output, gradient, _ = implicit_graph(x, weights)
     return output[:, :1], output[:, 1:], gradient
 
@@ -180,7 +203,7 @@ def implicit_graph(x, weights):
 
 def implicit_backward_graph(kept, weights, by_output, by_gradient, rows):
     """Carry a loss's derivatives, by_output (N, 1 + F) and by_gradient (N, 3), back through implicit_graph, by the
-    formulas of numpy_network.backward_block.
+    formulas of cpu_network.backward_block.
 
     Returns, as lists over the layers, the derivatives by z (N, out) and the tangents of the inputs (N, in) that the
     deltas multiply, and the derivative by x of the first `rows` rows.
@@ -247,9 +270,9 @@ def rendering(x, normal, view, feature, weights, without=()):
     return h
 
 
-# --- the networks on the CPU, as nnabla functions with numpy_network inside -------------------------------------------
+# --- the networks on the CPU, as nnabla functions with cpu_network inside -------------------------------------------
 
-# A network's weights as one Variable, and (in, out) of each of its layers.
+# A network's weights as one Variable, and (in, out) of each of its layers, an array (L, 2).
 PackedWeights = namedtuple("PackedWeights", "packed sizes")
 
 
@@ -289,43 +312,67 @@ class FoldOnCpu(NumpyFunction):
         outputs[0].reset_shape((sum(v.shape[0] * v.shape[1] + v.shape[1] for v in inputs[::3]),), True)
 
     def forward_impl(self, inputs, outputs):
-        arrays = [i.data.data for i in inputs]
-        folded = [(numpy_network.fold(v, g), b) for v, g, b in zip(arrays[::3], arrays[1::3], arrays[2::3])]
-        outputs[0].data.data[...] = numpy_network.pack(folded)
+        self.arrays = [i.data.data for i in inputs]         # backward_impl takes these: to get them takes time
+        v, g, b = (self.arrays[part::3] for part in range(3))
+        self.norms = [np.linalg.norm(array, axis=0) for array in v]
+        outputs[0].data.data[...] = cpu_network.pack(zip(map(cpu_network.fold, v, g, self.norms), b))
 
     def backward_impl(self, inputs, outputs, propagate_down, accum):
-        arrays = [i.data.data for i in inputs]
-        by_weights = numpy_network.unpack(outputs[0].grad.data, [v.shape for v in arrays[::3]])
+        v, g, _ = (self.arrays[part::3] for part in range(3))
+        by_weights = cpu_network.unpack(outputs[0].grad.data, [array.shape for array in v])
         gradients = []
-        for v, g, (by_w, by_b) in zip(arrays[::3], arrays[1::3], by_weights):
-            gradients += [*numpy_network.fold_backward(v, g, by_w), by_b]
+        for layer, (by_w, by_b) in zip(zip(v, g, self.norms), by_weights):
+            gradients += [*cpu_network.fold_backward(*layer, by_w), by_b]
+        self.arrays = self.norms = None
         self.hand_back(inputs, gradients, propagate_down, accum)
 
 
 class ImplicitOnCpu(NumpyFunction):
-    """Inputs x and the packed weights; outputs sdf, feature and gradient."""
+    """The implicit network, and its first points as those that move with the surface along their rays (equation 3).
+
+    Inputs: points (N, 3), the directions of the first S points' rays (S, 3; only where S > 0), and the packed weights.
+    Outputs: sdf (N, 1) and gradient (N, 3); and where S > 0, of the first S, the points again, their gradient and their
+    feature (S, F). After a backward pass by_points() gives its loss's derivative by the points (N, 3), but for the part
+    that the gradient's loss has in it: to move a ray's point is to move its hit along, and to change the point's sdf by
+    gradient . movement.
+    """
+
+    def __init__(self, sizes, hits):
+        super().__init__(sizes)
+        self.hits = hits        # S
 
     def min_outputs(self):
-        return 3
+        return 5 if self.hits else 2
 
     def setup_impl(self, inputs, outputs):
-        for output, columns in zip(outputs, (1, self.sizes[-1][1] - 1, 3)):
-            output.reset_shape((inputs[0].shape[0], columns), True)
+        rows = [inputs[0].shape[0]] * 2 + [self.hits] * 3
+        for output, rows, columns in zip(outputs, rows, (1, 3, 3, 3, self.sizes[-1, 1] - 1)):
+            output.reset_shape((rows, columns), True)
 
     def forward_impl(self, inputs, outputs):
-        x, packed = (i.data.data for i in inputs)
-        *results, self.saved = numpy_network.implicit_forward(x, numpy_network.unpack(packed, self.sizes))
+        x, hits = inputs[0].data.data, self.hits
+        output, self.gradient, self.saved = cpu_network.implicit_forward(x, inputs[-1].data.data, self.sizes, hits)
+        results = output[:, :1], self.gradient, x[:hits], self.gradient[:hits], output[:hits, 1:]
         for output, result in zip(outputs, results):
             output.data.data[...] = result
 
     def backward_impl(self, inputs, outputs, propagate_down, accum):
-        by_sdf, by_feature, by_gradient = (o.grad.data for o in outputs)
-        by_x, by_w, by_b = numpy_network.implicit_backward(
-            self.saved, numpy_network.unpack(inputs[1].data.data, self.sizes),
-            np.concatenate([by_sdf, by_feature], axis=1), by_gradient)
+        by_sdf, by_gradient, *by_hits = (o.grad.data for o in outputs)
+        hits = None
+        if by_hits:
+            directions = inputs[1].data.data
+            slopes = cpu_network.slope_along(directions, self.gradient[:self.hits])
+            hits = cpu_network.Hits(directions, slopes, *by_hits)
+        by_packed, self.by_sdf, self.by_hits = cpu_network.implicit_backward(
+            self.saved, inputs[-1].data.data, self.sizes, by_sdf, by_gradient, hits)
         self.saved = None
-        by_packed = numpy_network.pack(zip(by_w, by_b))
-        self.hand_back(inputs, (by_x, by_packed), propagate_down, accum)
+        self.hand_back(inputs, [np.float32(0.0)] * (len(inputs) - 1) + [by_packed], propagate_down, accum)
+
+    def by_points(self):
+        by = self.by_sdf * self.gradient
+        if self.hits:
+            by[:self.hits] += self.by_hits
+        return by
 
 
 class RenderingOnCpu(NumpyFunction):
@@ -342,29 +389,16 @@ class RenderingOnCpu(NumpyFunction):
 
     def forward_impl(self, inputs, outputs):
         h, packed = (i.data.data for i in inputs)
-        outputs[0].data.data[...], self.saved = numpy_network.rendering_forward(
-            h, numpy_network.unpack(packed, self.sizes))
+        outputs[0].data.data[...], self.saved = cpu_network.rendering_forward(h, packed, self.sizes)
 
     def backward_impl(self, inputs, outputs, propagate_down, accum):
-        by_h, by_w, by_b = numpy_network.rendering_backward(
-            self.saved, numpy_network.unpack(inputs[1].data.data, self.sizes),
-            outputs[0].data.data, outputs[0].grad.data)
+        by_h, by_packed = cpu_network.rendering_backward(
+            self.saved, inputs[1].data.data, self.sizes, outputs[0].data.data, outputs[0].grad.data)
         self.saved = None
-        by_packed = numpy_network.pack(zip(by_w, by_b))
         self.hand_back(inputs, (by_h, by_packed), propagate_down, accum)
 
 
 # --- the differentiable hit and the losses ----------------------------------------------------------------------------
-
-def differentiable_hit(points, directions, sdf, gradient):
-    """The surface point as a function of the weights: its value is `points`, its derivative the true intersection's.
-
-    points: (N, 3) traced hits x0; directions: (N, 3) unit ray directions; sdf (N, 1) and gradient (N, 3) at x0.
-    Returns x0 - (sdf - sdf0) / (gradient0 . direction) direction, with sdf0 and gradient0 held constant (equation 3).
-    """
-    sdf0, gradient0 = (F.identity(v).apply(need_grad=False) for v in (sdf, gradient))
-    return points - (sdf - sdf0) / slope_along(directions, gradient0).apply(need_grad=False) * directions
-
 
 def slope_along(directions, gradient):
     """gradient . direction (N, 1), but no nearer to 0 than GRAZING, as the hit's derivative is without bound there."""
@@ -377,17 +411,17 @@ def total(x):
     return F.reshape(F.affine(F.reshape(x, (1, -1)), constant(np.ones((x.size, 1)))), ())
 
 
-def color_loss(rgb, rgb_true, counts, rays):
-    """(1 / rays) sum of |rgb - rgb_true|_1 over the rows where counts (N, 1) is 1 (equation 6)."""
-    return total(F.absolute_error(rgb, rgb_true) * counts) * (1.0 / rays)
+def color_loss(rgb, rgb_true, weights, rays):
+    """(1 / rays) sum of |rgb - rgb_true|_1 over the rows, weighted by weights (N, 1) (equation 6)."""
+    return total(F.absolute_error(rgb, rgb_true) * weights) * (1.0 / rays)
 
 
-def mask_loss(sdf, object_mask, counts, alpha, rays):
-    """(1 / (alpha rays)) sum of CE(object_mask, sigmoid(-alpha sdf)) where counts (N, 1) is 1 (equation 7).
+def mask_loss(sdf, object_mask, weights, alpha, rays):
+    """(1 / (alpha rays)) sum of CE(object_mask, sigmoid(-alpha sdf)) over the rows, weighted (equation 7).
 
-    sdf, object_mask, counts: (N, 1); alpha: (1, 1) Variable.
+    sdf, object_mask, weights: (N, 1); alpha: (1, 1) Variable.
     """
-    return total(F.sigmoid_cross_entropy(sdf * alpha * -1.0, object_mask) * counts / alpha) * (1.0 / rays)
+    return total(F.sigmoid_cross_entropy(sdf * alpha * -1.0, object_mask) * weights / alpha) * (1.0 / rays)
 
 
 def eikonal_loss(gradient):
@@ -400,8 +434,9 @@ def training_graph(rays, surface, mask_weight, eikonal_weight, without=(), by_ra
     """The losses of one step over `rays` rays, of which the first `surface` may show the surface.
 
     without: as rendering. Returns a dict of Variables and two functions. To be set: points (rays + rays // 2, 3), the
-    rays' points followed by the uniform ones; directions and rgb (surface, 3); colored (surface, 1), 1 where the ray
-    hits in the object mask; object_mask and masked (rays, 1), masked being 1 for the other rays; alpha (1, 1).
+    rays' points followed by the uniform ones; directions and rgb (surface, 3); colored (surface, 1), the weight of a
+    ray that hits in the object mask, else 0; object_mask and masked (rays, 1), the latter the weight of the other rays,
+    else 0; alpha (1, 1).
     forward() computes the losses, to be read: loss, color, mask, eikonal; backward() then adds the loss's derivatives
     to the parameters' gradients.
 
@@ -412,7 +447,7 @@ def training_graph(rays, surface, mask_weight, eikonal_weight, without=(), by_ra
     g = {"points": nn.Variable((rays + rays // 2, 3)), "directions": nn.Variable((surface, 3)),
          "rgb": nn.Variable((surface, 3)), "colored": nn.Variable((surface, 1)),
          "object_mask": nn.Variable((rays, 1)), "masked": nn.Variable((rays, 1)), "alpha": nn.Variable((1, 1))}
-    evaluate = evaluate_twice if on_cpu() else evaluate_once
+    evaluate = evaluate_on_cpu if on_cpu() else evaluate_on_gpu
     g["directions"].need_grad = by_rays
     sdf, gradient, at_hits, evaluation, carry_back, by_points = evaluate(g["points"], g["directions"], by_rays)
     g["mask"] = mask_loss(sdf[:rays], g["object_mask"], g["masked"], g["alpha"], rays)
@@ -443,42 +478,30 @@ def training_graph(rays, surface, mask_weight, eikonal_weight, without=(), by_ra
     return g
 
 
-def evaluate_twice(points, directions, by_rays=False):
+def evaluate_on_cpu(points, directions, by_rays=False):
     """The implicit network at points (N, 3), and at the differentiable hits of the first rays, of directions (S, 3).
 
     Returns sdf (N, 1), gradient (N, 3), (hits, normal, feature) of the S rays, and two functions that have nothing to
-    do: nnabla differentiates all this. A third one gives, with `by_rays`, the derivatives by the points (N, 3) but for
-    the part that the gradient's loss has in them.
+    do: nnabla carries the derivatives back. A third one gives, with `by_rays`, the derivatives by the points (N, 3), as
+    ImplicitOnCpu has them.
 
-    To move a ray's point is to move its hit along, and to change the point's sdf by gradient . movement.
+    A hit has the value of its point, so one evaluation serves both (DESIGN).
     """
-    surface, weights = directions.shape[0], folded_weights("implicit")
-    sdf, _, gradient = implicit(points, weights)
-    at_hits = None
-    if surface:
-        hits = differentiable_hit(points[:surface], directions, sdf[:surface], gradient[:surface])
-        _, feature, normal = implicit(hits, weights)
-        at_hits = hits, normal, feature
-    for variable in (sdf, gradient, *(at_hits or ())[:1]) if by_rays else ():
-        variable.persistent = True
-
-    def by_points():
-        by = sdf.g * gradient.d
-        if surface:
-            by[:surface] += hits.g
-        return by
-
-    return sdf, gradient, at_hits, lambda: None, lambda: None, by_points
+    weights = folded_weights("implicit")
+    function = ImplicitOnCpu(weights.sizes, directions.shape[0])
+    rays = [directions] if directions.shape[0] else []
+    sdf, gradient, *at_hits = function(points, *rays, weights.packed)
+    return sdf, gradient, at_hits, lambda: None, lambda: None, function.by_points
 
 
-def evaluate_once(points, directions, by_rays=False):
-    """What evaluate_twice gives, with the derivatives written out. A GPU waits for nnabla to start each function (7 to
-    20 us on an H200, where a product takes 40 and all else less), and this way there are fewer.
+def evaluate_on_gpu(points, directions, by_rays=False):
+    """What evaluate_on_cpu gives, with the derivatives written out in nnabla's functions. A GPU waits for nnabla to
+    start each of them (7 to 20 us on an H200, where a product takes 40 and all else less); this way there are fewer.
 
-    A hit has the value of its point, so one evaluation serves both, with the surface's rows twice in it: once as hits,
-    once as points. What a loss's derivative by the hit adds to that by the point's sdf, shift, reaches the weights
-    through the deltas that are there already. Of the two functions, the first computes the values, which are leaves of
-    the graph of the losses; the second carries their derivatives back to the parameters.
+    The one evaluation has the surface's rows twice in it: once as hits, once as points. What a loss's derivative by the
+    hit adds to that by the point's sdf, shift, reaches the weights through the deltas that are there already. Of the two
+    functions, the first computes the values, which are leaves of the graph of the losses; the second carries their
+    derivatives back to the parameters.
     """
     surface, layers = directions.shape[0], layer_parameters("implicit")
     folded = [F.weight_normalization(v, g, dim=1) for v, g, _ in layers]
@@ -564,10 +587,10 @@ class SdfOnCpu:
         self.refresh()
 
     def refresh(self):
-        self.weights = folded_arrays("implicit")
+        self.weights = packed_arrays("implicit")
 
     def __call__(self, points):
-        return numpy_network.implicit_sdf(points, self.weights)
+        return cpu_network.implicit_sdf(points, *self.weights)
 
     roughly = None
 

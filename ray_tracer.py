@@ -26,11 +26,17 @@ point that was found to be within the tolerance is, to the last bit, the one tha
 rounding (some 2e-7 at a distance of 3) comes in nowhere after that.
 """
 
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import numpy as np
 
 second_thread = ThreadPoolExecutor(1)
+
+# What is said ray by ray below is compiled when first called, and kept beside this file. Without fastmath: products and
+# sums are to be rounded as NumPy rounds them.
+compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 FEW_POINTS = (16, 4, 2, 1)  # of the samples on a ray, every 16th is looked at first, then of those amid every 4th, ...
 FEW_CALLS = (8, 1)          # the same in fewer calls with some more points
@@ -123,25 +129,17 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, matters
         if not rays.size:
             return
         sdf_along, seeking = _sdf_along(sdf, origins, directions), seeks[rays]
-        distances = near[rays] + (far - near)[rays] * fractions[:, None]
-        entries_matter = _entries_matter(distances, tolerance) if seeking.any() else None
+        distances = near[rays, None] + (far - near)[rays, None] * fractions
 
         def sdf_at(ray, t):
             return sdf_along(rays[ray], t)
 
-        def matters(known, bounds, *place):
-            least = bounds <= np.minimum(known[1:].min(axis=0, initial=np.inf), limit[rays])
-            if not entries_matter:
-                return least
-            entered, before_entry = entries_matter(known, bounds, *place)
-            return np.where(seeking, before_entry | least & ~entered, least)
-
-        table, evaluated = _coarse_to_fine(sdf_at, distances, matters, FEW_CALLS if rough_sdf else FEW_POINTS)
-        t[rays] = distances[1 + table[1:].argmin(axis=0), np.arange(rays.size)]
-        if entries_matter:
-            number, ray = _gap_ends(distances, table, evaluated, tolerance)
-            number, ray = number[:, seeking[ray]], ray[seeking[ray]]
-            ray, t_found = _refine(sdf_at, ray, distances[number, ray], table[number, ray], refinement == "secant",
+        table, evaluated = _coarse_to_fine(sdf_at, distances, seeking, limit[rays], tolerance,
+                                           FEW_CALLS if rough_sdf else FEW_POINTS)
+        t[rays] = distances[np.arange(rays.size), 1 + table[:, 1:].argmin(axis=1)]
+        ray, number = _gap_ends(distances, table, evaluated, seeking, tolerance)
+        if ray.size:
+            ray, t_found = _refine(sdf_at, ray, distances[ray, number], table[ray, number], refinement == "secant",
                                    refinement_steps, tolerance, SPREAD)
             t[rays[ray]], hit[rays[ray]] = t_found, True
 
@@ -165,11 +163,11 @@ def _check(samples, least, refinement):
 
 def _sdf_along(sdf, origins, directions):
     """Return sdf_at(rays, t): the sdf at the distances t (n,) along the rays of the numbers (n,)."""
+    origins = np.ascontiguousarray(np.broadcast_to(origins, directions.shape))
+    directions = np.ascontiguousarray(directions)       # of one layout, for which alone _points is compiled
+
     def sdf_at(rays, t):
-        points = np.empty((len(t), 3), np.float32)
-        for point, origin, direction in zip(points.T, origins.T, directions.T):     # by columns: four times as fast
-            np.multiply(direction.take(rays), t, out=point)
-            point += origin.take(rays) if origin.ndim else origin
+        points = _points(origins, directions, rays, t)
         values = np.asarray(sdf(points), np.float32)
         if values.shape != t.shape:
             raise ValueError("the sdf gave shape {} for {} points; it must give ({},)".format(
@@ -177,6 +175,16 @@ def _sdf_along(sdf, origins, directions):
         return values
 
     return sdf_at
+
+
+@compiled
+def _points(origins, directions, rays, t):
+    """The points (n, 3) at t (n,) along the rays of the numbers (n,)."""
+    points = np.empty((len(t), 3), np.float32)
+    for i in range(len(t)):
+        for c in range(3):
+            points[i, c] = origins[rays[i], c] + directions[rays[i], c] * t[i]
+    return points
 
 
 # In the stages below, sdf_at(rays, t) evaluates ray number rays[i] at t[i], and ends (2, n) are two distances on
@@ -226,109 +234,108 @@ def _sphere_trace(sdf_at, rays, ends, steps, tolerance):
 def _march(sdf_at, rays, ends, values, samples, tolerance):
     """Sample the rays evenly between their ends. Returns the gaps that may hold their entry: each one's ray (n,), ends
     and values (2, n), ordered by ray and distance."""
-    t = ends[0] + (ends[1] - ends[0]) * np.linspace(0, 1, samples, dtype=np.float32)[:, None]
-    t[-1] = ends[1]
+    t = ends[0][:, None] + (ends[1] - ends[0])[:, None] * np.linspace(0, 1, samples, dtype=np.float32)
+    t[:, -1] = ends[1]
     table = np.full(t.shape, np.nan, np.float32)
-    table[[0, -1]] = values
-    entries_matter = _entries_matter(t, tolerance)
-    table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t,
-                                       lambda *seen: entries_matter(*seen)[1], FEW_POINTS, table)
-    number, ray = _gap_ends(t, table, evaluated, tolerance)
-    return rays[ray], t[number, ray], table[number, ray]
+    table[:, [0, -1]] = values.T
+    seeking, limit = np.ones(len(t), bool), np.full(len(t), -np.inf, np.float32)
+    table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t, seeking, limit, tolerance, FEW_POINTS,
+                                       table)
+    ray, number = _gap_ends(t, table, evaluated, seeking, tolerance)
+    return rays[ray], t[ray, number], table[ray, number]
 
 
-def _entries_matter(t, tolerance):
-    """Which samples at t (S, R) matter for their ray's first entry, for _coarse_to_fine.
+def _coarse_to_fine(sdf_at, t, seeking, limit, tolerance, gaps, table=None):
+    """The sdf at distances t (R, S), S ascending ones on each of R rays, where it matters; elsewhere a bound that it
+    does not go below. Returns both in one table (R, S), and (R, S) bool, where it is the sdf.
 
-    Returns a function of known, bounds, numbers and gap, as there, that gives entered (R,), whether an entry is known,
-    and (m, R) bool.
-    """
-    # A sample outside that is next to one that is not, or that makes a gap doubtful, is not above this.
-    low = np.maximum(np.diff(t, axis=0, prepend=t[:1]), np.diff(t, axis=0, append=t[-1:]))
-    low *= STEEPEST
-    low += np.float32(tolerance)
-
-    def matter(known, bounds, numbers, gap):
-        outside = _first((known > tolerance) & (known < np.inf))
-        entry = _first((known <= tolerance) & (np.arange(len(known))[:, None] > outside))
-        entered, first = entry < len(known), entry * gap
-        return entered, (bounds <= low[numbers]) & (numbers[:, None] < first)
-
-    return matter
-
-
-def _first(true):
-    """The number of the first row that is true, for each column of (n, R) bool; n where none is."""
-    return np.where(true.any(axis=0), true.argmax(axis=0), len(true))
-
-
-def _gap_ends(t, table, evaluated, tolerance):
-    """The gaps between samples at t (S, R) that may hold a ray's entry; table and evaluated as _coarse_to_fine gives.
-
-    These are the first gap from outside to not outside, and those before it with both ends outside, but closer to the
-    surface (the sum of both) than the gap is long. A ray that starts on the surface has a gap of no length there.
-    Returns the samples (2, n) at the ends of each gap, and its ray (n,), ordered by ray and distance.
-    """
-    above, below = table[:-1], table[1:]
-    outside, not_outside = above > tolerance, below <= tolerance
-    ends = np.zeros(t.shape, bool)              # whether the gap between this sample and the one before may hold it
-    ends[0] = np.abs(table[0]) <= tolerance
-    ends[1:] = outside & not_outside            # from outside to inside, or on the surface
-    entry = _first(ends)
-    doubtful = above + below < np.diff(t, axis=0)
-    doubtful &= outside & ~not_outside
-    doubtful &= np.arange(1, len(t))[:, None] < entry
-    ends[0], ends[1:] = False, doubtful
-    entered = np.flatnonzero(entry < len(t))
-    ends[entry[entered], entered] = True
-    end, ray = np.nonzero(ends)
-    order = np.argsort(ray, kind="stable")
-    end, ray = end[order], ray[order]
-    # Where the sdf is steeper than STEEPEST, the sample before an entry may have been left out: take the last before.
-    start = np.maximum(end - 1, 0)
-    while not evaluated[start, ray].all():
-        start -= ~evaluated[start, ray]
-    return np.stack([start, end]), ray
-
-
-def _coarse_to_fine(sdf_at, t, matters, gaps, table=None):
-    """The sdf at distances t (S, R), S ascending ones on each of R rays, where it matters; elsewhere a bound that it
-    does not go below. Returns both in one table (S, R), and (S, R) bool, where it is the sdf.
-
-    Every gaps[0]-th is evaluated, then every gaps[1]-th of those amid, and so on to 1. From the values on either side
-    follows a bound, since the sdf falls by no more than STEEPEST times the distance, and `matters(known, bounds,
-    numbers, gap)` says of which samples the value is wanted: known (k, R) are the values at every gap-th sample,
-    infinite where it is not known, bounds (m, R) are the bounds for the samples `numbers` (m,) amid. table: values
+    On a ray that is seeking (R,) bool it matters where the ray may first enter the object, and on any that has not
+    entered where it may be the least of the ray's, the first sample aside, and not above limit (R,). table: values
     known before, NaN elsewhere; those of sample 0, if any, are known.
+
+    Every gaps[0]-th is evaluated, then every gaps[1]-th of those amid, and so on to 1.
     """
     table = np.full(t.shape, np.nan, np.float32) if table is None else table
     evaluated = ~np.isnan(table)
-    gaps = [gap for gap in gaps if gap < len(t)] or [1]
+    gaps = [gap for gap in gaps if gap < t.shape[1]] or [1]
 
-    def evaluate(numbers, wanted):
-        places = np.flatnonzero(wanted)
+    def evaluate(places):
         if places.size:
-            number, ray = np.divmod(places, t.shape[1])
-            places = numbers[number] * t.shape[1] + ray         # in flat arrays, where numpy looks up faster
-            table.ravel()[places] = sdf_at(ray, t.ravel()[places])
+            table.ravel()[places] = sdf_at(places // t.shape[1], t.ravel()[places])
             evaluated.ravel()[places] = True
 
-    numbers = np.arange(0, len(t), gaps[0])
-    evaluate(numbers, ~evaluated[numbers])
+    evaluate(np.arange(t.size).reshape(t.shape)[:, ::gaps[0]][~evaluated[:, ::gaps[0]]])
     for wide, gap in zip(gaps, gaps[1:]):
-        numbers = np.arange(0, len(t), gap)
-        numbers = numbers[numbers % wide > 0]
-        before = numbers // wide * wide
-        behind = before[before + wide < len(t)] + wide          # the last may have none
-        bounds = table[before] - STEEPEST * (t[numbers] - t[before])
-        rises = table[behind] - STEEPEST * (t[behind] - t[numbers[:len(behind)]])
-        np.maximum(bounds[:len(behind)], rises, out=bounds[:len(behind)])
-        given = evaluated[numbers]
-        bounds[given] = table[numbers][given]
-        table[numbers] = bounds
-        wanted = matters(np.where(evaluated[::wide], table[::wide], np.float32(np.inf)), bounds, numbers, wide)
-        evaluate(numbers, wanted & ~given)
+        evaluate(_samples_that_matter(t, table, evaluated, seeking, limit, tolerance, wide, gap))
     return table, evaluated
+
+
+@compiled
+def _samples_that_matter(t, table, evaluated, seeking, limit, tolerance, wide, gap):
+    """The samples that _coarse_to_fine evaluates next, as places in the flat table: of every gap-th, where every
+    wide-th has been looked at. The bounds of these go into the table.
+
+    From the values on either side follows a bound, since the sdf falls by no more than STEEPEST times the distance.
+    """
+    places, found = np.empty(t.size, np.int64), 0
+    samples = t.shape[1]
+    for ray in range(len(t)):
+        outside, entry, least = False, samples, limit[ray]
+        for number in range(0, samples, wide):
+            if evaluated[ray, number]:
+                value = table[ray, number]
+                if number > 0:
+                    least = min(least, value)
+                if value > tolerance:
+                    outside = True
+                elif outside and seeking[ray]:
+                    entry = number
+                    break
+        for number in range(gap, samples, gap):
+            before = number // wide * wide
+            if number == before or evaluated[ray, number]:
+                continue
+            bound = table[ray, before] - STEEPEST * (t[ray, number] - t[ray, before])
+            if before + wide < samples:
+                bound = max(bound, table[ray, before + wide] - STEEPEST * (t[ray, before + wide] - t[ray, number]))
+            table[ray, number] = bound
+            # A sample outside that is next to one that is not, or that makes a gap doubtful, is not above `low`.
+            low = t[ray, number] - t[ray, number - 1]
+            if number + 1 < samples:
+                low = max(low, t[ray, number + 1] - t[ray, number])
+            if (seeking[ray] and number < entry and bound <= STEEPEST * low + tolerance
+                    or entry == samples and bound <= least):
+                places[found] = ray * samples + number
+                found += 1
+    return places[:found]
+
+
+@compiled
+def _gap_ends(t, table, evaluated, seeking, tolerance):
+    """The gaps between samples at t (R, S) that may hold the entry of a ray that is seeking (R,) bool; table and
+    evaluated as _coarse_to_fine gives.
+
+    These are the first gap from outside to not outside, and those before it with both ends outside, but closer to the
+    surface (the sum of both) than the gap is long. A ray that starts on the surface has a gap of no length there.
+    Returns the ray (n,) of each gap and the samples (2, n) at its ends, ordered by ray and distance.
+    """
+    rays, ends, found = np.empty(t.size, np.int64), np.empty((2, t.size), np.int64), 0
+    for ray in range(len(t)):
+        for end in range(t.shape[1]) if seeking[ray] else range(0):
+            start, value = max(end - 1, 0), table[ray, end]
+            entry = abs(value) <= tolerance if end == 0 else table[ray, start] > tolerance and value <= tolerance
+            doubtful = (end > 0 and table[ray, start] > tolerance and value > tolerance
+                        and table[ray, start] + value < t[ray, end] - t[ray, start])
+            if entry or doubtful:
+                # Where the sdf is steeper than STEEPEST, the sample before an entry may have been left out: take the
+                # last before.
+                while not evaluated[ray, start]:
+                    start -= 1
+                rays[found], ends[0, found], ends[1, found] = ray, start, end
+                found += 1
+            if entry:
+                break
+    return rays[:found], ends[:, :found]
 
 
 def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,)):
@@ -341,53 +348,93 @@ def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,))
     spread: the points at which a bracket is looked at in one call, as offsets in its widths; ascending, with a 0. A
     walking ray looks ahead at as many, and at 8 times as many with each step: few walk on for long.
     """
-    spread = np.float32(spread)[:, None]
-    reach = _reach(ends[1] - ends[0], steps, tolerance)
-    holds = values[1] <= tolerance
-    walking = values[1] >= -tolerance
-    best = np.abs(values).argmin(0)
-    everyone = np.arange(rays.size)
-    t, error = ends[best, everyone], np.abs(values[best, everyone])
-
-    def look(gaps, ahead, found, bracket):
-        """The ends of the gaps become the first point not outside, and the last before it that all is free up to."""
-        stop = np.where((found <= tolerance).any(axis=0), (found <= tolerance).argmax(axis=0), len(found))
-        # Nothing is left between two points outside whose sdf covers it, nor before one that is just on the surface.
-        free = np.logical_and.accumulate(
-            bracket | (found[:-1] + np.maximum(found[1:], 2 * tolerance) >= np.diff(ahead, axis=0))
-            | (found[1:] < -tolerance))
-        clear = 1 + np.count_nonzero(free, axis=0)                      # so many of the points
-        last = np.minimum(stop, clear) - 1
-        for end, moved, point in ((0, last >= 0, last), (1, stop < len(found), stop)):
-            gap, column, point = gaps[moved], np.flatnonzero(moved), point[moved]
-            ends[end, gap], values[end, gap] = ahead[point, column], found[point, column]
-            better = gap[np.abs(values[end, gap]) < error[gap]]
-            t[better], error[better] = ends[end, better], np.abs(values[end, better])
-        holds[gaps[stop < len(found)]] = True
-        stopped = gaps[(stop < len(found)) & (stop < clear)]
-        walking[stopped] = False
-        arrived = stopped[np.abs(values[1, stopped]) <= tolerance]
-        t[arrived] = ends[1, arrived]
-        still[arrived] = False
-
-    still = np.ones(rays.size, bool)
+    gaps = _Gaps(ends, values, _reach(ends[1] - ends[0], steps, tolerance), *np.empty((2, rays.size), np.float32),
+                 *np.empty((3, rays.size), bool))
+    _begin(*gaps, tolerance)
     for step in range(steps):
-        live = np.flatnonzero(still)
-        live = live[~walking[live] | (values[0, live] + values[1, live] < ends[1, live] - ends[0, live])]
-        if not live.size:
-            break
-        b, w = live[~walking[live]], live[walking[live]]
-        ahead = _between(ends[:, b], values[:, b], reach[b] * 0.5 ** step, secant)
-        in_brackets = np.clip(ahead + spread * (ends[1, b] - ends[0, b]), ends[0, b], ends[1, b])
-        reached = np.minimum(ends[0, w] + values[0, w], ends[1, w])     # where the sdf at the near end reaches
         points = min(len(spread) * 8 ** step, MOST_AHEAD)
-        on_the_way = reached + (ends[1, w] - reached) * (np.arange(points, dtype=np.float32) / points)[:, None]
-        found = sdf_at(np.concatenate([np.tile(rays[b], len(spread)), np.tile(rays[w], points)]),
-                       np.concatenate([in_brackets.ravel(), on_the_way.ravel()]))
-        look(b, in_brackets, found[:in_brackets.size].reshape(in_brackets.shape), True)
-        look(w, on_the_way, found[in_brackets.size:].reshape(on_the_way.shape), False)
-    rays, first = np.unique(rays[holds], return_index=True)
-    return rays, t[holds][first]
+        gap, t = _look_ahead(*gaps, 0.5 ** step, secant, np.float32(spread), points)
+        if not gap.size:
+            break
+        _take_in(*gaps, gap, t, sdf_at(rays[gap], t), tolerance)
+    rays, first = np.unique(rays[gaps.holds], return_index=True)
+    return rays, gaps.t[gaps.holds][first]
+
+
+# Of each gap: its ends and their values (2, n); what _reach gives; the best point so far, t, and its |sdf|, error; and
+# whether it holds an entry, whether its ray walks on from the near end, and whether it is to be looked at further.
+_Gaps = namedtuple("_Gaps", "ends values reach t error holds walking still")
+
+
+@compiled
+def _begin(ends, values, reach, t, error, holds, walking, still, tolerance):
+    """Fill in what _Gaps says of gaps that have not been looked at."""
+    for i in range(len(t)):
+        best = 0 if abs(values[0, i]) <= abs(values[1, i]) else 1
+        t[i], error[i] = ends[best, i], abs(values[best, i])
+        holds[i], walking[i], still[i] = values[1, i] <= tolerance, values[1, i] >= -tolerance, True
+
+
+@compiled
+def _look_ahead(ends, values, reach, t, error, holds, walking, still, part, secant, spread, points):
+    """The gaps' next points: the gap of each (m,), in blocks, and its distance (m,) ascending within a block.
+
+    A bracket is looked at in as many points as spread has, and a walking ray in so many `points` at even distances from
+    where the sdf at the near end reaches; not in any if it reaches the sdf at the far end.
+    """
+    count = 0
+    for i in range(len(t)):
+        if still[i] and walking[i]:
+            still[i] = values[0, i] + values[1, i] < ends[1, i] - ends[0, i]
+        if still[i]:
+            count += points if walking[i] else len(spread)
+    gap, ahead, count = np.empty(count, np.int64), np.empty(count, np.float32), 0
+    for i in range(len(t)):
+        if not still[i]:
+            continue
+        near, far = ends[0, i], ends[1, i]
+        if walking[i]:
+            reached = min(near + values[0, i], far)
+            for k in range(points):
+                gap[count], ahead[count] = i, reached + (far - reached) * np.float32(k / points)
+                count += 1
+        else:
+            zero = _between(near, far, values[0, i], values[1, i], reach[i] * part, secant)
+            for offset in spread:
+                gap[count], ahead[count] = i, min(max(zero + offset * (far - near), near), far)
+                count += 1
+    return gap, ahead
+
+
+@compiled
+def _take_in(ends, values, reach, t, error, holds, walking, still, gap, ahead, found, tolerance):
+    """Narrow the gaps by the sdf found at the points of _look_ahead: their ends become the first point not outside, and
+    the last before it that all is free up to."""
+    start = 0
+    while start < len(gap):
+        i, end, stop, last = gap[start], start + 1, start, start
+        while end < len(gap) and gap[end] == i:
+            end += 1
+        while stop < end and not found[stop] <= tolerance:      # a sdf that is not a number is no entry
+            stop += 1
+        # Nothing is left between two points outside whose sdf covers it, nor before one that is just on the surface.
+        while last + 1 < end and (not walking[i] or found[last + 1] < -tolerance or found[last] + max(
+                found[last + 1], 2 * tolerance) >= ahead[last + 1] - ahead[last]):
+            last += 1
+        arrives = stop <= last
+        last = min(stop - 1, last)
+        for side, point in ((0, last), (1, stop)):
+            if start <= point < end:
+                ends[side, i], values[side, i] = ahead[point], found[point]
+                if abs(found[point]) < error[i]:
+                    t[i], error[i] = ahead[point], abs(found[point])
+        if stop < end:
+            holds[i] = True
+            if arrives:
+                walking[i] = False
+                if abs(found[stop]) <= tolerance:
+                    t[i], still[i] = ahead[stop], False
+        start = end
 
 
 def _reach(width, steps, tolerance):
@@ -396,8 +443,9 @@ def _reach(width, steps, tolerance):
     return np.where(width <= 2 * reach, reach, width)
 
 
-def _between(ends, values, reach, secant):
-    """The next point to look at in each bracket: its middle, or the secant's zero.
+@compiled
+def _between(near, far, near_value, far_value, reach, secant):
+    """The next point to look at in a bracket: its middle, or the secant's zero.
 
     The plain secant creeps along a curved or kinked sdf. So it has to keep so near the middle that bisection
     could still finish in the steps left, which is mostly no limit at all (the projection step of ITP,
@@ -405,13 +453,12 @@ def _between(ends, values, reach, secant):
     1-Lipschitz, however kinked, one of its ends is within the tolerance. By default the steps suffice for all
     brackets that the march can give.
     """
-    middle = 0.5 * (ends[0] + ends[1])
+    middle, width = 0.5 * (near + far), far - near
     if not secant:
         return middle
-    width = ends[1] - ends[0]
-    zero = ends[0] + width * (values[0] / (values[0] - values[1]))
-    room = np.maximum(reach - 0.5 * width, 0)
-    return np.clip(zero, middle - room, middle + room)
+    zero = near + width * (near_value / (near_value - far_value))
+    room = max(reach - 0.5 * width, 0.0)
+    return min(max(zero, middle - room), middle + room)
 
 
 # --- the initial surface, traced and shaded ---------------------------------------------------------------------------

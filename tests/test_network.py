@@ -4,6 +4,7 @@ import nnabla.functions as F
 import numpy as np
 import pytest
 
+import cpu_network
 import network
 
 
@@ -26,6 +27,25 @@ def test_sdf_feature_and_gradient_equal_the_original(reference_network, monkeypa
     assert relative_error(sdf.d, wanted[:, :1]) <= 1e-4
     assert relative_error(feature.d, wanted[:, 1:]) <= 1e-4
     assert relative_error(gradient.d, reference_network["probe_gradient"]) <= 1e-4
+
+
+def test_series_are_exact_to_the_last_digits_of_float32():
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-2, 2, (1000, 3)).astype(np.float32)
+    angles = [2.0 ** k * x.astype(np.float64) for k in range(6)]
+    wanted = np.concatenate([x, *(part for a in angles for part in (np.sin(a), np.cos(a)))], axis=1)
+    assert np.abs(cpu_network.encode(x, 6) - wanted).max() < 2e-7
+
+    z = np.concatenate([rng.normal(0, 0.02, 5000), rng.normal(0, 2, 4900), np.linspace(-1e-4, 1e-4, 100)])
+    z = z.reshape(100, 100).astype(np.float32)
+    b, h, slope = rng.normal(0, 0.02, 100).astype(np.float32), np.empty((100, 103), np.float32), np.empty_like(z)
+    cpu_network.softplus(z, b, np.float32(0.5), h, slope)
+    v = 100.0 * (z + b).astype(np.float64)
+    assert h[:, :100] == pytest.approx(0.005 * np.logaddexp(0, v), rel=3e-7, abs=1e-8)
+    assert slope == pytest.approx(1 / (1 + np.exp(-np.maximum(v, -600))), rel=2e-6, abs=1e-8)
+    z[0, :4] = np.nan, np.inf, -1e30, 1e30
+    cpu_network.softplus(z, b, np.float32(1.0), h, None)
+    assert np.isnan(h[0, 0]) and h[0, 1] == np.inf and abs(h[0, 2]) < 1e-10 and h[0, 3] == pytest.approx(1e30)
 
 
 def test_evaluator_without_gradient_equals_the_original(reference_network):
@@ -72,13 +92,36 @@ def test_losses_and_their_gradient_equal_the_original(reference_network, monkeyp
         assert relative_error(parameter.g, wanted.T.reshape(parameter.shape)) <= 1e-3, name
 
 
+def evaluate_by_nnabla(points, directions, by_rays=False):
+    """What network.evaluate_on_gpu gives, by the definition (equation 3) and differentiated by nnabla."""
+    weights, surface, at_hits = network.folded_weights("implicit"), directions.shape[0], ()
+    output, gradient, _ = network.implicit_graph(points, weights)
+    sdf = output[:, :1]
+    if surface:
+        sdf0, gradient0 = (F.identity(v[:surface]).apply(need_grad=False) for v in (sdf, gradient))
+        slope = network.slope_along(directions, gradient0).apply(need_grad=False)
+        hits = points[:surface] - (sdf[:surface] - sdf0) / slope * directions
+        output, normal, _ = network.implicit_graph(hits, weights)
+        at_hits = hits, normal, output[:, 1:]
+    for variable in (sdf, gradient, *at_hits[:1]) if by_rays else ():
+        variable.persistent = True
+
+    def by_points():
+        by = sdf.g * gradient.d
+        if surface:
+            by[:surface] += at_hits[0].g
+        return by
+
+    return sdf, gradient, at_hits, lambda: None, lambda: None, by_points
+
+
 @pytest.mark.parametrize("surface, without, by_rays", [
     (0, (), False), (60, (), False), (200, (), False), (0, (), True), (60, (), True), (200, (), True),
     (60, ("view",), True), (60, ("normal",), False), (60, ("feature",), False),
     (60, ("view", "normal", "feature"), True)])
 def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, surface, without, by_rays):
-    """The GPU's graph against the CPU's on a network that is no sphere, with some rows of the surface that do not count;
-    twice, as the second step finds what the first has left."""
+    """The GPU's graph and the CPU's functions on a network that is no sphere, with some rows of the surface that do not
+    count and others that count more; twice, as the second step finds what the first has left."""
     def gradients(numpy):
         monkeypatch.setattr(network, "on_cpu", lambda: numpy)
         rng = np.random.default_rng(0)
@@ -91,10 +134,11 @@ def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, surf
             colored = np.arange(200) < surface - 7
             directions = rng.normal(size=(surface, 3))
             g["points"].d = rng.uniform(-0.7, 0.7, (300, 3))
-            g["object_mask"].d, g["masked"].d = rng.integers(0, 2, (200, 1)), 1.0 - colored[:, None]
+            weights = rng.uniform(0.3, 3.0, (200, 1))
+            g["object_mask"].d, g["masked"].d = rng.integers(0, 2, (200, 1)), weights * (1.0 - colored[:, None])
             if surface:
                 g["directions"].d = directions / np.linalg.norm(directions, axis=1, keepdims=True)
-                g["rgb"].d, g["colored"].d = rng.uniform(-1, 1, (surface, 3)), colored[:surface, None]
+                g["rgb"].d, g["colored"].d = rng.uniform(-1, 1, (surface, 3)), (weights * colored[:, None])[:surface]
             for parameter in nn.get_parameters().values():
                 parameter.g = 0
             g["forward"]()
@@ -103,13 +147,16 @@ def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, surf
         found = {name: parameter.g.copy() for name, parameter in nn.get_parameters().items()}
         return losses, {**found, **dict(zip(("points", "directions"), g["by_rays"]() if by_rays else ()))}
 
-    (losses, found), (wanted_losses, wanted) = gradients(numpy=False), gradients(numpy=True)
-    assert losses == pytest.approx(wanted_losses, rel=1e-5)
-    for name in wanted:
-        if name == "directions" and (not surface or "view" in without):
-            assert not found[name].any() and not wanted[name].any()
-        elif surface or not name.startswith("rendering"):
-            assert relative_error(found[name], wanted[name]) <= 1e-4, name
+    written_out = gradients(numpy=False), gradients(numpy=True)
+    monkeypatch.setattr(network, "evaluate_on_gpu", evaluate_by_nnabla)
+    wanted_losses, wanted = gradients(numpy=False)
+    for losses, found in written_out:
+        assert losses == pytest.approx(wanted_losses, rel=1e-5)
+        for name in wanted:
+            if name == "directions" and (not surface or "view" in without):
+                assert not found[name].any() and not wanted[name].any()
+            elif surface or not name.startswith("rendering"):
+                assert relative_error(found[name], wanted[name]) <= 1e-4, name
 
 
 @BACKENDS

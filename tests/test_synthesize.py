@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import checkpoints
+import cpu_network
 import helper
 import make_scene
 import network
@@ -62,10 +63,10 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
     for name, width, feature, seed in (("other", 80, 8, 1), ("unfit", 64, 5, 2), ("ours", 64, 8, 0)):
         network.initialize(width, feature, 9, 0.6, np.random.default_rng(seed))
         checkpoints.save_model(tmp_path / f"{name}.h5")
-        stored[name] = {part: network.folded_arrays(part) for part in ("implicit", "rendering")}
+        stored[name] = {part: cpu_network.unpack(*network.packed_arrays(part)) for part in ("implicit", "rendering")}
     synthesize.take_appearance(tmp_path / "other.h5", 8)
     for part, owner in (("implicit", "ours"), ("rendering", "other")):
-        for (w, b), (w_owner, b_owner) in zip(network.folded_arrays(part), stored[owner][part]):
+        for (w, b), (w_owner, b_owner) in zip(cpu_network.unpack(*network.packed_arrays(part)), stored[owner][part]):
             assert np.array_equal(w, w_owner) and np.array_equal(b, b_owner)
     points = np.random.default_rng(3).normal(size=(50, 3)).astype(np.float32)
     rgb, normals = network.shade(points, -points)

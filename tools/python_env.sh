@@ -77,4 +77,5 @@ for packages in "pip>=20.3" "--requirement=requirements-dev.txt"; do
     .venv/bin/python -m pip install -qq --disable-pip-version-check "$packages" \
         || fail "pip install $packages failed in .venv: pip says why above"
 done
+.venv/bin/python tools/compile.py > /dev/null 2>&1     # where that fails, the first run will say why
 echo "$wanted" > "$stamp"
