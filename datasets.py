@@ -21,6 +21,8 @@ from helper import ORDER, PIXELS, UserError, decompose_projection, pixel_rays, r
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 MOST_PIXELS = 80 * 10 ** 6  # of a picture: a small file may unpack to more than the memory
+OUTLINE_BAND = 1 / 40       # of an image's shorter side: the pixels that count as near the outline of its mask
+OBJECT_SHARE = 3 / 4        # on the object, of the rays that are not drawn near the outline
 LARGEST_MATRIX = 10 ** 5    # bytes of an entry of cameras.npz, as unpacked
 FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "WEBP", "BMP", "PPM")  # by content; for others Pillow may run programs
 
@@ -328,6 +330,7 @@ class Batch(NamedTuple):
     directions: np.ndarray  # (R, 3) float32, unit length
     rgb: np.ndarray         # (R, 3) float32 in [-1, 1]
     mask: np.ndarray        # (R,) bool, True on the object
+    weights: np.ndarray     # (R,) float32, of the rays in the losses; 1 on average
 
 
 def epoch_steps(views, ranks=1):
@@ -335,20 +338,56 @@ def epoch_steps(views, ranks=1):
     return -(-views // ranks)
 
 
-def training_batches(scene, views, rays, seed, start=0, rank=0, ranks=1):
+def training_batches(scene, views, rays, seed, start=0, rank=0, ranks=1, outline_rays=0.0):
     """Yield Batches for ever, from that of the step `start` on: each is one view and `rays` random pixels of it.
 
     Each of `views` comes once in every epoch (len(views) steps), in an order shuffled anew for each. The pixels
-    are uniform over the whole image, object or not, and differ from one another unless the image has fewer.
+    are uniform over the whole image, object or not, and differ from one another unless the image has fewer; with
+    `outline_rays`, from 0 to less than 1, they are drawn as by draw_pixels.
     Of several processes, `ranks`, each takes the batches of its `rank`: an epoch has 1/ranks as many steps, and
     its last step takes the epoch's first views again where `ranks` does not divide them. A batch is a function
     of the seed, the step, the rank and the ranks.
     """
     height, width = scene.masks.shape[1:]
+    regions = {}
     for step in itertools.count(start):
         epoch, position = divmod(step, epoch_steps(len(views), ranks))
         view = random_numbers(seed, ORDER, epoch).permutation(views)[(position * ranks + rank) % len(views)]
         # No shuffle: the order of the rays is of no use.
         rng = random_numbers(seed, PIXELS, step * ranks + rank)
-        pixels = rng.choice(height * width, rays, replace=rays > height * width, shuffle=False)
-        yield Batch(int(view), *view_rays(scene, view, np.stack([pixels % width, pixels // width], axis=1)))
+        if outline_rays:
+            if view not in regions:
+                regions[view] = mask_regions(scene.masks[view])
+            pixels, weights = draw_pixels(regions[view], rays, outline_rays, rng)
+        else:
+            pixels = rng.choice(height * width, rays, replace=rays > height * width, shuffle=False)
+            weights = np.ones(rays, np.float32)
+        yield Batch(int(view), *view_rays(scene, view, np.stack([pixels % width, pixels // width], axis=1)), weights)
+
+
+def mask_regions(mask):
+    """Return the numbers of the pixels of a mask (H, W) bool as three int32 arrays: those near its outline (by up to
+    OUTLINE_BAND of the shorter side), the others on the object, and the others."""
+    inside = mask.astype(np.uint8)
+    distance = np.maximum(*(cv2.distanceTransform(side, cv2.DIST_L2, 5) for side in (inside, 1 - inside)))
+    near = distance <= OUTLINE_BAND * min(mask.shape)
+    return [np.flatnonzero(region).astype(np.int32) for region in (near, mask & ~near, ~mask & ~near)]
+
+
+def draw_pixels(regions, rays, outline_rays, rng):
+    """Draw `rays` pixels, the share `outline_rays` of them near the outline, and of the others most on the object.
+
+    regions: what mask_regions gives. Returns the pixels' numbers (rays,), and weights (rays,) float32 with which a sum
+    over them is on average what it is for uniform pixels: the loss is the same, but it varies less from step to step
+    where the pixels are that decide the shape (stratified sampling).
+    """
+    sizes = np.array([len(region) for region in regions])
+    shares = np.array([outline_rays, (1 - outline_rays) * OBJECT_SHARE, (1 - outline_rays) * (1 - OBJECT_SHARE)])
+    shares = np.where(sizes > 0, shares, 0.0)
+    shares /= shares.sum()
+    ends = np.floor(np.cumsum(shares[:-1]) * rays + rng.random()).astype(int)   # by chance up or down: right on average
+    counts = np.diff(ends, prepend=0, append=rays)
+    pixels = [rng.choice(region, count, replace=count > len(region), shuffle=False)
+              for region, count in zip(regions, counts) if count]
+    weights = np.divide(sizes / sizes.sum(), shares, out=np.zeros(3), where=shares > 0)
+    return np.concatenate(pixels), np.repeat(weights, counts).astype(np.float32)

@@ -217,6 +217,7 @@ SETTINGS = {
     "train": {
         "epochs": (int, POSITIVE),
         "rays": (int, AT_LEAST_TWO),
+        "outline_rays": (float, (lambda v: 0 <= v < 1, "0 or more and less than 1")),
         "learning_rate": (float, POSITIVE),
         "learning_rate_halved_after": ([int], ASCENDING),
         "camera_learning_rate": (float, NOT_NEGATIVE),
@@ -237,7 +238,8 @@ SETTINGS = {
 }
 
 # What the keys that a file may leave out are then.
-OPTIONAL = {"data": {"cameras": "cameras.npz"}, "network": {"without": []}, "train": {"camera_learning_rate": 0.0}}
+OPTIONAL = {"data": {"cameras": "cameras.npz"}, "network": {"without": []},
+            "train": {"outline_rays": 0.0, "camera_learning_rate": 0.0}}
 
 
 SHORT = reprlib.Repr()      # a few lines of YAML that point to one another may spell out a text without end

@@ -125,7 +125,8 @@ def train(conf, scene, views, folder, state, stop, world):
     saved = save(first) if state is None else time.monotonic()
     # With trained cameras a ray's direction in the world is known only when its step begins.
     source = scene._replace(poses=np.tile(np.eye(4), (len(scene.poses), 1, 1))) if camera_solver else scene
-    batches = datasets.training_batches(source, views, conf.train.rays, conf.train.seed, first, world.rank, world.size)
+    batches = datasets.training_batches(source, views, conf.train.rays, conf.train.seed, first, world.rank, world.size,
+                                        conf.train.outline_rays)
     batch = next(batches)
     with tqdm(initial=first, total=conf.train.epochs * steps, unit="step", dynamic_ncols=True,
               smoothing=0.05, disable=world.rank > 0) as progress:
@@ -137,13 +138,13 @@ def train(conf, scene, views, folder, state, stop, world):
             alpha = scheduled(conf.train.alpha, 2.0, conf.train.alpha_doubled_after, epoch)
             for step in range(max(first, epoch * steps), (epoch + 1) * steps):
                 rng = helper.random_numbers(conf.train.seed, helper.SAMPLES, step * world.size + world.rank)
-                view, origin, directions, rgb, mask = batch
+                view, origin, directions, rgb, mask, weights = batch
                 if camera_solver:
                     in_camera = directions
                     origin, directions = cameras.rays(pose.d[view], in_camera)
                 sdf.refresh()
                 points, colored = place_points(sdf, origin, directions, mask, alpha, conf.tracer, rng)
-                losses = compute(solver, points, colored, directions, rgb, mask, alpha, rng)
+                losses = compute(solver, points, colored, directions, rgb, mask, weights, alpha, rng)
                 world.mean_gradients()
                 batch = next(batches)       # while the GPU is still at work on the step
                 losses = {name: float(value.d) for name, value in losses.items()}
@@ -294,20 +295,22 @@ class TrainingStep:
             self.graphs[surface] = network.training_graph(self.rays, surface, *self.graph_settings, **self.more)
         return surface, self.graphs[surface]
 
-    def filled(self, points, colored, directions, rgb, mask, alpha, rng):
+    def filled(self, points, colored, directions, rgb, mask, weights, alpha, rng):
         """The graph of a step with its inputs set.
 
-        points, directions, rgb (R, 3), colored, mask (R,) bool: of the step's rays; alpha: float.
+        points, directions, rgb (R, 3), colored, mask (R,) bool, weights (R,): of the step's rays; alpha: float.
         """
         surface, g = self.graph(colored.sum())
         order = np.argsort(~colored, kind="stable")       # the rays with a colour first
-        mask, colored = mask[order].astype(np.float32), colored[order].astype(np.float32)   # nnabla's GPU has no bool
+        colored = np.where(colored, weights, 0.0)[order].astype(np.float32)
+        masked = weights[order].astype(np.float32) - colored
         uniform = rng.uniform(-1.0, 1.0, (self.rays // 2, 3)).astype(np.float32)
         g["points"].d = np.concatenate([points[order], uniform])
         if surface:
             g["directions"].d, g["rgb"].d = directions[order[:surface]], rgb[order[:surface]]
             g["colored"].d = colored[:surface, None]
-        g["object_mask"].d, g["masked"].d = mask[:, None], 1 - colored[:, None]
+        g["object_mask"].d = mask[order, None].astype(np.float32)        # nnabla's GPU has no bool
+        g["masked"].d = masked[:, None]
         g["alpha"].d = alpha
         self.latest = g, order
         return g

@@ -26,13 +26,14 @@ import extract  # noqa: E402
 import helper  # noqa: E402
 import make_scene  # noqa: E402
 import network  # noqa: E402
-import numpy_network  # noqa: E402
+import cpu_network  # noqa: E402
 import parallel  # noqa: E402
 import ray_tracer  # noqa: E402
 import synthesize  # noqa: E402
 import train  # noqa: E402
 
-SETTINGS = {"dtu": (512, 256, 2048), "small": (128, 64, 512), "demo": (64, 32, 256)}    # width, feature, rays
+# Width, feature, layers, rays.
+SETTINGS = {"dtu": (512, 256, 9, 2048), "small": (128, 64, 9, 512), "demo": (96, 32, 6, 128)}
 ALPHA = 50.0    # of the mask loss, at the beginning of a training; later on fewer samples matter
 STAGES = {"_coarse_to_fine": "samples", "_refine": "refinement"}
 
@@ -51,12 +52,12 @@ def main():
     print(f"yardstick {yardstick * 1e3:.1f} ms; matrix products at {rate / 1e9:.0f} GFLOP/s")
     conf = helper.load_config(Path(__file__).resolve().parent.parent / "config" / "default.yaml")
     for setting in args.settings:
-        width, feature, rays = SETTINGS[setting]
-        network.initialize(width, feature, 9, 0.6, np.random.default_rng(0))
+        width, feature, layers, rays = SETTINGS[setting]
+        network.initialize(width, feature, layers, 0.6, np.random.default_rng(0))
         if args.model_load_path:
-            checkpoints.load_model(args.model_load_path, network.parameter_shapes(width, feature, 9))
+            checkpoints.load_model(args.model_load_path, network.parameter_shapes(width, feature, layers))
         state = "trained" if args.model_load_path else "initial sphere"
-        print(f"\n{setting} (width {width}, feature {feature}, {rays} rays), {state}")
+        print(f"\n{setting} (width {width}, feature {feature}, {layers} layers, {rays} rays), {state}")
         bench_step(scene, conf.tracer, rays, args.steps, rate, yardstick, world)
         if world.size == 1:     # only training takes several
             bench_render(scene, conf.tracer, rate)
@@ -78,7 +79,7 @@ def measure_yardstick():
     """Median seconds of NumPy's (20000 x 512) @ (512 x 512) in float32 on all cores."""
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((20000, 512), (512, 512)))
-    with threadpool_limits(numpy_network.CORES, user_api="blas"):
+    with threadpool_limits(cpu_network.CORES, user_api="blas"):
         return np.median([timed(lambda: a @ b) for _ in range(9)][2:])
 
 
@@ -112,7 +113,7 @@ def synchronize():
 
 def layer_flops(name):
     """FLOPs of one row through the affine layers of "implicit" or "rendering"."""
-    return sum(2 * w.size for w, _ in network.folded_arrays(name))
+    return sum(2 * w.size for w, _ in cpu_network.unpack(*network.packed_arrays(name)))
 
 
 @contextmanager
@@ -170,7 +171,8 @@ def bench_step(scene, tracer, rays, steps, rate, yardstick, world):
         with counted_stages(counts):
             points, colored = part("trace", train.place_points, counting, batch.origin, batch.directions, batch.mask,
                                    ALPHA, tracer, rng)
-        g = part("inputs", step.filled, points, colored, batch.directions, batch.rgb, batch.mask, ALPHA, rng)
+        g = part("inputs", step.filled, points, colored, batch.directions, batch.rgb, batch.mask,
+                 batch.weights, ALPHA, rng)
         solver.zero_grad()
         part("forward", g["forward"])
         part("backward", g["backward"])

@@ -459,6 +459,48 @@ def test_pixels_are_uniform_over_the_whole_image(height, width, rays):
     assert abs((numbers % 2).mean() - 0.5) < 0.02            # in the mask and outside alike
 
 
+def disc_scene(mask_everywhere=None, size=60):
+    v, u = np.mgrid[:size, :size]
+    mask = (u - 28.0) ** 2 + (v - 31.0) ** 2 < 15.0 ** 2 if mask_everywhere is None else np.full((size, size),
+                                                                                                mask_everywhere)
+    return numbered_scene(size, size)._replace(masks=np.stack([mask] * 2))
+
+
+def test_rays_at_the_outline_come_often_and_count_little():
+    scene, rays = disc_scene(), 101
+    near, inside, outside = datasets.mask_regions(scene.masks[0])
+    assert np.array_equal(np.sort(np.concatenate([near, inside, outside])), np.arange(60 * 60))
+    v, u = np.divmod(near, 60)
+    assert np.abs(np.hypot(u - 28.0, v - 31.0) - 15.0).max() < 2.5 and scene.masks[0].ravel()[near].any()
+    assert scene.masks[0].ravel()[inside].all() and not scene.masks[0].ravel()[outside].any()
+    batches = take(400, scene, [0], rays, 1, 0, 0, 1, 0.5)
+    numbers = np.stack([pixel_numbers(batch) for batch in batches])
+    assert all(len(set(row)) == rays for row in numbers)
+    assert np.isin(numbers, near).sum(axis=1).tolist().count(50) in range(100, 300)     # 50 or 51
+    assert np.isin(numbers, inside).mean() == pytest.approx(0.5 * datasets.OBJECT_SHARE, abs=0.003)
+    # A weighted sum over the pixels is on average what it is for uniform ones, in each of the regions and in all.
+    weights = np.stack([batch.weights for batch in batches])
+    assert weights.dtype == np.float32
+    for region in (near, inside, outside):
+        counted = (weights * np.isin(numbers, region)).mean()
+        assert counted == pytest.approx(len(region) / 3600, rel=0.01)
+    counts = np.bincount(numbers.ravel(), weights.ravel(), minlength=3600)
+    assert np.corrcoef(counts, np.isin(np.arange(3600), near))[0, 1] < 0.1
+    again = take(3, scene, [0], rays, 1, 397, 0, 1, 0.5)
+    assert [pixel_numbers(batch).tolist() for batch in again] == numbers[397:].tolist()
+
+
+@pytest.mark.parametrize("mask_everywhere", [True, False])
+def test_rays_at_the_outline_where_there_is_none(mask_everywhere):
+    batch, = take(1, disc_scene(mask_everywhere), [0], 100, 1, 0, 0, 1, 0.5)
+    assert len(set(pixel_numbers(batch))) == 100 and np.all(batch.weights == 1.0)
+
+
+def test_more_rays_at_the_outline_than_pixels():
+    batch, = take(1, disc_scene(size=48), [0], 2000, 1, 0, 0, 1, 0.9)
+    assert len(batch.directions) == 2000 and batch.weights.mean() == pytest.approx(1.0, rel=0.01)
+
+
 def test_all_pixels_and_more_than_all():
     scene = numbered_scene(4, 5)
     assert sorted(pixel_numbers(take(1, scene, [0], 20, 0)[0])) == list(range(20))

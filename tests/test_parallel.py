@@ -171,7 +171,8 @@ def test_the_mean_of_two_gradients_is_that_of_one_step_over_both(monkeypatch):
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
         colored = rng.permutation(rays) < hits
         batches.append([rng.uniform(-0.7, 0.7, (rays, 3)).astype(np.float32), colored, directions,
-                        rng.uniform(-1, 1, (rays, 3)).astype(np.float32), colored | (rng.uniform(size=rays) < 0.2)])
+                        rng.uniform(-1, 1, (rays, 3)).astype(np.float32), colored | (rng.uniform(size=rays) < 0.2),
+                        rng.uniform(0.2, 3.0, rays).astype(np.float32)])
     uniform = rng.uniform(-1, 1, (2, rays // 2, 3))
     solver = S.Adam(1e-3)
     solver.set_parameters(nn.get_parameters())
