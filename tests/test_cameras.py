@@ -189,9 +189,10 @@ def write_config(folder, **changes):
     """Write the configuration of a short run with trained cameras, with section.key=value changed; returns its name."""
     return write_demo_config(
         folder / "tiny.yaml", changes, data=dict(path="tiny", held_out_views=[8], cameras="cameras_linear_init.npz"),
-        network=dict(feature=8, layers=6, without=["view"]), tracer=dict(samples=20),
-        train=dict(epochs=40, rays=256, learning_rate_halved_after=[], alpha_doubled_after=[], save_every=20,
-                   validate_every=20, validation_view=0, validation_downscale=2, camera_learning_rate=5e-3)).name
+        network=dict(width=64, feature=8, layers=6, without=["view"]), tracer=dict(samples=20),
+        train=dict(epochs=40, rays=256, learning_rate=1e-3, mask_weight=400, learning_rate_halved_after=[],
+                   alpha_doubled_after=[], save_every=20, validate_every=20, validation_view=0, validation_downscale=2,
+                   camera_learning_rate=5e-3)).name
 
 
 def train(folder, *more, status=0, **changes):

@@ -13,7 +13,7 @@ import pytest
 
 import helper
 import report
-from conftest import ROOT
+from conftest import ROOT, write_demo_config
 
 STEPS, PANEL = 4, (24, 32)      # steps of an epoch; height and width of a render
 
@@ -23,7 +23,7 @@ def run(tmp_path):
     """The folder of a run as train.py leaves it after 105 of 140 epochs, with three validations."""
     folder = tmp_path / "results_a & b"
     (folder / "validation").mkdir(parents=True)
-    shutil.copy(str(ROOT / "config" / "demo.yaml"), str(folder / "demo.yaml"))
+    write_demo_config(folder / "demo.yaml", {}, train={"epochs": 140, "mask_weight": 400.0})
     ends = np.arange(105) * STEPS + STEPS - 1
     for name, values in (("loss", 3 / (1 + ends)), ("color", 1 / (1 + ends)), ("mask", 0 * ends),
                          ("eikonal", 1 / (2 + ends)), ("hits", 50 + ends / 20), ("alpha", 50 + 0 * ends),

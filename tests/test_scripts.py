@@ -33,7 +33,8 @@ def refused(*command, cwd):
 def write_config(folder, **changes):
     """Write a tiny configuration (config/demo.yaml with less of everything), with section.key=value changed."""
     return write_demo_config(
-        folder / "tiny.yaml", changes, data=dict(path="scenes/tiny", held_out_views=[9]), network=dict(feature=16),
+        folder / "tiny.yaml", changes, data=dict(path="scenes/tiny", held_out_views=[9]),
+        network=dict(width=64, feature=16),
         train=dict(epochs=12, rays=256, learning_rate=1e-3, learning_rate_halved_after=[8], save_every=6,
                    validate_every=12, validation_view=9, alpha_doubled_after=[6]),
         extract=dict(coarse_resolution=32, resolution=48))
