@@ -22,6 +22,7 @@ import helper
 import network
 
 SLACK = 1.5         # how much steeper than 1 the sdf may be before a block with surface in it is passed over
+APART = 1e-3        # of a cell: where the sdf at a point of the grid is nearer to 0, it is moved away to that
 LEAF = 4            # blocks of the fine grid are halved down to this many points a side
 SHADED = 1 << 15    # vertices that get their normals and colours together
 SUFFIXES = (".ply", ".obj", ".glb", ".html")
@@ -93,6 +94,10 @@ def grid_mesh(sdf, axes, low, high, cell):
     if not (values.min() < 0 < values.max()):
         raise helper.UserError("the sdf has no zero set in the unit sphere, so there is no surface to extract; "
                                "look at the training's renders: masks and cameras are the usual causes")
+    # A surface through points of the grid would get triangles without area, or with as good as none; to drop these
+    # later leaves holes.
+    close = np.abs(values) < APART * cell
+    values[close] = np.where(values[close] < 0, -APART * cell, APART * cell)
     vertices, faces = marching_cubes(values, 0.0)[:2]
     return trimesh.Trimesh((vertices * cell + low) @ axes, faces, process=False)
 
@@ -140,13 +145,7 @@ def largest_component(mesh):
     parts = trimesh.graph.connected_components(mesh.face_adjacency, nodes=np.arange(len(mesh.faces)))
     areas = mesh.area_faces
     part = max(parts, key=lambda faces: areas[faces].sum())
-    largest = mesh.submesh([part], append=True)
-    largest.merge_vertices()
-    # Where the sdf is 0 on a point of the grid, marching cubes makes triangles without area.
-    largest.update_faces(largest.nondegenerate_faces())
-    largest.remove_unreferenced_vertices()
-    return largest
-
+    return mesh.submesh([part], append=True)
 
 
 # --- normals, colours, files ------------------------------------------------------------------------------------------
