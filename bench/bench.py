@@ -113,7 +113,7 @@ def synchronize():
 
 def layer_flops(name):
     """FLOPs of one row through the affine layers of "implicit" or "rendering"."""
-    return sum(2 * w.size for w, _ in cpu_network.unpack(*network.packed_arrays(name)))
+    return sum(2 * v.size for v, _, _ in network.layer_parameters(name))
 
 
 @contextmanager

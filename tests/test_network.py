@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import cpu_network
+import gpu_functions
 import network
 
 
@@ -92,16 +93,16 @@ def test_losses_and_their_gradient_equal_the_original(reference_network, monkeyp
         assert relative_error(parameter.g, wanted.T.reshape(parameter.shape)) <= 1e-3, name
 
 
-def evaluate_by_nnabla(points, directions, by_rays=False):
-    """What network.evaluate_on_gpu gives, by the definition (equation 3) and differentiated by nnabla."""
-    weights, surface, at_hits = network.folded_weights("implicit"), directions.shape[0], ()
-    output, gradient, _ = network.implicit_graph(points, weights)
+def evaluate_by_nnabla(layers, points, directions, by_rays=False):
+    """What gpu_functions.evaluate gives, by the definition (equation 3) and differentiated by nnabla."""
+    weights, surface, at_hits = gpu_functions.folded_weights(layers), directions.shape[0], ()
+    output, gradient, _ = gpu_functions.implicit_graph(points, weights)
     sdf = output[:, :1]
     if surface:
         sdf0, gradient0 = (F.identity(v[:surface]).apply(need_grad=False) for v in (sdf, gradient))
-        slope = network.slope_along(directions, gradient0).apply(need_grad=False)
+        slope = gpu_functions.slope_along(directions, gradient0).apply(need_grad=False)
         hits = points[:surface] - (sdf[:surface] - sdf0) / slope * directions
-        output, normal, _ = network.implicit_graph(hits, weights)
+        output, normal, _ = gpu_functions.implicit_graph(hits, weights)
         at_hits = hits, normal, output[:, 1:]
     for variable in (sdf, gradient, *at_hits[:1]) if by_rays else ():
         variable.persistent = True
@@ -148,7 +149,7 @@ def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, surf
         return losses, {**found, **dict(zip(("points", "directions"), g["by_rays"]() if by_rays else ()))}
 
     written_out = gradients(numpy=False), gradients(numpy=True)
-    monkeypatch.setattr(network, "evaluate_on_gpu", evaluate_by_nnabla)
+    monkeypatch.setattr(gpu_functions, "evaluate", evaluate_by_nnabla)
     wanted_losses, wanted = gradients(numpy=False)
     for losses, found in written_out:
         assert losses == pytest.approx(wanted_losses, rel=1e-5)

@@ -46,8 +46,8 @@ def write_config(folder, **changes):
     return write_demo_config(
         folder / "tiny.yaml", changes, data=dict(path=str(folder / "tiny"), held_out_views=[VIEWS]),
         network=dict(width=64, feature=8, layers=4), tracer=dict(samples=20),
-        train=dict(epochs=EPOCHS, rays=64, learning_rate_halved_after=[3], alpha_doubled_after=[2], save_every=2,
-                   validate_every=2, validation_view=VIEWS, validation_downscale=2))
+        train=dict(epochs=EPOCHS, rays=64, mask_weight=400.0, learning_rate_halved_after=[3], alpha_doubled_after=[2],
+                   save_every=2, validate_every=2, validation_view=VIEWS, validation_downscale=2))
 
 
 @pytest.fixture(scope="module")
