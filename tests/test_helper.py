@@ -27,6 +27,13 @@ def tree():
     return copy.deepcopy(yaml.load(DEFAULT.read_text(encoding="utf-8"), Loader=helper.ConfigLoader))
 
 
+@pytest.mark.parametrize("path", sorted(DEFAULT.parent.glob("*.yaml")), ids=lambda path: path.stem)
+def test_each_configuration_here_is_a_right_one(path):
+    conf = helper.load_config(path)
+    steps = conf.train.learning_rate_halved_after + conf.train.alpha_doubled_after
+    assert max(steps) < conf.train.epochs and conf.train.save_every <= conf.train.epochs
+
+
 def refusal_of_text(tmp_path, text):
     """Write `text` as a configuration, which must be refused; return the one line without the file's name."""
     path = tmp_path / "spoilt.yaml"
