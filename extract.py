@@ -23,7 +23,7 @@ import network
 
 SLACK = 1.5         # how much steeper than 1 the sdf may be before a block with surface in it is passed over
 APART = 1e-3        # of a cell: where the sdf at a point of the grid is nearer to 0, it is moved away to that
-LEAF = 4            # blocks of the fine grid are halved down to this many points a side
+LEAF = 2            # blocks of the fine grid are halved down to this many points a side
 SHADED = 1 << 15    # vertices that get their normals and colours together
 SUFFIXES = (".ply", ".obj", ".glb", ".html")
 
