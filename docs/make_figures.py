@@ -86,7 +86,7 @@ def main():
 def draw_psnr(path, table):
     """Plot the PSNR (rows of seconds, dB) over the time of training, and what the authors' code had at 480 s."""
     figure = Figure(figsize=(6.4, 3.2), dpi=130, layout="constrained")
-    axes = figure.add_subplot(xlabel="minutes of training", ylabel="PSNR in the mask, dB", ylim=(14, 25), xlim=(0, 10))
+    axes = figure.add_subplot(xlabel="minutes of training", ylabel="PSNR in the mask, dB", ylim=(14, 26), xlim=(0, 10))
     axes.plot(table[:, 0] / 60, table[:, 1], "o-", color=BLUE, label="here")
     axes.plot(8, 18.08, "D", color=ORANGE, label="the authors' code, same kind of card")
     axes.grid(color=GREY, alpha=0.25)
