@@ -43,9 +43,9 @@ PackedWeights = namedtuple("PackedWeights", "packed sizes")
 class CpuFunction(PythonFunction):
     """A nnabla function whose forward and backward passes take and give NumPy arrays, in the current context."""
 
-    def __init__(self, sizes=None):
+    def __init__(self, sizes):
         super().__init__(nn.get_current_context())
-        self.sizes = sizes
+        self.sizes = sizes      # (in, out) of each of the network's layers, an array (L, 2)
 
     @property
     def name(self):
@@ -73,17 +73,15 @@ class FoldFunction(CpuFunction):
         return 1
 
     def setup_impl(self, inputs, outputs):
-        outputs[0].reset_shape((sum(v.shape[0] * v.shape[1] + v.shape[1] for v in inputs[::3]),), True)
+        outputs[0].reset_shape((int(((self.sizes[:, 0] + 1) * self.sizes[:, 1]).sum()),), True)
 
     def forward_impl(self, inputs, outputs):
         self.arrays = [i.data.data for i in inputs]         # backward_impl takes these: to get them takes time
-        v, g, b = (self.arrays[part::3] for part in range(3))
-        self.norms = [np.linalg.norm(array, axis=0) for array in v]
-        outputs[0].data.data[...] = cpu_network.pack(zip(map(cpu_network.fold, v, g, self.norms), b))
+        outputs[0].data.data[...], self.norms = packed_arrays(*(self.arrays[part::3] for part in range(3)))
 
     def backward_impl(self, inputs, outputs, propagate_down, accum):
         v, g, _ = (self.arrays[part::3] for part in range(3))
-        by_weights = cpu_network.unpack(outputs[0].grad.data, [array.shape for array in v])
+        by_weights = cpu_network.unpack(outputs[0].grad.data, self.sizes)
         gradients = []
         for layer, (by_w, by_b) in zip(zip(v, g, self.norms), by_weights):
             gradients += [*cpu_network.fold_backward(*layer, by_w), by_b]
@@ -166,14 +164,19 @@ class RenderingFunction(CpuFunction):
 
 def folded_weights(layers):
     """The PackedWeights of layers, a list of Variables (v, g, b), for a graph: W = g v / |v|, per output."""
-    return PackedWeights(FoldFunction()(*(p for layer in layers for p in layer)), np.array([v.shape for v, _, _ in layers]))
+    sizes = layer_sizes(layers)
+    return PackedWeights(FoldFunction(sizes)(*(p for layer in layers for p in layer)), sizes)
 
 
-def packed_arrays(layers):
-    """The same as NumPy arrays, of the parameters as they are now: the packed weights, and (in, out) of each layer."""
-    arrays = [(v.d, g.d, b.d) for v, g, b in layers]
-    return (cpu_network.pack([(cpu_network.fold(v, g, np.linalg.norm(v, axis=0)), b) for v, g, b in arrays]),
-            np.array([v.shape for v, _, _ in layers]))
+def layer_sizes(layers):
+    """(in, out) of each of the layers, Variables (v, g, b), as an array (L, 2)."""
+    return np.array([v.shape for v, _, _ in layers])
+
+
+def packed_arrays(v, g, b):
+    """The packed weights of the layers whose arrays these lists hold, and |v| (out,) of each layer."""
+    norms = [np.linalg.norm(array, axis=0) for array in v]
+    return cpu_network.pack(zip(map(cpu_network.fold, v, g, norms), b)), norms
 
 
 def implicit(x, weights):
@@ -207,13 +210,13 @@ class Sdf:
     """The sdf of layers, a list of Variables (v, g, b), as network.sdf_evaluator says."""
 
     def __init__(self, layers):
-        self.layers = layers
+        self.layers, self.sizes = layers, layer_sizes(layers)
         self.refresh()
 
     def refresh(self):
-        self.weights = packed_arrays(self.layers)
+        self.packed, _ = packed_arrays(*zip(*([p.d for p in layer] for layer in self.layers)))
 
     def __call__(self, points):
-        return cpu_network.implicit_sdf(points, *self.weights)
+        return cpu_network.implicit_sdf(points, self.packed, self.sizes)
 
     roughly = None

@@ -63,12 +63,6 @@ def has_skip(layer, layers):
     return layer == SKIP_LAYER and layer < layers - 1
 
 
-def frequencies(columns):
-    """Return the frequency of each column of an encoding: 0 for the 3 raw ones, then 2^k for sin and cos of 3 each."""
-    bands = (columns - 3) // 6
-    return np.concatenate([np.zeros(3), np.repeat(2.0 ** np.arange(bands), 6)]).astype(np.float32)
-
-
 @compiled
 def encode(x, bands):
     """gamma(x) (N, 3 + 6 bands) of x (N, 3): x, then sin and cos of 2^k x for k < bands, as in NeRF.
@@ -134,11 +128,6 @@ def part(flat, rows, sizes, side, layer):
 
 
 @compiled
-def product(a, b):
-    return np.dot(a, b)
-
-
-@compiled
 def softplus(z, b, scale, h, slope):
     """scale * softplus(z + b), with beta = 100, to the first columns of h; its derivative (without scale) to slope,
     unless that is None.
@@ -195,7 +184,7 @@ def last_hidden(x, packed, sizes, inputs, slopes):
         inputs[:encoded.size] = encoded.ravel()
     for layer in range(count - 1):
         w, b = affine(packed, sizes, layer)
-        z = product(h, w)
+        z = np.dot(h, w)
         scale = ROOT_HALF if has_skip(layer + 1, count) else np.float32(1.0)
         if keep:
             h = part(inputs, rows, sizes, IN, layer + 1)
@@ -214,7 +203,7 @@ NOTHING = np.empty(0, np.float32)
 def implicit_sdf(x, packed, sizes):
     """The sdf (N,) at x (N, 3), without what only a feature or a gradient would need."""
     x, out = np.ascontiguousarray(x, np.float32), np.empty(len(x), np.float32)
-    last_w, last_b = unpack(packed, sizes)[-1]
+    last_w, last_b = affine(packed, sizes, len(sizes) - 1)
 
     def evaluate(rows):
         h = last_hidden(x[rows], packed, sizes, NOTHING, NOTHING)
@@ -263,7 +252,7 @@ def forward_block(h, inputs, slopes, packed, sizes):
     rows, count = len(h), len(sizes)
     deltas = np.empty_like(slopes)
     w, b = affine(packed, sizes, count - 1)
-    z, gradient = product(h, w), np.empty((rows, 3), np.float32)
+    z, gradient = np.dot(h, w), np.empty((rows, 3), np.float32)
     back, scale = np.empty((rows, sizes[count - 1, IN]), np.float32), np.float32(1.0)
     for row in range(rows):
         for column in range(len(b)):
@@ -278,7 +267,7 @@ def forward_block(h, inputs, slopes, packed, sizes):
         for row in range(rows):
             for column in range(delta.shape[1]):
                 delta[row, column] = slope[row, column] * (back[row, column] * scale)
-        back = product(delta, affine(packed, sizes, layer)[0].T)
+        back = np.dot(delta, affine(packed, sizes, layer)[0].T)
         scale = ROOT_HALF if has_skip(layer, count) else np.float32(1.0)
         if has_skip(layer, count) or layer == 0:
             split(back, scale, to_encoded)
@@ -333,13 +322,8 @@ def pack(weights):
 
 
 def unpack(packed, sizes):
-    """[(W, b)] as views of what pack gave; sizes: (in, out) of each layer."""
-    weights, start = [], 0
-    for inputs, outputs in sizes:
-        middle, end = start + inputs * outputs, start + (inputs + 1) * outputs
-        weights.append((packed[start:middle].reshape(inputs, outputs), packed[middle:end]))
-        start = end
-    return weights
+    """[(W, b)] as views of what pack gave; sizes: (in, out) of each layer, an array (L, 2)."""
+    return [affine(packed, sizes, layer) for layer in range(len(sizes))]
 
 
 def fold(v, g, norm):
@@ -413,7 +397,7 @@ def carry_back(slopes, deltas, derivative, packed, sizes, by_output, by_gradient
         for column in range(columns):
             tangent_encoded[row, column] = derivative[row, column] * by_gradient[row, column % 3]
     for layer in range(count - 1):
-        tangent_z = product(part(tangents, used, sizes, IN, layer), affine(packed, sizes, layer)[0])
+        tangent_z = np.dot(part(tangents, used, sizes, IN, layer), affine(packed, sizes, layer)[0])
         slope, delta = part(slopes, rows, sizes, OUT, layer), part(deltas, rows, sizes, OUT, layer)
         bend, tangent = part(by_zs, used, sizes, OUT, layer), part(tangents, used, sizes, IN, layer + 1)
         scale = ROOT_HALF if has_skip(layer + 1, count) else np.float32(1.0)
@@ -429,7 +413,7 @@ def carry_back(slopes, deltas, derivative, packed, sizes, by_output, by_gradient
     by_z, by_encoded = part(by_zs, used, sizes, OUT, count - 1), np.zeros((used, columns), np.float32)
     by_z[:] = by_output
     for layer in range(count - 1, -1, -1):
-        back = product(by_z, affine(packed, sizes, layer)[0].T)
+        back = np.dot(by_z, affine(packed, sizes, layer)[0].T)
         scale = ROOT_HALF if has_skip(layer, count) else np.float32(1.0)
         if has_skip(layer, count) or layer == 0:
             split(back, scale, by_encoded)
@@ -466,9 +450,9 @@ def by_weights(inputs, deltas, by_zs, tangents, packed, sizes):
     for layer in range(count):
         tangent, by_z = part(tangents, rows, sizes, IN, layer), part(by_zs, rows, sizes, OUT, layer)
         by_w, by_b = affine(by_packed, sizes, layer)
-        along_h = product(part(inputs, rows, sizes, IN, layer).T, by_z)
+        along_h = np.dot(part(inputs, rows, sizes, IN, layer).T, by_z)
         if layer < count - 1:
-            along_tangent = product(tangent.T, part(deltas, rows, sizes, OUT, layer))
+            along_tangent = np.dot(tangent.T, part(deltas, rows, sizes, OUT, layer))
             for row in range(len(by_w)):
                 for column in range(len(by_b)):
                     by_w[row, column] = along_h[row, column] + along_tangent[row, column]

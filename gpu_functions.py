@@ -10,7 +10,7 @@ import nnabla.functions as F
 import numpy as np
 from nnabla.ext_utils import get_extension_context
 
-from cpu_network import GRAZING, SKIP_LAYER, SOFTPLUS_BETA, frequencies, has_skip
+from cpu_network import GRAZING, SKIP_LAYER, SOFTPLUS_BETA, has_skip
 
 POSITION_BANDS = 6      # of the encoding: 39 values
 
@@ -27,6 +27,12 @@ def row_sums(x):
     return F.affine(x, constant(np.ones((x.shape[1], 1))))
 
 
+def frequencies(columns):
+    """Return the frequency of each column of an encoding: 0 for the 3 raw ones, then 2^k for sin and cos of 3 each."""
+    bands = (columns - 3) // 6
+    return np.concatenate([np.zeros(3), np.repeat(2.0 ** np.arange(bands), 6)]).astype(np.float32)
+
+
 def positional_encoding(x, bands):
     """gamma(x) (N, 3 + 6 bands) and the derivative of each of its columns by the coordinate it depends on.
 
@@ -40,10 +46,19 @@ def positional_encoding(x, bands):
     return encoded, F.concatenate(constant(np.ones(x.shape)), slopes, axis=1)
 
 
+def normalized(layers):
+    """The weights W = g v / |v|, per output, of layers, a list of Variables (v, g, b)."""
+    return [F.weight_normalization(v, g, dim=1) for v, g, _ in layers]
+
+
+def with_transposed(weights, layers):
+    """[(W, b, transposed W)] of layers, Variables (v, g, b), whose normalised weights are given."""
+    return [(w, b, F.transpose(w, (1, 0))) for w, (_, _, b) in zip(weights, layers)]
+
+
 def folded_weights(layers):
-    """[(W, b, transposed W)] of layers, a list of Variables (v, g, b): W = g v / |v|, per output."""
-    folded = [(F.weight_normalization(v, g, dim=1), b) for v, g, b in layers]
-    return [(w, b, F.transpose(w, (1, 0))) for w, b in folded]
+    """[(W, b, transposed W)] of layers, a list of Variables (v, g, b), with the weights normalised."""
+    return with_transposed(normalized(layers), layers)
 
 
 # What implicit_graph keeps for implicit_backward_graph: gamma(x), its derivative and the sdf's derivative by it,
@@ -159,9 +174,9 @@ def evaluate(layers, points, directions, by_rays=False):
     the second carries their derivatives back to the parameters.
     """
     surface = directions.shape[0]
-    folded = [F.weight_normalization(v, g, dim=1) for v, g, _ in layers]
+    folded = normalized(layers)
     folding = F.sink(*folded, one_input_grad=False)
-    weights = [(w, b, F.transpose(w, (1, 0))) for w, (_, _, b) in zip(leaves(folded), layers)]
+    weights = with_transposed(leaves(folded), layers)
     x = F.concatenate(points[:surface], points, axis=0) if surface else F.identity(points)
     output, gradient, kept = implicit_graph(x, weights)
     values = F.sink(output, gradient)
@@ -234,7 +249,7 @@ class Sdf:
     KEPT = 8192     # up to this size a graph keeps its buffers: taking and freeing them would take longer than the work
 
     def __init__(self, layers):
-        folded = [(w, b) for w, b, _ in folded_weights(layers)]
+        folded = [(w, b) for w, (_, _, b) in zip(normalized(layers), layers)]
         w, b = folded[-1]
         folded[-1] = w[:, :1], b[:1]
         if has_skip(SKIP_LAYER, len(folded)):

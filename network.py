@@ -172,8 +172,7 @@ def training_graph(rays, surface, mask_weight, eikonal_weight, without=(), by_ra
     g["color"] = constant(0.0)
     if surface:
         hits, normal, feature = at_hits
-        rgb = rendering(hits, normal, g["directions"] * -1.0, feature, folded_weights("rendering"),
-                        without)
+        rgb = rendering(hits, normal, g["directions"] * -1.0, feature, folded_weights("rendering"), without)
         g["color"] = color_loss(rgb, g["rgb"], g["colored"], rays)
     g["loss"] = g["color"] + g["mask"] * mask_weight + g["eikonal"] * eikonal_weight
     for name in ("color", "mask", "eikonal"):

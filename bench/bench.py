@@ -21,12 +21,12 @@ from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import checkpoints  # noqa: E402
+import cpu_network  # noqa: E402
 import datasets  # noqa: E402
 import extract  # noqa: E402
 import helper  # noqa: E402
 import make_scene  # noqa: E402
 import network  # noqa: E402
-import cpu_network  # noqa: E402
 import parallel  # noqa: E402
 import ray_tracer  # noqa: E402
 import synthesize  # noqa: E402
