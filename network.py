@@ -1,7 +1,7 @@
 """IDR's networks and losses, as nnabla graphs (Yariv et al., NeurIPS 2020).
 
-cpu_functions.py and gpu_functions.py compute the networks and the differentiable hit, by nnabla's context. The sdf reaches the tracer and the
-extraction as a plain callable, by sdf_evaluator().
+cpu_functions.py and gpu_functions.py compute the networks and the differentiable hit, by nnabla's context. The sdf
+reaches the tracer and the extraction as a plain callable, by sdf_evaluator().
 As a script: the zero contour of the initial sdf as a picture, `python network.py -Ds 512 -R 0.75`.
 """
 import nnabla as nn
