@@ -4,11 +4,12 @@ PYTHON ?=
 python := .venv/bin/python
 run := results_demo
 
-.PHONY: help env demo test bench clean
+.PHONY: help env demo test fuzz bench clean
 
 help:
 	@echo "make demo    make the embedded scene, train on it, render, extract and evaluate"
 	@echo "make test    run the tests"
+	@echo "make fuzz    feed the readers thousands of damaged files (FUZZ=2000 of each)"
 	@echo "make bench   measure where the time of a training step goes"
 	@echo "make clean   remove .venv, data/demo and the caches (never a result)"
 
@@ -27,6 +28,9 @@ demo: env
 
 test: env
 	$(python) -m pytest
+
+fuzz: env
+	$(python) -m pytest --hypothesis-profile many tests/test_fuzz*.py
 
 bench: env
 	$(python) bench/bench.py

@@ -1,6 +1,8 @@
+import os
 import sys
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import yaml
@@ -9,6 +11,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 SHARED = ROOT.parent / "shared"
+
+# The property tests: a few cases, the same ones in every run; `make fuzz` takes the second profile.
+hypothesis.settings.register_profile("few", max_examples=25, derandomize=True, deadline=None, database=None,
+                                     suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.register_profile("many", max_examples=int(os.environ.get("FUZZ", 2000)), deadline=None,
+                                     database=None, print_blob=True,
+                                     suppress_health_check=list(hypothesis.HealthCheck))
+hypothesis.settings.load_profile("few")
 
 
 @pytest.fixture(scope="session")
