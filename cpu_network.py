@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 SOFTPLUS_BETA = 100.0
 ROOT_HALF = np.float32(0.5 ** 0.5)
-GRAZING = 0.1         # |n . v| of a ray along the surface: with 0.01 its colour tears at the outline
+LEAST_SLOPE = 1e-6    # of n . v in the differentiable hit: below, it is float32's rounding and divides by nothing
 SKIP_LAYER = 4        # its input is [h, gamma(x)] / sqrt(2)
 BLOCK = 1 << 17       # values of a layer worked on together (512 rows at least): they stay in the cache
 LEAST = 3 << 12       # values that a core must get: below, two threads lose more by waiting for the interpreter's lock
@@ -343,9 +343,10 @@ Hits = namedtuple("Hits", "directions slopes by_points by_gradient by_feature")
 
 
 def slope_along(directions, gradient):
-    """gradient . direction (S,), but no nearer to 0 than GRAZING, as the hit's derivative is without bound there."""
+    """gradient . direction (S,), but no nearer to 0 than LEAST_SLOPE: the hit's derivative divides by it. The sign stays;
+    0 counts as negative, as of a ray that enters."""
     slope = (directions * gradient).sum(axis=1)
-    return np.where(np.abs(slope) < GRAZING, np.float32(-GRAZING), slope)
+    return np.where(slope > 0, np.float32(1), np.float32(-1)) * np.maximum(np.abs(slope), np.float32(LEAST_SLOPE))
 
 
 def implicit_backward(saved, packed, sizes, by_sdf, by_gradient, hits=None):

@@ -10,7 +10,7 @@ import nnabla.functions as F
 import numpy as np
 from nnabla.ext_utils import get_extension_context
 
-from cpu_network import GRAZING, SKIP_LAYER, SOFTPLUS_BETA, has_skip
+from cpu_network import LEAST_SLOPE, SKIP_LAYER, SOFTPLUS_BETA, has_skip
 
 POSITION_BANDS = 6      # of the encoding: 39 values
 
@@ -159,9 +159,9 @@ def per_coordinate(columns):
 # --- the evaluation of a training step --------------------------------------------------------------------------------
 
 def slope_along(directions, gradient):
-    """gradient . direction (N, 1), but no nearer to 0 than GRAZING, as the hit's derivative is without bound there."""
+    """gradient . direction (N, 1), as cpu_network.slope_along has it."""
     slope = row_sums(gradient * directions)
-    return F.where(F.less_scalar(F.abs(slope), GRAZING), constant(np.full(slope.shape, -GRAZING)), slope)
+    return F.sign(slope, alpha=-1.0) * F.maximum_scalar(F.abs(slope), LEAST_SLOPE)
 
 
 def evaluate(layers, points, directions, by_rays=False):

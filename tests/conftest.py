@@ -21,13 +21,11 @@ hypothesis.settings.register_profile("many", max_examples=int(os.environ.get("FU
 hypothesis.settings.load_profile("few")
 
 
-@pytest.fixture(scope="session")
-def reference():
-    """The numbers that the authors' code computed from a small trained network."""
-    path = SHARED / "reference" / "idr_reference.npz"
-    if not path.exists():
-        pytest.skip("the reference numbers (shared/reference/idr_reference.npz) are not there")
-    return dict(np.load(path))
+@pytest.fixture(scope="session", params=["idr_reference", "idr_reference_grazing"])
+def reference(request):
+    """The numbers that the authors' code computed from a small trained network; in the second file one ray grazes."""
+    with np.load(ROOT / "tests" / "data" / f"{request.param}.npz") as numbers:
+        return dict(numbers)
 
 
 def write_demo_config(path, changes, **sections):

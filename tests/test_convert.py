@@ -109,8 +109,10 @@ def test_the_reference_network_computes_the_authors_numbers(reference, tmp_path,
              for part, short in parts.items()}
     write_model(tmp_path / "latest.pth", state, old_form)
     said = run("convert.py", "latest.pth", "--output", "out/model.h5", cwd=tmp_path)
-    assert "out/model.h5: network: {width: 64, feature: 32, layers: 9}" in said
-    checkpoints.load_model(tmp_path / "out" / "model.h5", network.parameter_shapes(64, 32, 9))
+    width, feature = int(reference["width"]), int(reference["feature"])
+    layers = sum(name.endswith("/v") for name in reference if name.startswith("implicit_network/"))
+    assert f"out/model.h5: network: {{width: {width}, feature: {feature}, layers: {layers}}}" in said
+    checkpoints.load_model(tmp_path / "out" / "model.h5", network.parameter_shapes(width, feature, layers))
     found = network.sdf_evaluator()(reference["probe_points"])
     assert np.abs(found - reference["probe_output"][:, 0]).max() < 1e-4
     hit = reference["hit"] & reference["object_mask"]

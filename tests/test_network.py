@@ -90,7 +90,18 @@ def test_losses_and_their_gradient_equal_the_original(reference_network, monkeyp
     for name, parameter in nn.get_parameters().items():
         scope, layer, part = name.split("/")
         wanted = reference_network[f"grad/{scope}_network/{layer}/{part}"]
-        assert relative_error(parameter.g, wanted.T.reshape(parameter.shape)) <= 1e-3, name
+        assert relative_error(parameter.g, wanted.T.reshape(parameter.shape)) <= 1e-4, name
+
+
+def test_a_ray_along_the_surface_keeps_its_slope_and_its_sign():
+    slopes = np.float32([-0.5, -0.05, 0.05, -1e-3, 1e-3, -1e-9, 1e-9, 0.0])
+    gradient = np.stack([slopes, 0 * slopes, 0 * slopes], axis=1)
+    directions = np.tile(np.float32([[1, 0, 0]]), (len(slopes), 1))
+    wanted = np.float32([-0.5, -0.05, 0.05, -1e-3, 1e-3, -1e-6, 1e-6, -1e-6])
+    assert np.array_equal(cpu_network.slope_along(directions, gradient), wanted)
+    found = gpu_functions.slope_along(*map(gpu_functions.constant, (directions, gradient)))
+    found.forward()
+    assert np.array_equal(found.d[:, 0], wanted)
 
 
 def evaluate_by_nnabla(layers, points, directions, by_rays=False):
