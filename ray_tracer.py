@@ -97,8 +97,8 @@ def trace(sdf, origins, directions, *, sphere_tracing_steps=10, tolerance=5e-5, 
     return t, hit
 
 
-def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, matters_below=np.inf, samples=100, rng=None,
-                     tolerance=5e-5, refinement="secant", refinement_steps=8):
+def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, samples=100, rng=None, tolerance=5e-5,
+                     refinement="secant", refinement_steps=8):
     """Where a training step takes the loss of each ray: at its hit, or else at a sample of least sdf.
 
     sdf, origins, directions, tolerance, refinement and refinement_steps as in trace. seeks: (R,) bool, the rays whose
@@ -109,8 +109,6 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, matters
     centre (t >= 0), without an evaluation. Source: the paper's section 3.3 and supplementary material.
     rough_sdf: takes sdf's place where the values only choose among samples: on the rays that do not seek their hit. Who
     has one has a GPU, where a call costs as much as ten thousand points: then the calls are fewer.
-    matters_below: where the sdf of a ray that does not seek its hit is certainly above this, it is not looked at
-    closer; if it is so on the whole ray, the ray gives any of its samples.
 
     Returns t (R,) float32, the distance of that point, and hit (R,) bool. Raises ValueError for an unknown refinement,
     for fewer than 1 sample, and for an sdf that gives the wrong shape.
@@ -122,7 +120,6 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, matters
     places = 0.5 if rng is None else rng.random(samples)
     # The near end comes first: the surface may be entered before the first sample.
     fractions = np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
-    limit = np.where(seeks, np.inf, matters_below).astype(np.float32)
 
     def search(sdf, rays):
         """Set t of these rays to their sample of least sdf, or to their hit where one is sought and found."""
@@ -134,7 +131,7 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, matters
         def sdf_at(ray, t):
             return sdf_along(rays[ray], t)
 
-        table, evaluated = _coarse_to_fine(sdf_at, distances, seeking, limit[rays], tolerance,
+        table, evaluated = _coarse_to_fine(sdf_at, distances, seeking, True, tolerance,
                                            FEW_CALLS if rough_sdf else FEW_POINTS)
         t[rays] = distances[np.arange(rays.size), 1 + table[:, 1:].argmin(axis=1)]
         ray, number = _gap_ends(distances, table, evaluated, seeking, tolerance)
@@ -238,20 +235,20 @@ def _march(sdf_at, rays, ends, values, samples, tolerance):
     t[:, -1] = ends[1]
     table = np.full(t.shape, np.nan, np.float32)
     table[:, [0, -1]] = values.T
-    seeking, limit = np.ones(len(t), bool), np.full(len(t), -np.inf, np.float32)
-    table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t, seeking, limit, tolerance, FEW_POINTS,
+    seeking = np.ones(len(t), bool)
+    table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t, seeking, False, tolerance, FEW_POINTS,
                                        table)
     ray, number = _gap_ends(t, table, evaluated, seeking, tolerance)
     return rays[ray], t[ray, number], table[ray, number]
 
 
-def _coarse_to_fine(sdf_at, t, seeking, limit, tolerance, gaps, table=None):
+def _coarse_to_fine(sdf_at, t, seeking, want_least, tolerance, gaps, table=None):
     """The sdf at distances t (R, S), S ascending ones on each of R rays, where it matters; elsewhere a bound that it
     does not go below. Returns both in one table (R, S), and (R, S) bool, where it is the sdf.
 
-    On a ray that is seeking (R,) bool it matters where the ray may first enter the object, and on any that has not
-    entered where it may be the least of the ray's, the first sample aside, and not above limit (R,). table: values
-    known before, NaN elsewhere; those of sample 0, if any, are known.
+    On a ray that is seeking (R,) bool it matters where the ray may first enter the object; with want_least also, on any
+    ray that has not entered, where it may be the least of the ray's, the first sample aside. table: values known
+    before, NaN elsewhere; those of sample 0, if any, are known.
 
     Every gaps[0]-th is evaluated, then every gaps[1]-th of those amid, and so on to 1.
     """
@@ -266,12 +263,12 @@ def _coarse_to_fine(sdf_at, t, seeking, limit, tolerance, gaps, table=None):
 
     evaluate(np.arange(t.size).reshape(t.shape)[:, ::gaps[0]][~evaluated[:, ::gaps[0]]])
     for wide, gap in zip(gaps, gaps[1:]):
-        evaluate(_samples_that_matter(t, table, evaluated, seeking, limit, tolerance, wide, gap))
+        evaluate(_samples_that_matter(t, table, evaluated, seeking, want_least, tolerance, wide, gap))
     return table, evaluated
 
 
 @compiled
-def _samples_that_matter(t, table, evaluated, seeking, limit, tolerance, wide, gap):
+def _samples_that_matter(t, table, evaluated, seeking, want_least, tolerance, wide, gap):
     """The samples that _coarse_to_fine evaluates next, as places in the flat table: of every gap-th, where every
     wide-th has been looked at. The bounds of these go into the table.
 
@@ -280,7 +277,7 @@ def _samples_that_matter(t, table, evaluated, seeking, limit, tolerance, wide, g
     places, found = np.empty(t.size, np.int64), 0
     samples = t.shape[1]
     for ray in range(len(t)):
-        outside, entry, least = False, samples, limit[ray]
+        outside, entry, least = False, samples, np.float32(np.inf if want_least else -np.inf)
         for number in range(0, samples, wide):
             if evaluated[ray, number]:
                 value = table[ray, number]

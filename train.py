@@ -32,7 +32,6 @@ import report
 import synthesize
 
 STATE_EVERY = 120       # seconds: what a run that is killed may lose; it changes no result
-NO_LOSS = 17.0          # sigmoid(-17), the mask loss of a ray outside the mask with alpha * sdf = 17, is lost beside 1
 
 
 def main():
@@ -143,7 +142,7 @@ def train(conf, scene, views, folder, state, stop, world):
                     in_camera = directions
                     origin, directions = cameras.rays(pose.d[view], in_camera)
                 sdf.refresh()
-                points, colored = place_points(sdf, origin, directions, mask, alpha, conf.tracer, rng)
+                points, colored = place_points(sdf, origin, directions, mask, conf.tracer, rng)
                 losses = compute(solver, points, colored, directions, rgb, mask, weights, alpha, rng)
                 world.mean_gradients()
                 batch = next(batches)       # while the GPU is still at work on the step
@@ -263,17 +262,15 @@ def check_losses(losses, step, epoch, folder):
                 "Lower train.learning_rate and start again, or go on from that state with --resume")
 
 
-def place_points(sdf, origin, directions, mask, alpha, tracer, rng):
+def place_points(sdf, origin, directions, mask, tracer, rng):
     """Find the point of each ray that carries its loss.
 
-    sdf: what network.sdf_evaluator gives; origin (3,), directions (R, 3), mask (R,) bool; alpha: of the mask loss;
-    tracer: the configuration's section, whose sphere tracing is for renders. Returns points (R, 3): the hit, where
-    there is one in the object mask, else the sample of least sdf, except that outside the mask any sample serves a ray
-    whose mask loss is nothing; and colored (R,) bool, whether it is a hit.
+    sdf: what network.sdf_evaluator gives; origin (3,), directions (R, 3), mask (R,) bool; tracer: the configuration's
+    section, whose sphere tracing is for renders. Returns points (R, 3): the hit, where there is one in the object mask,
+    else the sample of least sdf; and colored (R,) bool, whether it is a hit.
     """
     settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
-    t, colored = ray_tracer.hit_or_least_sdf(sdf, origin, directions, mask, rough_sdf=sdf.roughly, rng=rng,
-                                             matters_below=NO_LOSS / alpha, **settings)
+    t, colored = ray_tracer.hit_or_least_sdf(sdf, origin, directions, mask, rough_sdf=sdf.roughly, rng=rng, **settings)
     return origin + t[:, None] * directions, colored
 
 

@@ -34,7 +34,7 @@ import train  # noqa: E402
 
 # Width, feature, layers, rays.
 SETTINGS = {"dtu": (512, 256, 9, 2048), "small": (128, 64, 9, 512), "demo": (96, 32, 6, 128)}
-ALPHA = 50.0    # of the mask loss, at the beginning of a training; later on fewer samples matter
+ALPHA = 50.0    # of the mask loss, at the beginning of a training
 STAGES = {"_coarse_to_fine": "samples", "_refine": "refinement"}
 
 
@@ -170,7 +170,7 @@ def bench_step(scene, tracer, rays, steps, rate, yardstick, world):
         part("refresh", sdf.refresh)
         with counted_stages(counts):
             points, colored = part("trace", train.place_points, counting, batch.origin, batch.directions, batch.mask,
-                                   ALPHA, tracer, rng)
+                                   tracer, rng)
         g = part("inputs", step.filled, points, colored, batch.directions, batch.rgb, batch.mask,
                  batch.weights, ALPHA, rng)
         solver.zero_grad()

@@ -1,5 +1,6 @@
 """The tracer on exact shapes, against closed forms and a dense march in double precision, which share none of
 its code."""
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -516,21 +517,6 @@ def test_a_rough_sdf_for_the_samples_changes_no_hit(sdf, rays, truths):
     assert (least <= expected + 4e-3).all()
 
 
-def test_an_sdf_too_large_to_matter_is_not_looked_at_closer(rays):
-    """Rays that come as near as that give their least sample, the others any."""
-    nothing, points = np.zeros(len(rays[1]), bool), []
-    for limit in (np.inf, 0.1):
-        seen, calls = counted(bumpy)
-        t, hit = ray_tracer.hit_or_least_sdf(seen, *rays, nothing, matters_below=limit)
-        points.append(sum(len(points) for points in calls))
-        if limit == np.inf:
-            exact = t
-    least = sdf_at(bumpy, *rays, exact)
-    assert 300 < (least < 0.1).sum() < len(least) - 300
-    assert (t == exact)[least < 0.1].all() and (sdf_at(bumpy, *rays, t) >= least)[least >= 0.1].all()
-    assert points[1] < 0.8 * points[0]
-
-
 def test_the_hits_of_a_step_take_few_calls():
     seen, calls = counted(lambda x: np.sin(ball(x, 0.3)) * np.float32(0.9))
     origins = np.float32([[-3, y, 0.1] for y in np.linspace(-0.25, 0.25, 50)])
@@ -659,3 +645,20 @@ def test_the_tracer_agrees_with_the_original(reference_network):
     both = hit & r["eval_hit"]
     off = length(r["camera_location"] + t[:, None] * r["ray_directions"] - r["eval_points"])[both]
     assert both.sum() > 100 and (off <= 1e-3).mean() >= 0.99
+
+
+def test_every_ray_without_a_colour_carries_its_true_least_sample(reference_network):
+    """On a trained network, to the bit: these points carry the mask loss and the eikonal loss."""
+    network, train = pytest.importorskip("network"), pytest.importorskip("train")
+    r, sdf = reference_network, network.sdf_evaluator()
+    origin, directions = r["camera_location"], r["ray_directions"]
+    tracer = SimpleNamespace(tolerance=TOLERANCE, samples=100, refinement="secant", refinement_steps=8)
+    points, hit = train.place_points(sdf, origin, directions, r["object_mask"], tracer, np.random.default_rng(0))
+    near, far, meets = ray_tracer.intersect_unit_sphere(origin, directions)
+    fractions = ((np.arange(100) + np.random.default_rng(0).random(100)) / 100).astype(np.float32)
+    t = near[:, None] + (far - near)[:, None] * fractions
+    every = origin + t[..., None] * directions[:, None]
+    least = np.take_along_axis(t, sdf(every.reshape(-1, 3)).reshape(t.shape).argmin(axis=1)[:, None], axis=1)
+    wanted = origin + np.where(meets, least[:, 0], near)[:, None] * directions
+    assert 200 < (~hit & meets).sum() and not hit[~r["object_mask"]].any()
+    assert np.array_equal(points[~hit], wanted[~hit])

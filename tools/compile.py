@@ -25,5 +25,5 @@ origin, mask = np.array([0.0, 0.0, -2.5], np.float32), np.arange(rays) % 2 == 0
 directions = np.float32([0, 0, 1]) + 0.3 * rng.uniform(-1, 1, (rays, 3)).astype(np.float32)
 directions /= np.linalg.norm(directions, axis=1, keepdims=True)
 ray_tracer.trace(sdf, origin, directions)
-points, hits = train.place_points(sdf, origin, directions, mask, 50.0, tracer, rng)
+points, hits = train.place_points(sdf, origin, directions, mask, tracer, rng)
 step(solver, points, hits, directions, directions, mask, np.ones(rays), 50.0, rng)
