@@ -30,10 +30,10 @@ import nnabla as nn
 import numpy as np
 from nnabla.logger import logger
 
-import checkpoints
+from training import checkpoints
 import helper
 import network
-from checkpoints import POSE, check_pose
+from training.checkpoints import POSE, check_pose
 from helper import UserError
 
 MOST_BYTES = 1 << 30    # of a checkpoint, which is read whole; the paper's networks take 12 MB

@@ -11,11 +11,11 @@ from nnabla.monitor import Monitor, MonitorSeries
 from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
-import cameras
-import checkpoints
+from training import cameras
+from training import checkpoints
 import datasets
 import helper
-import mesh_measures
+from metrics import meshes
 import network
 import synthesize
 
@@ -34,21 +34,21 @@ def main():
     if bool(args.mesh) != bool(args.ground_truth or args.dtu):
         raise helper.UserError("--mesh and --ground-truth go together, or --mesh and --dtu: the one is compared with "
                                "the other")
-    mesh = mesh_measures.load_shape(args.mesh) if args.mesh else None
-    truth = mesh_measures.load_shape(args.ground_truth) if args.ground_truth else None
+    mesh = meshes.load_shape(args.mesh) if args.mesh else None
+    truth = meshes.load_shape(args.ground_truth) if args.ground_truth else None
     conf, folder = checkpoints.open_run(args, network.parameter_shapes)
-    scan = mesh_measures.load_dtu(args.dtu, Path(conf.data.path).resolve().name) if args.dtu else None
+    scan = meshes.load_dtu(args.dtu, Path(conf.data.path).resolve().name) if args.dtu else None
     monitor = Monitor(str(folder))
     if args.views != ["none"]:
         measure_views(args.views, conf, args.model_load_path, monitor)
     measure_cameras(conf, args.model_load_path, monitor)
     if truth is not None:
-        distances, consistency = mesh_measures.compare(mesh_measures.surface(mesh), mesh_measures.surface(truth))
+        distances, consistency = meshes.compare(meshes.surface(mesh), meshes.surface(truth))
         report(distances._asdict(), monitor, "{:.5f}")
         if consistency is not None:
             report({"normal_consistency": consistency}, monitor, "{:.4f}")
     if scan is not None:
-        distances = mesh_measures.compare_dtu(mesh, scan)
+        distances = meshes.compare_dtu(mesh, scan)
         report({f"dtu_{name}": value for name, value in distances._asdict().items()}, monitor, "{:.3f} mm")
     print(f"written to {folder}")
 

@@ -15,8 +15,8 @@ import trimesh.viewer
 from skimage.measure import marching_cubes
 from tqdm import tqdm
 
-import cameras
-import checkpoints
+from training import cameras
+from training import checkpoints
 import datasets
 import helper
 import network

@@ -1,6 +1,6 @@
 """IDR's networks and losses, as nnabla graphs (Yariv et al., NeurIPS 2020).
 
-cpu_functions.py and gpu_functions.py compute the networks and the differentiable hit, by nnabla's context. The sdf
+cpu.py and gpu.py compute the networks and the differentiable hit, by nnabla's context. The sdf
 reaches the tracer and the extraction as a plain callable, by sdf_evaluator().
 As a script: the zero contour of the initial sdf as a picture, `python network.py -Ds 512 -R 0.75`.
 """
@@ -8,10 +8,10 @@ import nnabla as nn
 import nnabla.functions as F
 import numpy as np
 
-import cpu_functions
-import gpu_functions
-from cpu_network import has_skip
-from gpu_functions import POSITION_BANDS, constant, positional_encoding, row_sums
+from backends import cpu
+from backends import gpu
+from backends.cpu_kernels import has_skip
+from backends.gpu import POSITION_BANDS, constant, positional_encoding, row_sums
 
 VIEW_BANDS = 4          # of the view direction's: 27 values
 RENDERING_LAYERS = 5
@@ -95,8 +95,8 @@ def on_cpu():
 
 
 def backend():
-    """The file whose functions nnabla's current context takes."""
-    return cpu_functions if on_cpu() else gpu_functions
+    """The module whose functions nnabla's current context takes."""
+    return cpu if on_cpu() else gpu
 
 
 def implicit(x, weights):

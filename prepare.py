@@ -18,10 +18,10 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-import cameras_in
+from scenes import camera_files
 import datasets
 import helper
-import masks_in
+from scenes import mask_files
 from helper import UserError
 
 SMALL = 256         # pixels: hull and picture are made from views shrunk until their longer side is no longer
@@ -52,9 +52,9 @@ def read_view(view, mask_source, threshold):
     """Return a view's image (H, W, 3) uint8, mask (H, W) bool and intrinsics (3, 3), with distortion undone."""
     image = datasets.read_image(view.image)
     if mask_source == "background":
-        mask = masks_in.background_mask(image, threshold)
+        mask = mask_files.background_mask(image, threshold)
     elif mask_source == "alpha":
-        if not masks_in.has_alpha(view.image):
+        if not mask_files.has_alpha(view.image):
             raise UserError(f"{view.image}: has no alpha channel; put masks into a folder and name it with --masks")
         mask = datasets.read_picture(view.image, "LA")[..., 1] > 127
     else:
@@ -571,13 +571,13 @@ def write_scene(folder, views, sources, threshold, downscale):
 
 def prepare(args):
     """Make the scene args.output."""
-    views, what = cameras_in.read_views(args.input, args.images)
+    views, what = camera_files.read_views(args.input, args.images)
     root = Path(args.input) if Path(args.input).is_dir() else Path(args.input).parent
     missing = [view.image for view in views if not view.image.is_file()]
     if missing:
         raise UserError(f"{missing[0]}: no such photograph ({len(missing)} of {len(views)} are missing); say with "
                         "--images where they are")
-    sources = masks_in.mask_sources(views, args.masks, root)
+    sources = mask_files.mask_sources(views, args.masks, root)
     print(f"read {what}; masks: {sources[0] if isinstance(sources[0], str) else sources[0].parent}")
     with helper.new_folder(args.output) as folder:
         looks, intrinsics = write_scene(folder, views, sources, args.threshold, args.downscale)
@@ -627,7 +627,7 @@ def check(scene):
 def main():
     parser = argparse.ArgumentParser(description="Make a scene from photographs with cameras and masks, or judge one.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"Cameras are {cameras_in.FORMATS}.")
+                                     epilog=f"Cameras are {camera_files.FORMATS}.")
     parser.add_argument("input", help="a folder of photographs and cameras, or a camera file; with --check a scene")
     parser.add_argument("--output", help="the scene's folder, new or empty")
     parser.add_argument("--check", action="store_true", help="judge the scene `input`; writes nothing but the picture")

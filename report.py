@@ -18,7 +18,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-import checkpoints
+from training import checkpoints
 import datasets
 import helper
 

@@ -12,8 +12,8 @@ import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 from tqdm import tqdm
 
-import cameras
-import checkpoints
+from training import cameras
+from training import checkpoints
 import datasets
 import helper
 import network

@@ -20,13 +20,13 @@ import numpy as np
 from nnabla.monitor import MonitorSeries, MonitorTimeElapsed
 from tqdm import tqdm
 
-import cameras
-import checkpoints
+from training import cameras
+from training import checkpoints
 import datasets
 import evaluate
 import helper
 import network
-import parallel
+from training import parallel
 import ray_tracer
 import report
 import synthesize

@@ -20,14 +20,14 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import checkpoints  # noqa: E402
-import cpu_network  # noqa: E402
+from training import checkpoints  # noqa: E402
+from backends import cpu_kernels  # noqa: E402
 import datasets  # noqa: E402
 import extract  # noqa: E402
 import helper  # noqa: E402
 import make_scene  # noqa: E402
 import network  # noqa: E402
-import parallel  # noqa: E402
+from training import parallel  # noqa: E402
 import ray_tracer  # noqa: E402
 import synthesize  # noqa: E402
 import train  # noqa: E402
@@ -79,7 +79,7 @@ def measure_yardstick():
     """Median seconds of NumPy's (20000 x 512) @ (512 x 512) in float32 on all cores."""
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((20000, 512), (512, 512)))
-    with threadpool_limits(cpu_network.CORES, user_api="blas"):
+    with threadpool_limits(cpu_kernels.CORES, user_api="blas"):
         return np.median([timed(lambda: a @ b) for _ in range(9)][2:])
 
 

@@ -23,7 +23,7 @@ from PIL import Image
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
-import checkpoints          # noqa: E402
+from training import checkpoints          # noqa: E402
 import datasets             # noqa: E402
 import helper               # noqa: E402
 import make_scene           # noqa: E402

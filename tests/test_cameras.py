@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
-import cameras
-import checkpoints
+from training import cameras
+from training import checkpoints
 import datasets
 import helper
 import make_scene

@@ -13,7 +13,7 @@ import nnabla as nn
 import numpy as np
 import pytest
 
-import checkpoints
+from training import checkpoints
 import convert
 import datasets
 import evaluate

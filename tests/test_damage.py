@@ -14,7 +14,7 @@ import pytest
 import yaml
 from PIL import EpsImagePlugin, Image
 
-import checkpoints
+from training import checkpoints
 import helper
 import make_scene
 import network

@@ -6,7 +6,7 @@ import trimesh
 
 import helper
 import make_scene
-import mesh_measures
+from metrics import meshes
 
 
 def sphere(radius):
@@ -20,7 +20,7 @@ def square(height, low=0.0, high=40.0):
 
 
 def compared(ours, truth, samples=40000):
-    return mesh_measures.compare(mesh_measures.surface(ours, samples), mesh_measures.surface(truth, samples))
+    return meshes.compare(meshes.surface(ours, samples), meshes.surface(truth, samples))
 
 
 def test_concentric_spheres_are_apart_by_the_difference_of_their_radii():
@@ -39,9 +39,9 @@ def test_planes_are_apart_by_their_distance_and_their_angle():
 
 
 def test_missing_and_superfluous_surface_are_told_apart():
-    one, two = (mesh_measures.Surface(np.array([[0.0, 0, 0], [1.0, 0, 0]])[:count], None) for count in (1, 2))
-    assert mesh_measures.compare(one, two) == ((0.0, 0.5, 0.25), None)
-    assert mesh_measures.compare(two, one) == ((0.5, 0.0, 0.25), None)
+    one, two = (meshes.Surface(np.array([[0.0, 0, 0], [1.0, 0, 0]])[:count], None) for count in (1, 2))
+    assert meshes.compare(one, two) == ((0.0, 0.5, 0.25), None)
+    assert meshes.compare(two, one) == ((0.5, 0.0, 0.25), None)
 
 
 def test_the_embedded_scenes_surface_and_its_normals(tmp_path):
@@ -49,8 +49,8 @@ def test_the_embedded_scenes_surface_and_its_normals(tmp_path):
     points = make_scene.surface_samples(20000, np.random.default_rng(0))
     cloud = trimesh.Trimesh(points, vertex_normals=make_scene.exact_normals(points), process=False)
     cloud.export(tmp_path / "surface.ply")
-    truth = mesh_measures.load_shape(tmp_path / "surface.ply")
-    assert not mesh_measures.has_faces(truth)
+    truth = meshes.load_shape(tmp_path / "surface.ply")
+    assert not meshes.has_faces(truth)
     distances, consistency = compared(make_scene.surface_mesh(96), truth)
     assert distances.chamfer < 0.007 and consistency > 0.98
     bare = trimesh.PointCloud(points)
@@ -62,7 +62,7 @@ def test_a_file_that_is_no_mesh_is_refused(tmp_path, content):
     path = tmp_path / "mesh.ply"
     path.write_bytes(content)
     with pytest.raises(helper.UserError, match="mesh.ply"):
-        mesh_measures.load_shape(path)
+        meshes.load_shape(path)
 
 
 def test_thinning_is_what_taking_points_one_by_one_gives():
@@ -71,7 +71,7 @@ def test_thinning_is_what_taking_points_one_by_one_gives():
     for point in points[np.random.default_rng(7).permutation(1500)]:
         if not kept or np.linalg.norm(np.array(kept) - point, axis=1).min() > 0.15:
             kept.append(point)
-    assert np.array_equal(mesh_measures.thinned(points, 0.15, seed=7), kept)
+    assert np.array_equal(meshes.thinned(points, 0.15, seed=7), kept)
     assert 50 < len(kept) < 500
 
 
@@ -104,27 +104,27 @@ def to_steps(left, right):
 def test_dtu_counts_what_was_observed_above_the_ground_and_near(dtu):
     """Ours is 1 mm off where x < 20 and 3 mm where not, which no camera observed; a piece 25 mm up is an outlier."""
     mesh = trimesh.util.concatenate([square(1.0, 0, 20), square(3.0, 20, 40), square(25.0, 0, 40)])
-    scan = mesh_measures.load_dtu(dtu, "scan7")
-    found = mesh_measures.compare_dtu(mesh, scan)
+    scan = meshes.load_dtu(dtu, "scan7")
+    found = meshes.compare_dtu(mesh, scan)
     assert found.accuracy == pytest.approx(1.0, abs=0.01)
     assert found.completeness == pytest.approx(to_steps(1.0, 3.0), abs=0.01)
     assert found.chamfer == pytest.approx((found.accuracy + found.completeness) / 2)
     below = scan._replace(ground=np.array([0.0, 0, 1, 15]))         # the patch at -9 counts once the ground is below it
-    assert mesh_measures.compare_dtu(mesh, below).completeness == pytest.approx(
+    assert meshes.compare_dtu(mesh, below).completeness == pytest.approx(
         (to_steps(1.0, 3.0) + to_steps(10.0, 12.0)) / 2, abs=0.01)
     wide = scan._replace(observed=np.ones_like(scan.observed))
-    assert mesh_measures.compare_dtu(mesh, wide).accuracy == pytest.approx(2.0, abs=0.02)
+    assert meshes.compare_dtu(mesh, wide).accuracy == pytest.approx(2.0, abs=0.02)
 
 
 def test_what_dtu_refuses(dtu):
     for name in ("scan8", "teapot"):
         with pytest.raises(helper.UserError, match="scan"):
-            mesh_measures.load_dtu(dtu, name)
-    scan = mesh_measures.load_dtu(dtu, "dtu_scan007")
+            meshes.load_dtu(dtu, name)
+    scan = meshes.load_dtu(dtu, "dtu_scan007")
     with pytest.raises(helper.UserError, match="--world"):
-        mesh_measures.compare_dtu(sphere(0.5), scan)
+        meshes.compare_dtu(sphere(0.5), scan)
     with pytest.raises(helper.UserError, match="this very scan"):
-        mesh_measures.compare_dtu(sphere(10.0).apply_translation([500, 0, 0]), scan)
+        meshes.compare_dtu(sphere(10.0).apply_translation([500, 0, 0]), scan)
     (dtu / "Plane7.mat").write_bytes(b"nonsense")
     with pytest.raises(helper.UserError, match="Plane7.mat"):
-        mesh_measures.load_dtu(dtu, "scan7")
+        meshes.load_dtu(dtu, "scan7")

@@ -4,8 +4,8 @@ import nnabla.functions as F
 import numpy as np
 import pytest
 
-import cpu_network
-import gpu_functions
+from backends import cpu_kernels
+from backends import gpu
 import network
 
 
@@ -35,17 +35,17 @@ def test_series_are_exact_to_the_last_digits_of_float32():
     x = rng.uniform(-2, 2, (1000, 3)).astype(np.float32)
     angles = [2.0 ** k * x.astype(np.float64) for k in range(6)]
     wanted = np.concatenate([x, *(part for a in angles for part in (np.sin(a), np.cos(a)))], axis=1)
-    assert np.abs(cpu_network.encode(x, 6) - wanted).max() < 2e-7
+    assert np.abs(cpu_kernels.encode(x, 6) - wanted).max() < 2e-7
 
     z = np.concatenate([rng.normal(0, 0.02, 5000), rng.normal(0, 2, 4900), np.linspace(-1e-4, 1e-4, 100)])
     z = z.reshape(100, 100).astype(np.float32)
     b, h, slope = rng.normal(0, 0.02, 100).astype(np.float32), np.empty((100, 103), np.float32), np.empty_like(z)
-    cpu_network.softplus(z, b, np.float32(0.5), h, slope)
+    cpu_kernels.softplus(z, b, np.float32(0.5), h, slope)
     v = 100.0 * (z + b).astype(np.float64)
     assert h[:, :100] == pytest.approx(0.005 * np.logaddexp(0, v), rel=3e-7, abs=1e-8)
     assert slope == pytest.approx(1 / (1 + np.exp(-np.maximum(v, -600))), rel=2e-6, abs=1e-8)
     z[0, :4] = np.nan, np.inf, -1e30, 1e30
-    cpu_network.softplus(z, b, np.float32(1.0), h, None)
+    cpu_kernels.softplus(z, b, np.float32(1.0), h, None)
     assert np.isnan(h[0, 0]) and h[0, 1] == np.inf and abs(h[0, 2]) < 1e-10 and h[0, 3] == pytest.approx(1e30)
 
 
@@ -98,22 +98,22 @@ def test_a_ray_along_the_surface_keeps_its_slope_and_its_sign():
     gradient = np.stack([slopes, 0 * slopes, 0 * slopes], axis=1)
     directions = np.tile(np.float32([[1, 0, 0]]), (len(slopes), 1))
     wanted = np.float32([-0.5, -0.05, 0.05, -1e-3, 1e-3, -1e-6, 1e-6, -1e-6])
-    assert np.array_equal(cpu_network.slope_along(directions, gradient), wanted)
-    found = gpu_functions.slope_along(*map(gpu_functions.constant, (directions, gradient)))
+    assert np.array_equal(cpu_kernels.slope_along(directions, gradient), wanted)
+    found = gpu.slope_along(*map(gpu.constant, (directions, gradient)))
     found.forward()
     assert np.array_equal(found.d[:, 0], wanted)
 
 
 def evaluate_by_nnabla(layers, points, directions, by_rays=False):
-    """What gpu_functions.evaluate gives, by the definition (equation 3) and differentiated by nnabla."""
-    weights, surface, at_hits = gpu_functions.folded_weights(layers), directions.shape[0], ()
-    output, gradient, _ = gpu_functions.implicit_graph(points, weights)
+    """What gpu.evaluate gives, by the definition (equation 3) and differentiated by nnabla."""
+    weights, surface, at_hits = gpu.folded_weights(layers), directions.shape[0], ()
+    output, gradient, _ = gpu.implicit_graph(points, weights)
     sdf = output[:, :1]
     if surface:
         sdf0, gradient0 = (F.identity(v[:surface]).apply(need_grad=False) for v in (sdf, gradient))
-        slope = gpu_functions.slope_along(directions, gradient0).apply(need_grad=False)
+        slope = gpu.slope_along(directions, gradient0).apply(need_grad=False)
         hits = points[:surface] - (sdf[:surface] - sdf0) / slope * directions
-        output, normal, _ = gpu_functions.implicit_graph(hits, weights)
+        output, normal, _ = gpu.implicit_graph(hits, weights)
         at_hits = hits, normal, output[:, 1:]
     for variable in (sdf, gradient, *at_hits[:1]) if by_rays else ():
         variable.persistent = True
@@ -160,7 +160,7 @@ def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, surf
         return losses, {**found, **dict(zip(("points", "directions"), g["by_rays"]() if by_rays else ()))}
 
     written_out = gradients(numpy=False), gradients(numpy=True)
-    monkeypatch.setattr(gpu_functions, "evaluate", evaluate_by_nnabla)
+    monkeypatch.setattr(gpu, "evaluate", evaluate_by_nnabla)
     wanted_losses, wanted = gradients(numpy=False)
     for losses, found in written_out:
         assert losses == pytest.approx(wanted_losses, rel=1e-5)

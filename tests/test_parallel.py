@@ -14,12 +14,12 @@ import nnabla.solvers as S
 import numpy as np
 import pytest
 
-import checkpoints
+from training import checkpoints
 import datasets
 import helper
 import make_scene
 import network
-import parallel
+from training import parallel
 import train
 from conftest import ROOT
 from test_resume import VIEWS, EPOCHS, call, contents, same_as_straight, write_config

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import cameras_in
+from scenes import camera_files
 import datasets
 import helper
 import make_scene
-import masks_in
+from scenes import mask_files
 import prepare
 from conftest import SHARED, link_scan65
 
@@ -69,7 +69,7 @@ def colmap(folder, truth, binary=True, model="SIMPLE_RADIAL", extra=(0.0,)):
         content += struct.pack("<i7di", index + 1, *motion, 7) + name.encode() + b"\0"
         content += struct.pack("<Q2dq", 1, 1.0, 2.0, -1)
     if binary:
-        number = [name for name, _ in cameras_in.COLMAP_MODELS].index(model)
+        number = [name for name, _ in camera_files.COLMAP_MODELS].index(model)
         (sparse / "cameras.bin").write_bytes(struct.pack(f"<QiiQQ{len(values)}d", 1, 7, number, SIZE, SIZE, *values))
         (sparse / "images.bin").write_bytes(content)
     else:
@@ -252,24 +252,24 @@ def test_downscale_and_photographs_of_another_size(truth, run, tmp_path):
 
 def test_masks_in_every_place(truth, tmp_path):
     source = colmap(tmp_path / "input", truth)
-    views = cameras_in.read_views(source)[0]
-    assert [mask.name for mask in masks_in.mask_sources(views, None, source)] == NAMES
+    views = camera_files.read_views(source)[0]
+    assert [mask.name for mask in mask_files.mask_sources(views, None, source)] == NAMES
     for name in NAMES:
         (source / "masks" / name).rename(source / "masks" / f"{name}.png")  # COLMAP's own names
-    assert [mask.name for mask in masks_in.mask_sources(views, None, source)] == [f"{name}.png" for name in NAMES]
+    assert [mask.name for mask in mask_files.mask_sources(views, None, source)] == [f"{name}.png" for name in NAMES]
     for index, name in enumerate(NAMES):
         (source / "masks" / f"{name}.png").rename(source / "masks" / f"{index:03d}.png")
-    assert [m.name for m in masks_in.mask_sources(views, None, source)] == [f"{i:03d}.png" for i in range(VIEWS)]
+    assert [m.name for m in mask_files.mask_sources(views, None, source)] == [f"{i:03d}.png" for i in range(VIEWS)]
     (source / "masks" / "003.png").unlink()
     with pytest.raises(helper.UserError, match="no mask for view_5.png"):
-        masks_in.mask_sources(views, None, source)
+        mask_files.mask_sources(views, None, source)
 
 
 def test_a_photograph_is_not_its_own_mask(truth, tmp_path, monkeypatch):
     source = colmap(tmp_path / "input", truth)
     monkeypatch.chdir(source / "sparse")  # the photographs are ../images/view_5.png ..., beside the masks' folder
-    views = cameras_in.read_views("..")[0]
-    sources = masks_in.mask_sources(views, None, Path(".."))
+    views = camera_files.read_views("..")[0]
+    sources = mask_files.mask_sources(views, None, Path(".."))
     assert [mask.resolve() for mask in sources] == [source.resolve() / "masks" / name for name in NAMES]
 
 
@@ -279,7 +279,7 @@ def test_masks_before_a_background(truth, run, tmp_path):
     for image, mask in zip(images, masks):
         noisy = np.clip(image + rng.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
         noisy[3:4, 5:7] = 255  # a speck
-        found = masks_in.background_mask(noisy)
+        found = mask_files.background_mask(noisy)
         assert (found & (mask > 0)).sum() / (found | (mask > 0)).sum() > 0.93
     dark = [np.where(mask[..., None] > 0, image, 10).astype(np.uint8) for image, mask in zip(images, masks)]
     source = middlebury(tmp_path / "input", (*truth[:2], dark, masks))
@@ -420,13 +420,13 @@ def test_truncated_colmap_files(truth, tmp_path):
             if length < len(whole):
                 path.write_bytes(whole[:length])
                 with pytest.raises(helper.UserError, match=name):
-                    cameras_in.read_views(source)
+                    camera_files.read_views(source)
         for broken in (whole + b"\0", b"\xff" * len(whole), whole[:8] + b"\xff" * (len(whole) - 8)):
             path.write_bytes(broken)
             with pytest.raises(helper.UserError, match=name):
-                cameras_in.read_views(source)
+                camera_files.read_views(source)
         path.write_bytes(whole)
-    assert len(cameras_in.read_views(source)[0]) == VIEWS
+    assert len(camera_files.read_views(source)[0]) == VIEWS
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -444,7 +444,7 @@ def test_random_damage_is_refused_in_one_line_or_harmless(form, truth, tmp_path)
                 content[place] = rng.integers(0, 256)
             path.write_bytes(content)
             try:
-                for view in cameras_in.read_views(source)[0]:
+                for view in camera_files.read_views(source)[0]:
                     assert np.isfinite(view.pose).all() and np.isfinite(view.intrinsics).all()
             except helper.UserError as error:
                 assert "\n" not in str(error)

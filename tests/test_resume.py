@@ -11,7 +11,7 @@ import nnabla as nn
 import numpy as np
 import pytest
 
-import checkpoints
+from training import checkpoints
 import helper
 import make_scene
 import report

@@ -9,7 +9,7 @@ import skimage.morphology
 from PIL import Image
 
 import datasets
-from cameras_in import natural
+from scenes.camera_files import natural
 from helper import UserError
 
 

@@ -1,6 +1,6 @@
 """The networks in nnabla's own functions, as a GPU runs them: the implicit one's derivatives written out, and the sdf.
 
-cpu_functions.py offers the same for the CPU (folded_weights, implicit, rendering, evaluate, Sdf); network.py chooses.
+cpu.py offers the same for the CPU (folded_weights, implicit, rendering, evaluate, Sdf); network.py chooses.
 """
 import threading
 from collections import namedtuple
@@ -10,7 +10,7 @@ import nnabla.functions as F
 import numpy as np
 from nnabla.ext_utils import get_extension_context
 
-from cpu_network import LEAST_SLOPE, SKIP_LAYER, SOFTPLUS_BETA, has_skip
+from backends.cpu_kernels import LEAST_SLOPE, SKIP_LAYER, SOFTPLUS_BETA, has_skip
 
 POSITION_BANDS = 6      # of the encoding: 39 values
 
@@ -107,7 +107,7 @@ def rendering(h, weights):
 
 def implicit_backward_graph(kept, weights, by_output, by_gradient, rows):
     """Carry a loss's derivatives, by_output (N, 1 + F) and by_gradient (N, 3), back through implicit_graph, by the
-    formulas of cpu_network.carry_back.
+    formulas of cpu_kernels.carry_back.
 
     Returns, as lists over the layers, the derivatives by z (N, out) and the tangents of the inputs (N, in) that the
     deltas multiply, and the derivative by x of the first `rows` rows.
@@ -159,13 +159,13 @@ def per_coordinate(columns):
 # --- the evaluation of a training step --------------------------------------------------------------------------------
 
 def slope_along(directions, gradient):
-    """gradient . direction (N, 1), as cpu_network.slope_along has it."""
+    """gradient . direction (N, 1), as cpu_kernels.slope_along has it."""
     slope = row_sums(gradient * directions)
     return F.sign(slope, alpha=-1.0) * F.maximum_scalar(F.abs(slope), LEAST_SLOPE)
 
 
 def evaluate(layers, points, directions, by_rays=False):
-    """What cpu_functions.evaluate gives, with the derivatives written out in nnabla's functions.
+    """What cpu.evaluate gives, with the derivatives written out in nnabla's functions.
 
     A GPU waits for nnabla to start each function (7 to 20 us on an H200, where a product takes 40 and all else less);
     this way there are fewer. The one evaluation has the surface's rows twice in it: once as hits, once as points. What

@@ -1,6 +1,6 @@
 """The two networks on the CPU, where nnabla's own kernels run on one core without vector instructions.
 
-The formulas are gpu_functions.py's; tests/test_network.py holds the two against each other. The weights of a network
+The formulas are gpu.py's; tests/test_network.py holds the two against each other. The weights of a network
 come as one vector (pack), with the weight normalisation folded in, and `sizes`, (in, out) of each affine layer. All
 arrays are float32. The implicit network runs in functions compiled by Numba: in NumPy each of its many passes over a
 layer costs time of its own, and the cores would wait for one another between them. Imports nothing of the other

@@ -1,6 +1,6 @@
-"""The networks on the CPU as nnabla sees them: functions of its graphs with cpu_network inside, and the sdf.
+"""The networks on the CPU as nnabla sees them: functions of its graphs with cpu_kernels inside, and the sdf.
 
-gpu_functions.py offers the same for a GPU (folded_weights, implicit, rendering, evaluate, Sdf); network.py chooses.
+gpu.py offers the same for a GPU (folded_weights, implicit, rendering, evaluate, Sdf); network.py chooses.
 """
 import sys
 import types
@@ -12,7 +12,7 @@ import nnabla_ext.cpu
 import numpy as np
 from nnabla.function import PythonFunction
 
-import cpu_network
+from backends import cpu_kernels
 
 
 def answer_at_once(module):
@@ -81,10 +81,10 @@ class FoldFunction(CpuFunction):
 
     def backward_impl(self, inputs, outputs, propagate_down, accum):
         v, g, _ = (self.arrays[part::3] for part in range(3))
-        by_weights = cpu_network.unpack(outputs[0].grad.data, self.sizes)
+        by_weights = cpu_kernels.unpack(outputs[0].grad.data, self.sizes)
         gradients = []
         for layer, (by_w, by_b) in zip(zip(v, g, self.norms), by_weights):
-            gradients += [*cpu_network.fold_backward(*layer, by_w), by_b]
+            gradients += [*cpu_kernels.fold_backward(*layer, by_w), by_b]
         self.arrays = self.norms = None
         self.hand_back(inputs, gradients, propagate_down, accum)
 
@@ -113,7 +113,7 @@ class ImplicitFunction(CpuFunction):
 
     def forward_impl(self, inputs, outputs):
         x, hits = inputs[0].data.data, self.hits
-        output, self.gradient, self.saved = cpu_network.implicit_forward(x, inputs[-1].data.data, self.sizes, hits)
+        output, self.gradient, self.saved = cpu_kernels.implicit_forward(x, inputs[-1].data.data, self.sizes, hits)
         results = output[:, :1], self.gradient, x[:hits], self.gradient[:hits], output[:hits, 1:]
         for output, result in zip(outputs, results):
             output.data.data[...] = result
@@ -123,9 +123,9 @@ class ImplicitFunction(CpuFunction):
         hits = None
         if by_hits:
             directions = inputs[1].data.data
-            slopes = cpu_network.slope_along(directions, self.gradient[:self.hits])
-            hits = cpu_network.Hits(directions, slopes, *by_hits)
-        by_packed, self.by_sdf, self.by_hits = cpu_network.implicit_backward(
+            slopes = cpu_kernels.slope_along(directions, self.gradient[:self.hits])
+            hits = cpu_kernels.Hits(directions, slopes, *by_hits)
+        by_packed, self.by_sdf, self.by_hits = cpu_kernels.implicit_backward(
             self.saved, inputs[-1].data.data, self.sizes, by_sdf, by_gradient, hits)
         self.saved = None
         self.hand_back(inputs, [np.float32(0.0)] * (len(inputs) - 1) + [by_packed], propagate_down, accum)
@@ -151,10 +151,10 @@ class RenderingFunction(CpuFunction):
 
     def forward_impl(self, inputs, outputs):
         h, packed = (i.data.data for i in inputs)
-        outputs[0].data.data[...], self.saved = cpu_network.rendering_forward(h, packed, self.sizes)
+        outputs[0].data.data[...], self.saved = cpu_kernels.rendering_forward(h, packed, self.sizes)
 
     def backward_impl(self, inputs, outputs, propagate_down, accum):
-        by_h, by_packed = cpu_network.rendering_backward(
+        by_h, by_packed = cpu_kernels.rendering_backward(
             self.saved, inputs[1].data.data, self.sizes, outputs[0].data.data, outputs[0].grad.data)
         self.saved = None
         self.hand_back(inputs, (by_h, by_packed), propagate_down, accum)
@@ -176,7 +176,7 @@ def layer_sizes(layers):
 def packed_arrays(v, g, b):
     """The packed weights of the layers whose arrays these lists hold, and |v| (out,) of each layer."""
     norms = [np.linalg.norm(array, axis=0) for array in v]
-    return cpu_network.pack(zip(map(cpu_network.fold, v, g, norms), b)), norms
+    return cpu_kernels.pack(zip(map(cpu_kernels.fold, v, g, norms), b)), norms
 
 
 def implicit(x, weights):
@@ -217,6 +217,6 @@ class Sdf:
         self.packed, _ = packed_arrays(*zip(*([p.d for p in layer] for layer in self.layers)))
 
     def __call__(self, points):
-        return cpu_network.implicit_sdf(points, self.packed, self.sizes)
+        return cpu_kernels.implicit_sdf(points, self.packed, self.sizes)
 
     roughly = None

@@ -13,7 +13,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 from skimage.transform import SimilarityTransform
 
-import checkpoints
+from training import checkpoints
 import datasets
 import helper
 
