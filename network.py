@@ -1,119 +1,90 @@
-"""IDR's networks and losses, as nnabla graphs (Yariv et al., NeurIPS 2020).
+"""IDR's two networks (Yariv et al., NeurIPS 2020): parameters, initialisation, evaluation. The backends compute them.
 
-cpu.py and gpu.py compute the networks and the differentiable hit, by nnabla's context. The sdf
-reaches the tracer and the extraction as a plain callable, by sdf_evaluator().
+The sdf reaches the tracer and the extraction as a plain callable, from sdf_evaluator(), and the colours from shader().
 As a script: the zero contour of the initial sdf as a picture, `python network.py -Ds 512 -R 0.75`.
 """
+from functools import partial
+from typing import Callable, List, Tuple
+
 import nnabla as nn
 import nnabla.functions as F
 import numpy as np
 
-from backends import cpu
-from backends import gpu
-from backends.cpu_kernels import has_skip
-from backends.gpu import POSITION_BANDS, constant, positional_encoding, row_sums
-
-VIEW_BANDS = 4          # of the view direction's: 27 values
-RENDERING_LAYERS = 5
-OPTIONAL_INPUTS = ("view", "normal", "feature")     # of the renderer: what network.without may name, in their order
-
+from backends import architecture, cpu, gpu
+from backends.architecture import OPTIONAL_INPUTS, POSITION_BANDS, VIEW_BANDS, has_skip
+from backends.gpu import positional_encoding, row_sums
 
 # --- parameters -------------------------------------------------------------------------------------------------------
 
-def layer_sizes(width, feature, layers, without=()):
-    """Return {parameter scope: (in, out)} of every affine layer: implicit/0, ..., rendering/4 (section 5.1).
-
-    without: of the OPTIONAL_INPUTS, those that the renderer is not given.
-    """
-    encoded, sizes = 3 + 6 * POSITION_BANDS, {}
-    for layer in range(layers):
-        inputs = encoded if layer == 0 else width
-        outputs = 1 + feature if layer == layers - 1 else width
-        sizes[f"implicit/{layer}"] = (inputs, outputs - encoded if has_skip(layer + 1, layers) else outputs)
-    given = dict(zip(OPTIONAL_INPUTS, (3 + 6 * VIEW_BANDS, 3, feature)))
-    for layer in range(RENDERING_LAYERS):
-        inputs = 3 + sum(given[name] for name in given if name not in without) if layer == 0 else width
-        sizes[f"rendering/{layer}"] = (inputs, 3 if layer == RENDERING_LAYERS - 1 else width)
-    return sizes
-
-
-def parameter_shapes(width, feature, layers, without=()):
-    """Return {name: shape} of all parameters; a layer has v (in, out), its scale g (out,) and bias b (out,)."""
-    shapes = {}
-    for scope, (inputs, outputs) in layer_sizes(width, feature, layers, without).items():
-        shapes.update({f"{scope}/v": (inputs, outputs), f"{scope}/g": (outputs,), f"{scope}/b": (outputs,)})
-    return shapes
-
-
-def initialize(width, feature, layers, radius, rng, without=()):
+def initialize(net, rng: np.random.Generator) -> None:
     """Set nnabla's parameters to fresh networks, the implicit one by the geometric initialisation (SAL, theorem 1).
 
-    The sdf starts close to that of the sphere of `radius`; rng is a numpy Generator; without as in layer_sizes. Earlier
-    parameters are dropped.
+    net: a configuration's network section. The sdf starts close to that of the sphere of net.radius. Earlier parameters
+    are dropped.
     """
     nn.clear_parameters()
-    encoded = 3 + 6 * POSITION_BANDS
-    for scope, (inputs, outputs) in layer_sizes(width, feature, layers, without).items():
+    encoded = architecture.encoded_columns(POSITION_BANDS)
+    for scope, (inputs, outputs) in architecture.layer_sizes(net).items():
         network, layer = scope.split("/")
         if network == "rendering":
             bound = inputs ** -0.5
             v, b = rng.uniform(-bound, bound, (inputs, outputs)), rng.uniform(-bound, bound, outputs)
-        elif int(layer) == layers - 1:
-            v, b = rng.normal(np.sqrt(np.pi / inputs), 1e-4, (inputs, outputs)), np.full(outputs, -radius)
+        elif int(layer) == net.layers - 1:
+            v, b = rng.normal(np.sqrt(np.pi / inputs), 1e-4, (inputs, outputs)), np.full(outputs, -net.radius)
         else:
             v, b = rng.normal(0.0, np.sqrt(2.0 / outputs), (inputs, outputs)), np.zeros(outputs)
             if int(layer) == 0:
-                v[3:] = 0.0                     # only the raw coordinates count at first
-            elif has_skip(int(layer), layers):
-                v[3 - encoded:] = 0.0           # likewise for the encoding that joins here
+                v[3:] = 0.0                     # at first only the raw coordinates count
+            elif has_skip(int(layer), net.layers):
+                v[3 - encoded:] = 0.0           # and the same for the encoding that joins here
         for name, value in (("v", v), ("g", np.linalg.norm(v, axis=0)), ("b", b)):
             variable = nn.Variable.from_numpy_array(value.astype(np.float32), need_grad=True)
             nn.parameter.set_parameter(f"{scope}/{name}", variable)
 
 
-def layer_parameters(network):
-    """Return [(v, g, b)] of "implicit" or "rendering", nnabla's parameters as they are."""
+def layer_parameters(network: str) -> List[Tuple[nn.Variable, nn.Variable, nn.Variable]]:
+    """Return [(v, g, b)] of "implicit" or "rendering": nnabla's parameters as they are."""
     parameters, layers = nn.get_parameters(grad_only=False), []
     while f"{network}/{len(layers)}/v" in parameters:
         layers.append(tuple(parameters[f"{network}/{len(layers)}/{name}"] for name in "vgb"))
     return layers
 
 
-def folded_weights(network):
+def folded_weights(network: str):
     """Return the weights of "implicit" or "rendering" for a graph, normalised: W = g v / |v|, per output.
 
-    On the CPU as a PackedWeights, else as [(W, b, transposed W)] of Variables.
+    On the CPU a PackedWeights, else [(W, b, transposed W)] of Variables.
     """
     return backend().folded_weights(layer_parameters(network))
 
 
-# --- the networks -----------------------------------------------------------------------------------------------------
+# --- the networks in a graph ------------------------------------------------------------------------------------------
 
-def on_cpu():
-    """Whether nnabla computes on the CPU, where compiled functions take over the heavy work."""
+def on_cpu() -> bool:
+    """Return whether nnabla computes on the CPU, where compiled functions do the heavy work."""
     return nn.get_current_context().backend[0].startswith("cpu")
 
 
 def backend():
-    """The module whose functions nnabla's current context takes."""
+    """Return the module whose functions serve nnabla's current context."""
     return cpu if on_cpu() else gpu
 
 
-def implicit(x, weights):
-    """The implicit network with the gradient of its sdf; training_graph carries a loss's derivatives back.
+def implicit(x: nn.Variable, weights) -> Tuple[nn.Variable, nn.Variable, nn.Variable]:
+    """The implicit network and the gradient of its sdf, the normal; training takes a SurfaceEvaluation instead.
 
-    x: (N, 3) Variable; weights: folded_weights("implicit").
-    Returns sdf (N, 1), positive outside, feature (N, F) and gradient (N, 3).
+    x: (N, 3); weights: folded_weights("implicit").
+    Returns sdf (N, 1), positive outside, feature (N, F) and normal (N, 3), which is not normalised.
     """
     return backend().implicit(x, weights)
 
 
-def rendering(x, normal, view, feature, weights, without=()):
+def rendering(x, normal, view, feature, weights, without=()) -> nn.Variable:
     """The renderer: rgb (N, 3) in [-1, 1] of surface points.
 
-    x, normal, view: (N, 3) Variables; view is the unit vector from the surface to the camera, the normal is the
-    gradient of the sdf as it is; feature (N, F); weights: folded_weights("rendering"); without: of the OPTIONAL_INPUTS,
-    those that it was not built for.
+    x, normal, view: (N, 3) Variables; view is the unit vector from the surface to the camera, and the normal is the
+    sdf's gradient as it is; feature: (N, F); weights: folded_weights("rendering"); without: which of OPTIONAL_INPUTS
+    the renderer was built without.
     """
     encoded_view = None if "view" in without else positional_encoding(view, VIEW_BANDS)[0]
     given = [part for name, part in zip(OPTIONAL_INPUTS, (encoded_view, normal, feature)) if name not in without]
@@ -121,77 +92,9 @@ def rendering(x, normal, view, feature, weights, without=()):
     return backend().rendering(h, weights)
 
 
-# --- the losses -------------------------------------------------------------------------------------------------------
-
-def total(x):
-    """The sum of all of x (N, C), as a scalar."""
-    return F.reshape(F.affine(F.reshape(x, (1, -1)), constant(np.ones((x.size, 1)))), ())
-
-
-def color_loss(rgb, rgb_true, weights, rays):
-    """(1 / rays) sum of |rgb - rgb_true|_1 over the rows, weighted by weights (N, 1) (equation 6)."""
-    return total(F.absolute_error(rgb, rgb_true) * weights) * (1.0 / rays)
-
-
-def mask_loss(sdf, object_mask, weights, alpha, rays):
-    """(1 / (alpha rays)) sum of CE(object_mask, sigmoid(-alpha sdf)) over the rows, weighted (equation 7).
-
-    sdf, object_mask, weights: (N, 1); alpha: (1, 1) Variable.
-    """
-    return total(F.sigmoid_cross_entropy(sdf * alpha * -1.0, object_mask) * weights / alpha) * (1.0 / rays)
-
-
-def eikonal_loss(gradient):
-    """Mean of (|gradient| - 1)^2 over the rows of gradient (N, 3) (equation 8)."""
-    norm = (row_sums(gradient * gradient) + 1e-12) ** 0.5       # the derivative of a root ends where its value is 0
-    return total((norm - 1.0) ** 2.0) * (1.0 / gradient.shape[0])
-
-
-def training_graph(rays, surface, mask_weight, eikonal_weight, without=(), by_rays=False):
-    """The losses of one step over `rays` rays, of which the first `surface` may show the surface.
-
-    without: as rendering. Returns a dict of Variables and two functions. To be set: points (rays + rays // 2, 3), the
-    rays' points followed by the uniform ones; directions and rgb (surface, 3); colored (surface, 1), the weight of a
-    ray that hits in the object mask, else 0; object_mask and masked (rays, 1), the latter the weight of the other rays,
-    else 0; alpha (1, 1).
-    forward() computes the losses, to be read: loss, color, mask, eikonal; backward() then adds the loss's derivatives
-    to the parameters' gradients.
-
-    With `by_rays` a third function, by_rays(), then gives those by the rays' points (rays, 3) and by the directions
-    (surface, 3) as the renderer is given them, NumPy arrays; the eikonal loss has no part in them, and the distance
-    along a ray is held constant.
-    """
-    g = {"points": nn.Variable((rays + rays // 2, 3)), "directions": nn.Variable((surface, 3)),
-         "rgb": nn.Variable((surface, 3)), "colored": nn.Variable((surface, 1)),
-         "object_mask": nn.Variable((rays, 1)), "masked": nn.Variable((rays, 1)), "alpha": nn.Variable((1, 1))}
-    g["directions"].need_grad = by_rays
-    sdf, gradient, at_hits, evaluation, carry_back, by_points = backend().evaluate(
-        layer_parameters("implicit"), g["points"], g["directions"], by_rays)
-    g["mask"] = mask_loss(sdf[:rays], g["object_mask"], g["masked"], g["alpha"], rays)
-    g["eikonal"] = eikonal_loss(gradient)
-    g["color"] = constant(0.0)
-    if surface:
-        hits, normal, feature = at_hits
-        rgb = rendering(hits, normal, g["directions"] * -1.0, feature, folded_weights("rendering"), without)
-        g["color"] = color_loss(rgb, g["rgb"], g["colored"], rays)
-    g["loss"] = g["color"] + g["mask"] * mask_weight + g["eikonal"] * eikonal_weight
-    for name in ("color", "mask", "eikonal"):
-        g[name].persistent = True
-
-    def forward():
-        evaluation()
-        g["loss"].forward(clear_no_need_grad=True)
-
-    def backward():
-        if by_rays:
-            g["directions"].grad.zero()     # an input's is added to
-        g["loss"].backward(clear_buffer=True)
-        carry_back()
-
-    g["forward"], g["backward"] = forward, backward
-    if by_rays:
-        g["by_rays"] = lambda: (by_points()[:rays], g["directions"].g.copy())
-    return g
+def surface_evaluation(points: nn.Variable, directions: nn.Variable, want_grad_points=False):
+    """Return the backend's SurfaceEvaluation of the current parameters; see backends/cpu.py."""
+    return backend().SurfaceEvaluation(layer_parameters("implicit"), points, directions, want_grad_points)
 
 
 # --- evaluation without gradient --------------------------------------------------------------------------------------
@@ -199,17 +102,22 @@ def training_graph(rays, surface, mask_weight, eikonal_weight, without=(), by_ra
 def sdf_evaluator():
     """Return the sdf of the current parameters as a callable, points (N, 3) float32 -> (N,) float32.
 
-    Its refresh() takes over parameters that have changed since. Its `roughly` is None or a faster callable that is less
-    exact, for a choice among samples.
+    Its refresh() takes over parameters that have changed since. Its half_precision is None, or a faster and less exact
+    callable for choosing among samples.
     """
     return backend().Sdf(layer_parameters("implicit"))
 
 
-def shade(points, directions=None, without=(), chunk=4096):
-    """Colour and normal of surface points with the current parameters.
+def shader(net) -> Callable:
+    """Return `shade` for networks of this configuration section: points and directions to rgb and normals."""
+    return partial(shade, without=net.without)
 
-    points, directions: (N, 3) float32, the latter the unit ray directions; without them each point is seen along its
-    normal; without: as rendering. Returns rgb (N, 3) in [0, 1] and the gradient of the sdf (N, 3), float32.
+
+def shade(points: np.ndarray, directions=None, without=(), chunk=4096) -> Tuple[np.ndarray, np.ndarray]:
+    """Return the colours and the normals of surface points with the current parameters.
+
+    points, directions: (N, 3) float32, the latter the unit ray directions. Without directions each point is seen along
+    its normal. without: as in `rendering`. Returns rgb (N, 3) in [0, 1] and the sdf's gradient (N, 3), float32.
     """
     rows = min(chunk, len(points))
     rgb, normals = np.empty((len(points), 3), np.float32), np.empty((len(points), 3), np.float32)
@@ -256,7 +164,7 @@ def main():
     helper.set_context(args.context, args.device_id)
     errors = []
     for width in args.Ds:
-        initialize(width, 256, args.L, args.R, np.random.default_rng(0))
+        initialize(Network(width, 256, args.L, args.R), np.random.default_rng(0))
         sdf = sdf_evaluator()
         points = np.random.default_rng(1).uniform(-1, 1, (100000, 3)).astype(np.float32)
         errors.append(np.abs(sdf(points) - (np.linalg.norm(points, axis=1) - args.R)).mean())

@@ -1,29 +1,46 @@
-"""The networks on the CPU as nnabla sees them: functions of its graphs with cpu_kernels inside, and the sdf.
+"""The networks on the CPU as nnabla sees them, with cpu_kernels.py inside.
 
-gpu.py offers the same for a GPU (folded_weights, implicit, rendering, evaluate, Sdf); network.py chooses.
+gpu.py offers the same names for a GPU: folded_weights, implicit, rendering, SurfaceEvaluation, Sdf. network.py chooses.
 """
 import sys
 import types
 from collections import namedtuple
 
 import nnabla as nn
-import nnabla_ext
-import nnabla_ext.cpu
 import numpy as np
 from nnabla.function import PythonFunction
 
 from backends import cpu_kernels
+from backends.architecture import array_sizes, inverse_slope
+
+# A network's weights as one Variable, and (in, out) of each of its layers, an array (L, 2).
+PackedWeights = namedtuple("PackedWeights", "packed sizes")
+
+
+# --- this process -----------------------------------------------------------------------------------------------------
+
+def set_up():
+    """Prepare this process for the kernels: BLAS on one thread, and nnabla's module look-ups answered at once.
+
+    Scripts call it once, through context.set_context. Without it everything works, but slower.
+    """
+    import nnabla_ext
+    import nnabla_ext.cpu
+    cpu_kernels.limit_blas_threads()
+    answer_at_once(nn)
+    answer_at_once(nnabla_ext)
+    sys.modules.setdefault("nnabla.nnabla_ext.cpu", nnabla_ext.cpu)
 
 
 def answer_at_once(module):
     """Put a stand-in for `module` in sys.modules where nnabla's compiled modules look for it first.
 
-    They import nnabla and nnabla_ext.cpu at every access to an array, and first as parts of their own package, where
-    they are not. To find that out takes Python longer than the access (7 of 10 us, 130 times in a step: a tenth of a
-    small one). The stand-in is no package, so nothing that is looked for in it is loaded a second time.
+    They import nnabla and nnabla_ext.cpu at every access to an array. They look in their own package first, where these
+    are not. Python takes longer for this failing look-up than for the access: 7 of 10 us, 130 times in a step, which is
+    a tenth of a small step. The stand-in is no package, so nothing is loaded twice.
     """
     def attribute(name):
-        if name.startswith("__"):       # __path__ makes a package
+        if name.startswith("__"):       # __path__ would make it a package
             raise AttributeError(name)
         return getattr(module, name)
 
@@ -32,13 +49,29 @@ def answer_at_once(module):
     sys.modules.setdefault(stand_in.__name__, stand_in)
 
 
-answer_at_once(nn)
-answer_at_once(nnabla_ext)
-sys.modules.setdefault("nnabla.nnabla_ext.cpu", nnabla_ext.cpu)
+# --- weights ----------------------------------------------------------------------------------------------------------
 
-# A network's weights as one Variable, and (in, out) of each of its layers, an array (L, 2).
-PackedWeights = namedtuple("PackedWeights", "packed sizes")
+def packed_arrays(v, g, b):
+    """Return the packed weights of the layers whose arrays these three lists hold, and |v| (out,) of each layer."""
+    norms = [np.linalg.norm(array, axis=0) for array in v]
+    return cpu_kernels.pack(zip(map(cpu_kernels.fold, v, g, norms), b)), norms
 
+
+def unpacked_gradients(v, g, norms, grad_packed, sizes):
+    """Return the gradients of v, g, b, v, g, b, ... from that of the packed weights."""
+    gradients = []
+    for layer, (grad_w, grad_b) in zip(zip(v, g, norms), cpu_kernels.unpack(grad_packed, sizes)):
+        gradients += [*cpu_kernels.fold_backward(*layer, grad_w), grad_b]
+    return gradients
+
+
+def folded_weights(layers):
+    """Return the PackedWeights of layers, a list of Variables (v, g, b), for a graph: W = g v / |v|, per output."""
+    sizes = array_sizes(layers)
+    return PackedWeights(FoldFunction(sizes)(*(p for layer in layers for p in layer)), sizes)
+
+
+# --- functions of nnabla's graphs -------------------------------------------------------------------------------------
 
 class CpuFunction(PythonFunction):
     """A nnabla function whose forward and backward passes take and give NumPy arrays, in the current context."""
@@ -59,7 +92,7 @@ class CpuFunction(PythonFunction):
 
     @staticmethod
     def hand_back(inputs, gradients, propagate_down, accum):
-        """Write or add each gradient where nnabla wants it."""
+        """Write each gradient where nnabla wants it, or add it there."""
         for variable, gradient, wanted, add in zip(inputs, gradients, propagate_down, accum):
             if wanted:
                 target = variable.grad.data
@@ -67,7 +100,7 @@ class CpuFunction(PythonFunction):
 
 
 class FoldFunction(CpuFunction):
-    """Inputs v, g, b, v, g, b, ...; output the packed weights."""
+    """Inputs: v, g, b, v, g, b, ... Output: the packed weights."""
 
     def min_outputs(self):
         return 1
@@ -76,69 +109,37 @@ class FoldFunction(CpuFunction):
         outputs[0].reset_shape((int(((self.sizes[:, 0] + 1) * self.sizes[:, 1]).sum()),), True)
 
     def forward_impl(self, inputs, outputs):
-        self.arrays = [i.data.data for i in inputs]         # backward_impl takes these: to get them takes time
+        self.arrays = [i.data.data for i in inputs]         # kept for backward_impl, since each access takes time
         outputs[0].data.data[...], self.norms = packed_arrays(*(self.arrays[part::3] for part in range(3)))
 
     def backward_impl(self, inputs, outputs, propagate_down, accum):
-        v, g, _ = (self.arrays[part::3] for part in range(3))
-        by_weights = cpu_kernels.unpack(outputs[0].grad.data, self.sizes)
-        gradients = []
-        for layer, (by_w, by_b) in zip(zip(v, g, self.norms), by_weights):
-            gradients += [*cpu_kernels.fold_backward(*layer, by_w), by_b]
+        v, g = self.arrays[0::3], self.arrays[1::3]
+        gradients = unpacked_gradients(v, g, self.norms, outputs[0].grad.data, self.sizes)
         self.arrays = self.norms = None
         self.hand_back(inputs, gradients, propagate_down, accum)
 
 
 class ImplicitFunction(CpuFunction):
-    """The implicit network, and its first points as those that move with the surface along their rays (equation 3).
+    """Inputs: points (N, 3) and the packed weights. Outputs: sdf (N, 1), feature (N, F) and normal (N, 3).
 
-    Inputs: points (N, 3), the directions of the first S points' rays (S, 3; only where S > 0), and the packed weights.
-    Outputs: sdf (N, 1) and gradient (N, 3); and where S > 0, of the first S, the points again, their gradient and their
-    feature (S, F). After a backward pass by_points() gives its loss's derivative by the points (N, 3), but for the part
-    that the gradient's loss has in it: to move a ray's point is to move its hit along, and to change the point's sdf by
-    gradient . movement.
+    It has no backward pass: in training, SurfaceEvaluation takes its place.
     """
 
-    def __init__(self, sizes, hits):
-        super().__init__(sizes)
-        self.hits = hits        # S
-
     def min_outputs(self):
-        return 5 if self.hits else 2
+        return 3
 
     def setup_impl(self, inputs, outputs):
-        rows = [inputs[0].shape[0]] * 2 + [self.hits] * 3
-        for output, rows, columns in zip(outputs, rows, (1, 3, 3, 3, self.sizes[-1, 1] - 1)):
-            output.reset_shape((rows, columns), True)
+        for output, columns in zip(outputs, (1, self.sizes[-1, 1] - 1, 3)):
+            output.reset_shape((inputs[0].shape[0], columns), True)
 
     def forward_impl(self, inputs, outputs):
-        x, hits = inputs[0].data.data, self.hits
-        output, self.gradient, self.saved = cpu_kernels.implicit_forward(x, inputs[-1].data.data, self.sizes, hits)
-        results = output[:, :1], self.gradient, x[:hits], self.gradient[:hits], output[:hits, 1:]
-        for output, result in zip(outputs, results):
-            output.data.data[...] = result
-
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        by_sdf, by_gradient, *by_hits = (o.grad.data for o in outputs)
-        hits = None
-        if by_hits:
-            directions = inputs[1].data.data
-            slopes = cpu_kernels.slope_along(directions, self.gradient[:self.hits])
-            hits = cpu_kernels.Hits(directions, slopes, *by_hits)
-        by_packed, self.by_sdf, self.by_hits = cpu_kernels.implicit_backward(
-            self.saved, inputs[-1].data.data, self.sizes, by_sdf, by_gradient, hits)
-        self.saved = None
-        self.hand_back(inputs, [np.float32(0.0)] * (len(inputs) - 1) + [by_packed], propagate_down, accum)
-
-    def by_points(self):
-        by = self.by_sdf * self.gradient
-        if self.hits:
-            by[:self.hits] += self.by_hits
-        return by
+        output, normals, _ = cpu_kernels.implicit_forward(*(i.data.data for i in inputs), self.sizes)
+        for target, result in zip(outputs, (output[:, :1], output[:, 1:], normals)):
+            target.data.data[...] = result
 
 
 class RenderingFunction(CpuFunction):
-    """Inputs the renderer's input and the packed weights; output rgb."""
+    """Inputs: the renderer's input and the packed weights. Output: rgb."""
 
     def min_outputs(self):
         return 1
@@ -154,63 +155,96 @@ class RenderingFunction(CpuFunction):
         outputs[0].data.data[...], self.saved = cpu_kernels.rendering_forward(h, packed, self.sizes)
 
     def backward_impl(self, inputs, outputs, propagate_down, accum):
-        by_h, by_packed = cpu_kernels.rendering_backward(
+        gradients = cpu_kernels.rendering_backward(
             self.saved, inputs[1].data.data, self.sizes, outputs[0].data.data, outputs[0].grad.data)
         self.saved = None
-        self.hand_back(inputs, (by_h, by_packed), propagate_down, accum)
-
-
-# --- what network.py takes --------------------------------------------------------------------------------------------
-
-def folded_weights(layers):
-    """The PackedWeights of layers, a list of Variables (v, g, b), for a graph: W = g v / |v|, per output."""
-    sizes = layer_sizes(layers)
-    return PackedWeights(FoldFunction(sizes)(*(p for layer in layers for p in layer)), sizes)
-
-
-def layer_sizes(layers):
-    """(in, out) of each of the layers, Variables (v, g, b), as an array (L, 2)."""
-    return np.array([v.shape for v, _, _ in layers])
-
-
-def packed_arrays(v, g, b):
-    """The packed weights of the layers whose arrays these lists hold, and |v| (out,) of each layer."""
-    norms = [np.linalg.norm(array, axis=0) for array in v]
-    return cpu_kernels.pack(zip(map(cpu_kernels.fold, v, g, norms), b)), norms
+        self.hand_back(inputs, gradients, propagate_down, accum)
 
 
 def implicit(x, weights):
     """As network.implicit; weights: a PackedWeights."""
-    sdf, gradient, _, _, feature = ImplicitFunction(weights.sizes, x.shape[0])(x, x, weights.packed)
-    return sdf, feature, gradient
+    return ImplicitFunction(weights.sizes)(x, weights.packed)
 
 
 def rendering(h, weights):
-    """The renderer's rgb (N, 3) of its joined inputs h (N, in); weights: a PackedWeights."""
+    """Return the renderer's rgb (N, 3) of its joined inputs h (N, in); weights: a PackedWeights."""
     return RenderingFunction(weights.sizes)(h, weights.packed)
 
 
-def evaluate(layers, points, directions, by_rays=False):
-    """The implicit network at points (N, 3), and at the differentiable hits of the first rays, of directions (S, 3).
+# --- the evaluation of a training step --------------------------------------------------------------------------------
 
-    layers: its parameters, Variables (v, g, b). Returns sdf (N, 1), gradient (N, 3), (hits, normal, feature) of the S
-    rays, and two functions that have nothing to do: nnabla carries the derivatives back. A third one gives, with
-    `by_rays`, the derivatives by the points (N, 3), as ImplicitFunction has them.
+class SurfaceEvaluation:
+    """The implicit network at a step's points, and at the differentiable hits of its first rays (equation 3).
+
+    layers: the network's parameters, Variables (v, g, b). points: (N, 3) Variable. directions: (S, 3) Variable, of the
+    first S points' rays.
+    Leaves for the graph of the losses, filled by forward(): sdf (N, 1), normal (N, 3); and of the S rays hit (S, 3),
+    hit_normal (S, 3) and hit_feature (S, F), each None where S is 0. backward() carries the leaves' gradients back and
+    adds to those of the parameters.
 
     A hit has the value of its point, so one evaluation serves both.
     """
-    weights = folded_weights(layers)
-    function = ImplicitFunction(weights.sizes, directions.shape[0])
-    rays = [directions] if directions.shape[0] else []
-    sdf, gradient, *at_hits = function(points, *rays, weights.packed)
-    return sdf, gradient, at_hits, lambda: None, lambda: None, function.by_points
 
+    def __init__(self, layers, points, directions, want_grad_points=False):
+        self.layers, self.points, self.directions = layers, points, directions
+        self.sizes, (rows, num_hits) = array_sizes(layers), (points.shape[0], directions.shape[0])
+        self.sdf, self.normal = (nn.Variable((rows, columns), need_grad=True) for columns in (1, 3))
+        self.hit = self.hit_normal = self.hit_feature = None
+        if num_hits:
+            self.hit, self.hit_normal, self.hit_feature = (
+                nn.Variable((num_hits, columns), need_grad=True) for columns in (3, 3, self.sizes[-1, 1] - 1))
+
+    def leaves(self):
+        return [leaf for leaf in (self.sdf, self.normal, self.hit, self.hit_normal, self.hit_feature) if leaf]
+
+    def forward(self):
+        """Compute the leaves from the current parameters and points."""
+        arrays = [[p.d for p in part] for part in zip(*self.layers)]
+        self.packed, self.norms = packed_arrays(*arrays)
+        x, num_hits = self.points.d, self.directions.shape[0]
+        output, self.normals, self.saved = cpu_kernels.implicit_forward(x, self.packed, self.sizes, num_hits)
+        results = output[:, :1], self.normals, x[:num_hits], self.normals[:num_hits], output[:num_hits, 1:]
+        for leaf, result in zip(self.leaves(), results):
+            leaf.d = result
+            leaf.grad.zero()
+
+    def backward(self):
+        """Add the loss's gradients to those of the parameters, once its graph has given the leaves theirs."""
+        grad_sdf, grad_normals, *grad_hits = (leaf.g for leaf in self.leaves())
+        hits = None
+        if grad_hits:
+            directions = self.directions.d
+            slopes = (directions * self.normals[:len(directions)]).sum(axis=1)
+            hits = cpu_kernels.Hits(directions, inverse_slope(slopes), *grad_hits)
+        grad_packed, self.grad_sdf, self.grad_hits = cpu_kernels.implicit_backward(
+            self.saved, self.packed, self.sizes, grad_sdf, grad_normals, hits)
+        self.saved = None
+        v, g, _ = ([p.d for p in part] for part in zip(*self.layers))
+        gradients = unpacked_gradients(v, g, self.norms, grad_packed, self.sizes)
+        for parameter, gradient in zip((p for layer in self.layers for p in layer), gradients):
+            parameter.g += gradient
+
+    def grad_points(self):
+        """Return the loss's gradient with respect to the points (N, 3), after backward().
+
+        A ray's point takes its hit along, and its sdf changes by normal . movement. The part that comes through the
+        normal's loss is left out.
+        """
+        grad = self.grad_sdf * self.normals
+        if self.grad_hits is not None:
+            grad[:len(self.grad_hits)] += self.grad_hits
+        return grad
+
+
+# --- the sdf without gradient -----------------------------------------------------------------------------------------
 
 class Sdf:
-    """The sdf of layers, a list of Variables (v, g, b), as network.sdf_evaluator says."""
+    """The sdf of layers, a list of Variables (v, g, b), as network.sdf_evaluator describes it."""
+
+    half_precision = None
 
     def __init__(self, layers):
-        self.layers, self.sizes = layers, layer_sizes(layers)
+        self.layers, self.sizes = layers, array_sizes(layers)
         self.refresh()
 
     def refresh(self):
@@ -218,5 +252,3 @@ class Sdf:
 
     def __call__(self, points):
         return cpu_kernels.implicit_sdf(points, self.packed, self.sizes)
-
-    roughly = None

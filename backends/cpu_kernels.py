@@ -1,76 +1,83 @@
-"""The two networks on the CPU, where nnabla's own kernels run on one core without vector instructions.
+"""The two networks on the CPU, in NumPy and Numba. nnabla's own CPU kernels use one core and no vector instructions.
 
-The formulas are gpu.py's; tests/test_network.py holds the two against each other. The weights of a network
-come as one vector (pack), with the weight normalisation folded in, and `sizes`, (in, out) of each affine layer. All
-arrays are float32. The implicit network runs in functions compiled by Numba: in NumPy each of its many passes over a
-layer costs time of its own, and the cores would wait for one another between them. Imports nothing of the other
-scripts.
+The formulas are those of gpu.py; tests/test_network.py compares the two. A network's weights come as one vector (pack)
+with the weight normalisation folded in, and `sizes`, (in, out) of each affine layer. All arrays are float32. The
+implicit network runs in functions compiled by Numba: NumPy would need many passes over each layer, and the cores would
+wait for one another between them.
 """
 import os
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 
 import numba
 import numpy as np
-import scipy.linalg.cython_blas  # noqa: F401  compiled products take its library, which threadpool_limits must know
+import scipy.linalg.cython_blas  # noqa: F401  compiled products use its BLAS, which limit_blas_threads must find
 from threadpoolctl import threadpool_limits
 
-SOFTPLUS_BETA = 100.0
+from backends import architecture
+from backends.architecture import SOFTPLUS_BETA
+
 ROOT_HALF = np.float32(0.5 ** 0.5)
-LEAST_SLOPE = 1e-6    # of n . v in the differentiable hit: below, it is float32's rounding and divides by nothing
-SKIP_LAYER = 4        # its input is [h, gamma(x)] / sqrt(2)
-BLOCK = 1 << 17       # values of a layer worked on together (512 rows at least): they stay in the cache
-LEAST = 3 << 12       # values that a core must get: below, two threads lose more by waiting for the interpreter's lock
+BLOCK = 1 << 17         # values of a layer computed together (512 rows at least), so that they stay in the cache
+MIN_PER_CORE = 3 << 12  # values; with fewer, two threads lose more time to the interpreter's lock than they save
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
-# Blocks of rows go to the cores as a whole. The matrix library's own threads are off: they would help with the products
-# alone, and between products they spin on the cores that the blocks need.
-pool = ThreadPoolExecutor(max(CORES - 1, 1))      # the caller's thread works too
-threadpool_limits(1, user_api="blas")
+
+def limit_blas_threads():
+    """Make BLAS use one thread, for the whole process: here, each core computes its own block of rows.
+
+    BLAS's threads would speed up the products alone, and spin between them on the cores that the blocks need.
+    """
+    threadpool_limits(1, user_api="blas")
 
 
-def blocks(rows, width):
-    """Cut rows of that width into slices, for as many cores as they are enough for and as many for each."""
-    cores = min(max(rows * width // LEAST, 1), CORES)
-    rounds = -(-rows // (cores * max(BLOCK // width, 512)))
-    block = max(-(-rows // (cores * rounds)), 1) if rows else 1
-    return [slice(start, min(start + block, rows)) for start in range(0, rows, block)]
+@lru_cache(maxsize=None)
+def pool():
+    """Return the threads that work beside the caller's."""
+    return ThreadPoolExecutor(max(CORES - 1, 1))
+
+
+def blocks(num_rows, width):
+    """Cut rows of that width into slices: as many for each core, on as many cores as have enough to do."""
+    cores = min(max(num_rows * width // MIN_PER_CORE, 1), CORES)
+    rounds = -(-num_rows // (cores * max(BLOCK // width, 512)))
+    block = max(-(-num_rows // (cores * rounds)), 1) if num_rows else 1
+    return [slice(start, min(start + block, num_rows)) for start in range(0, num_rows, block)]
 
 
 def on_all_cores(function, items):
-    """[function(item) for item in items], each item on one core."""
+    """Return [function(item) for item in items], with each item computed on one core."""
     results, numbers = [None] * len(items), iter(range(len(items)))
 
     def work():
         for number in numbers:      # each thread takes the next one
             results[number] = function(items[number])
 
-    others = [pool.submit(work) for _ in range(min(CORES, len(items)) - 1)]
+    others = [pool().submit(work) for _ in range(min(CORES, len(items)) - 1)]
     work()
     for other in others:
         other.result()
     return results
 
 
-# Compiled when first called, and kept beside this file. While one runs, Python is free on other cores. Of the liberties
-# that fastmath offers, not the order of sums, nor NaN and infinity, which train.py looks for.
+# Compiled at the first call and cached beside this file. Compiled code releases the interpreter's lock. fastmath may
+# neither reorder sums nor assume that there is no NaN or infinity, which train.py checks for.
 compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz", "arcp"})
 
 
-@numba.extending.register_jitable
-def has_skip(layer, layers):
-    """Whether `layer` of an implicit network of that many affine layers takes the encoded position in (section 5.1)."""
-    return layer == SKIP_LAYER and layer < layers - 1
+has_skip = numba.extending.register_jitable(architecture.has_skip)
 
 
 @compiled
 def encode(x, bands):
-    """gamma(x) (N, 3 + 6 bands) of x (N, 3): x, then sin and cos of 2^k x for k < bands, as in NeRF.
+    """Return gamma(x) (N, 3 + 6 bands) of x (N, 3): x, then sin and cos of 2^k x for k < bands, as in NeRF.
 
-    Both from their series about the nearest multiple of pi / 2, to float32's last digits while |2^k x| < 1000.
+    Both come from their series about the nearest multiple of pi / 2, exact to float32's last digits while |2^k x| <
+    1000.
     """
     f = np.float32
-    columns = np.empty((3 + 6 * bands, len(x)), f)      # many of a kind in a row, for the vector instructions
+    columns = np.empty((3 + 6 * bands, len(x)), f)      # transposed, so that the inner loop uses vector instructions
     columns[:3] = x.T
     for k in range(bands):
         for c in range(3):
@@ -93,7 +100,7 @@ def encode(x, bands):
 
 @compiled
 def encode_derivative(encoded):
-    """The derivative (N, columns) of each column of gamma(x) by the one coordinate that it depends on."""
+    """Return the derivative (N, columns) of each column of gamma(x) with respect to the coordinate that it encodes."""
     out = np.ones_like(encoded)
     for row in range(len(encoded)):
         freq = np.float32(1.0)
@@ -107,7 +114,7 @@ def encode_derivative(encoded):
 
 @compiled
 def affine(packed, sizes, layer):
-    """W (in, out) and b (out,) of a layer, as views of what pack gave."""
+    """Return W (in, out) and b (out,) of a layer, as views of the packed weights."""
     start = 0
     for k in range(layer):
         start += (sizes[k, 0] + 1) * sizes[k, 1]
@@ -120,7 +127,8 @@ IN, OUT = 0, 1
 
 @compiled
 def part(flat, rows, sizes, side, layer):
-    """A layer's array (rows, sizes[layer, side]), a view of `flat`, which holds those of all layers in their order."""
+    """Return a layer's array (rows, sizes[layer, side]) as a view of `flat`, which holds all layers' arrays in
+    order."""
     start = 0
     for k in range(layer):
         start += rows * sizes[k, side]
@@ -129,11 +137,11 @@ def part(flat, rows, sizes, side, layer):
 
 @compiled
 def softplus(z, b, scale, h, slope):
-    """scale * softplus(z + b), with beta = 100, to the first columns of h; its derivative (without scale) to slope,
-    unless that is None.
+    """Write scale * softplus(z + b), with beta = 100, to the first columns of h, and its derivative (without scale) to
+    slope, unless slope is None.
 
-    softplus(v) = max(v, 0) + log(1 + e), e = exp(-|v|): exp(a) as exp(a / 16)^16, both by their series, to float32's
-    last digits. (Where e is below 2e-9 it is 2e-9.)
+    softplus(v) = max(v, 0) + log(1 + e) with e = exp(-|v|). exp(a) is exp(a / 16)^16. Both functions come from their
+    series, exact to float32's last digits. e is never below 2e-9.
     """
     f = np.float32
     for row in range(z.shape[0]):
@@ -158,7 +166,7 @@ def softplus(z, b, scale, h, slope):
 
 @compiled
 def join(encoded, h):
-    """Fill the last columns of a skip layer's input, [h, gamma(x)] / sqrt(2)."""
+    """Write gamma(x) / sqrt(2) to the last columns of a skip layer's input, [h, gamma(x)] / sqrt(2)."""
     first = h.shape[1] - encoded.shape[1]
     for row in range(len(h)):
         for column in range(encoded.shape[1]):
@@ -166,18 +174,22 @@ def join(encoded, h):
 
 
 @compiled
-def split(back, scale, to_encoded):
-    """Add a derivative by a layer's input [h, gamma(x)] * scale, its last columns, to the derivative by gamma(x)."""
-    first = back.shape[1] - to_encoded.shape[1]
+def split(back, scale, grad_encoded):
+    """Add the part of gamma(x), the last columns of a derivative with respect to [h, gamma(x)] * scale, to
+    grad_encoded."""
+    first = back.shape[1] - grad_encoded.shape[1]
     for row in range(len(back)):
-        for column in range(to_encoded.shape[1]):
-            to_encoded[row, column] += back[row, first + column] * scale
+        for column in range(grad_encoded.shape[1]):
+            grad_encoded[row, column] += back[row, first + column] * scale
 
 
 @compiled
 def last_hidden(x, packed, sizes, inputs, slopes):
-    """The input of the implicit network's last layer at x (N, 3). Unless they are empty, inputs and slopes, flat, are
-    filled with the inputs of all layers and the derivatives of the softplus after all but the last."""
+    """Return the input of the implicit network's last layer at x (N, 3).
+
+    inputs and slopes, flat, receive the inputs of all layers and the derivatives of the softplus after all but the
+    last, unless they are empty.
+    """
     rows, count, keep = len(x), len(sizes), len(inputs) > 0
     h = encoded = encode(x, (sizes[0, IN] - 3) // 6)
     if keep:
@@ -201,67 +213,69 @@ NOTHING = np.empty(0, np.float32)
 
 
 def implicit_sdf(x, packed, sizes):
-    """The sdf (N,) at x (N, 3), without what only a feature or a gradient would need."""
+    """Return the sdf (N,) at x (N, 3), without computing features or normals."""
     x, out = np.ascontiguousarray(x, np.float32), np.empty(len(x), np.float32)
     last_w, last_b = affine(packed, sizes, len(sizes) - 1)
 
-    def evaluate(rows):
+    def fill(rows):
         h = last_hidden(x[rows], packed, sizes, NOTHING, NOTHING)
         np.matmul(h, last_w[:, 0], out=out[rows])
         out[rows] += last_b[0]
 
-    on_all_cores(evaluate, blocks(len(x), sizes[-1, IN]))
+    on_all_cores(fill, blocks(len(x), sizes[-1, IN]))
     return out
 
 
-def implicit_forward(x, packed, sizes, hits=0):
-    """Value and gradient of the implicit network at x (N, 3).
+def implicit_forward(x, packed, sizes, num_hits=0):
+    """Compute the implicit network and its sdf's gradient, the normal, at x (N, 3), of which the first num_hits are
+    hits.
 
-    Returns sdf and feature (N, 1 + F), gradient of the sdf (N, 3), and what implicit_backward wants to be given. hits:
-    how many of x are surface points for it.
+    Returns sdf and feature (N, 1 + F), the normals (N, 3), not normalised, and what implicit_backward takes as `saved`.
     """
     x = np.ascontiguousarray(x, np.float32)
-    output, gradient = np.empty((len(x), sizes[-1, OUT]), np.float32), np.empty((len(x), 3), np.float32)
+    output, normals = np.empty((len(x), sizes[-1, OUT]), np.float32), np.empty((len(x), 3), np.float32)
 
-    def evaluate(block):
-        hits, rows = block
+    def fill(block):
+        block_hits, rows = block
         inputs, slopes = (np.empty(len(rows) * total, np.float32)
                           for total in (sizes[:, IN].sum(), sizes[:-1, OUT].sum()))
         h = last_hidden(x[rows], packed, sizes, inputs, slopes)
-        output[rows], gradient[rows], *rest = forward_block(h, inputs, slopes, packed, sizes)
-        return hits, rows, (inputs, slopes, *rest)
+        output[rows], normals[rows], *rest = forward_block(h, inputs, slopes, packed, sizes)
+        return block_hits, rows, (inputs, slopes, *rest)
 
-    return output, gradient, on_all_cores(evaluate, mixed_blocks(hits, len(x), sizes[-1, IN]))
+    return output, normals, on_all_cores(fill, mixed_blocks(num_hits, len(x), sizes[-1, IN]))
 
 
-def mixed_blocks(hits, rows, width):
-    """As blocks, with as many of the first rows, `hits`, in each: so many are the first of a block's, and the numbers
-    of its rows."""
-    count = len(blocks(rows, width))
-    ends = [np.linspace(first, last, count + 1).astype(int) for first, last in ((0, hits), (hits, rows))]
+def mixed_blocks(num_hits, num_rows, width):
+    """Cut rows into as many blocks as `blocks` does, each with its share of the hits, which are the first rows.
+
+    Returns [(number of hits, the block's rows with its hits first)].
+    """
+    count = len(blocks(num_rows, width))
+    ends = [np.linspace(first, last, count + 1).astype(int) for first, last in ((0, num_hits), (num_hits, num_rows))]
     return [(b - a, np.r_[a:b, c:d]) for a, b, c, d in zip(ends[0], ends[0][1:], ends[1], ends[1][1:])]
 
 
 @compiled
 def forward_block(h, inputs, slopes, packed, sizes):
-    """The last layer's z (N, 1 + F) and the gradient of the sdf (N, 3); h, inputs and slopes as last_hidden gives them.
+    """Return the last layer's z (N, 1 + F) and the normal (N, 3), from what last_hidden computed.
 
-    Returns after these the layers' deltas (d sdf / d z; of all but the last), flat, gamma's derivative and
+    Also returns, for the backward pass, d sdf / d z of all layers but the last (deltas, flat), gamma's derivative and
     d sdf / d gamma (N, columns).
     """
     rows, count = len(h), len(sizes)
     deltas = np.empty_like(slopes)
     w, b = affine(packed, sizes, count - 1)
-    z, gradient = np.dot(h, w), np.empty((rows, 3), np.float32)
+    z, normal = np.dot(h, w), np.empty((rows, 3), np.float32)
     back, scale = np.empty((rows, sizes[count - 1, IN]), np.float32), np.float32(1.0)
     for row in range(rows):
         for column in range(len(b)):
             z[row, column] += b[column]
         for column in range(len(w)):
             back[row, column] = w[column, 0]
-    # d sdf / d z of each layer but the last, from the last down.
+    # d sdf / d z, from the last layer but one down.
     encoded = part(inputs, rows, sizes, IN, 0)
-    to_encoded = np.zeros_like(encoded)
+    normal_encoded = np.zeros_like(encoded)
     for layer in range(count - 2, -1, -1):
         slope, delta = part(slopes, rows, sizes, OUT, layer), part(deltas, rows, sizes, OUT, layer)
         for row in range(rows):
@@ -270,22 +284,22 @@ def forward_block(h, inputs, slopes, packed, sizes):
         back = np.dot(delta, affine(packed, sizes, layer)[0].T)
         scale = ROOT_HALF if has_skip(layer, count) else np.float32(1.0)
         if has_skip(layer, count) or layer == 0:
-            split(back, scale, to_encoded)
+            split(back, scale, normal_encoded)
     derivative = encode_derivative(encoded)
     for row in range(rows):
         for c in range(3):
             total = np.float32(0.0)
             for column in range(c, encoded.shape[1], 3):
-                total += to_encoded[row, column] * derivative[row, column]
-            gradient[row, c] = total
-    return z, gradient, deltas, derivative, to_encoded
+                total += normal_encoded[row, column] * derivative[row, column]
+            normal[row, c] = total
+    return z, normal, deltas, derivative, normal_encoded
 
 
 def rendering_forward(h, packed, sizes):
-    """The renderer on its input h (N, in): rgb (N, 3) in [-1, 1], and what rendering_backward wants to be given."""
+    """Return rgb (N, 3) in [-1, 1] of the renderer's input h (N, in), and what rendering_backward takes as `saved`."""
     rgb, (*hidden, last) = np.empty((len(h), 3), np.float32), unpack(packed, sizes)
 
-    def evaluate(rows):
+    def fill(rows):
         inputs = [h[rows]]
         for w, b in hidden:
             z = inputs[-1] @ w
@@ -294,113 +308,108 @@ def rendering_forward(h, packed, sizes):
         rgb[rows] = np.tanh(inputs[-1] @ last[0] + last[1])
         return rows, inputs
 
-    return rgb, on_all_cores(evaluate, blocks(len(h), sizes[-1, 0]))
+    return rgb, on_all_cores(fill, blocks(len(h), sizes[-1, 0]))
 
 
-def rendering_backward(saved, packed, sizes, rgb, by_rgb):
-    """Carry a loss's derivative by rgb back: the derivatives by h and by the packed weights."""
-    by_h, weights = np.empty((len(rgb), sizes[0, 0]), np.float32), unpack(packed, sizes)
+def rendering_backward(saved, packed, sizes, rgb, grad_rgb):
+    """Return a loss's gradients with respect to h (N, in) and to the packed weights, from that with respect to rgb (N,
+    3)."""
+    grad_input, weights = np.empty((len(rgb), sizes[0, 0]), np.float32), unpack(packed, sizes)
 
-    def evaluate(saved_block):
+    def fill(saved_block):
         rows, inputs = saved_block
-        by_weights = []
-        by_z = by_rgb[rows] * (1.0 - rgb[rows] ** 2)
+        grad_layers = []
+        grad_z = grad_rgb[rows] * (1.0 - rgb[rows] ** 2)
         for (w, _), h in zip(weights[::-1], inputs[::-1]):
-            by_weights.insert(0, (h.T @ by_z, by_z.sum(axis=0)))
-            by_z = by_z @ w.T
+            grad_layers.insert(0, (h.T @ grad_z, grad_z.sum(axis=0)))
+            grad_z = grad_z @ w.T
             if h is not inputs[0]:
-                by_z *= h > 0.0
-        by_h[rows] = by_z
-        return pack(by_weights)
+                grad_z *= h > 0.0
+        grad_input[rows] = grad_z
+        return pack(grad_layers)
 
-    return by_h, sum(on_all_cores(evaluate, saved))
+    return grad_input, sum(on_all_cores(fill, saved))
 
 
-def pack(weights):
-    """One vector of all [(W, b)]: nnabla's functions in Python cost time for each of their inputs."""
-    return np.concatenate([array.ravel() for layer in weights for array in layer]).astype(np.float32, copy=False)
+def pack(layers):
+    """Return one float32 vector of all [(W, b)]: nnabla's functions in Python take time for each of their inputs."""
+    return np.concatenate([array.ravel() for layer in layers for array in layer]).astype(np.float32, copy=False)
 
 
 def unpack(packed, sizes):
-    """[(W, b)] as views of what pack gave; sizes: (in, out) of each layer, an array (L, 2)."""
+    """Return [(W, b)] as views of the packed weights; sizes: (in, out) of each layer, an array (L, 2)."""
     return [affine(packed, sizes, layer) for layer in range(len(sizes))]
 
 
 def fold(v, g, norm):
-    """The weight normalisation of a layer: g v / |v|, per column of v (in, out); norm: |v| (out,)."""
+    """Return a layer's normalised weight g v / |v|, per column of v (in, out); norm: |v| (out,)."""
     return v * (g / norm)
 
 
-def fold_backward(v, g, norm, by_w):
-    """The derivatives by v and g of a loss whose derivative by fold's result is by_w."""
-    by_g = np.einsum("io,io->o", by_w, v) / norm
-    return (by_w - v * (by_g / norm)) * (g / norm), by_g
+def fold_backward(v, g, norm, grad_w):
+    """Return a loss's gradients with respect to v and g, from that with respect to the result of fold."""
+    grad_g = np.einsum("io,io->o", grad_w, v) / norm
+    return (grad_w - v * (grad_g / norm)) * (g / norm), grad_g
 
 
-# Of the first rows of implicit_forward, which are surface points: their rays' directions (S, 3), gradient . direction
-# (S,) as slope_along gives it, and a loss's derivatives by the points as such, by their gradient and their feature.
-Hits = namedtuple("Hits", "directions slopes by_points by_gradient by_feature")
+# What the backward pass takes of the hits, the first S rows of implicit_forward: the directions of their rays (S, 3), 1
+# / (n . v) (S,), and a loss's gradients with respect to the hit points (S, 3), their normals (S, 3) and their features
+# (S, F).
+Hits = namedtuple("Hits", "directions inverse_slopes grad_points grad_normals grad_features")
 
 
-def slope_along(directions, gradient):
-    """gradient . direction (S,), but no nearer to 0 than LEAST_SLOPE: the hit's derivative divides by it. The sign stays;
-    0 counts as negative, as of a ray that enters."""
-    slope = (directions * gradient).sum(axis=1)
-    return np.where(slope > 0, np.float32(1), np.float32(-1)) * np.maximum(np.abs(slope), np.float32(LEAST_SLOPE))
+def implicit_backward(saved, packed, sizes, grad_sdf, grad_normals, hits=None):
+    """Carry a loss's gradients back through implicit_forward.
 
-
-def implicit_backward(saved, packed, sizes, by_sdf, by_gradient, hits=None):
-    """Carry a loss's derivatives back through implicit_forward.
-
-    by_sdf (N, 1), by_gradient (N, 3). hits: None, or the Hits, for which a movement of the surface moves the point
-    along its ray: x0 - (sdf - sdf0) / (gradient0 . direction) direction (the paper's equation 3).
-    Returns the derivative by the packed weights; then that by the sdf (N, 1), in which such movements are counted, and
-    that by the points of the hits (S, 3), or None.
+    grad_sdf (N, 1), grad_normals (N, 3). hits: None, or the Hits. Where the surface moves, a hit moves along its ray:
+    x0 - (sdf - sdf0) / (n0 . v) v (the paper's equation 3).
+    Returns the gradients with respect to the packed weights; to the sdf (N, 1), the hits' movements included; and to
+    the hits (S, 3), or None.
     """
-    by_sdf, features = by_sdf.copy(), sizes[-1, OUT] - 1
-    by_hits = hits and hits.by_points.copy()
+    grad_sdf, num_features = grad_sdf.copy(), sizes[-1, OUT] - 1
+    grad_hits = hits and hits.grad_points.copy()
 
-    def evaluate(saved_block):
-        count, rows, (inputs, slopes, deltas, derivative, to_encoded) = saved_block
+    def carry(saved_block):
+        count, rows, (inputs, slopes, deltas, derivative, normal_encoded) = saved_block
         kept = slopes, deltas, derivative, packed, sizes
-        by_output, by_gradients = np.zeros((len(rows), 1 + features), np.float32), by_gradient[rows]
+        grad_output, grad_block_normals = np.zeros((len(rows), 1 + num_features), np.float32), grad_normals[rows]
         if count:
             own = rows[:count]
-            by_output[:count, 1:] = hits.by_feature[own]
-            _, _, by_encoded = carry_back(*kept, by_output[:count], hits.by_gradient[own])
-            by_hits[own] += by_position(inputs, derivative, to_encoded, by_encoded, hits.by_gradient[own])
-            by_sdf[own, 0] -= (by_hits[own] * hits.directions[own]).sum(axis=1) / hits.slopes[own]
-            by_gradients[:count] += hits.by_gradient[own]
-        by_output[:, 0] = by_sdf[rows, 0]
-        by_zs, tangents, _ = carry_back(*kept, by_output, by_gradients)
-        return by_weights(inputs, deltas, by_zs, tangents, packed, sizes)
+            grad_output[:count, 1:] = hits.grad_features[own]
+            _, _, grad_encoded = carry_back(*kept, grad_output[:count], hits.grad_normals[own])
+            grad_hits[own] += grad_position(inputs, derivative, normal_encoded, grad_encoded, hits.grad_normals[own])
+            grad_sdf[own, 0] -= (grad_hits[own] * hits.directions[own]).sum(axis=1) * hits.inverse_slopes[own]
+            grad_block_normals[:count] += hits.grad_normals[own]
+        grad_output[:, 0] = grad_sdf[rows, 0]
+        grad_zs, tangents, _ = carry_back(*kept, grad_output, grad_block_normals)
+        return grad_weights(inputs, deltas, grad_zs, tangents, packed, sizes)
 
-    by_packed = sum(on_all_cores(evaluate, saved))
-    return by_packed, by_sdf, by_hits
+    grad_packed = sum(on_all_cores(carry, saved))
+    return grad_packed, grad_sdf, grad_hits
 
 
 @compiled
-def carry_back(slopes, deltas, derivative, packed, sizes, by_output, by_gradient):
-    """Carry derivatives by the first rows' z of the last layer and by their gradient, (M, 1 + F) and (M, 3), back.
+def carry_back(slopes, deltas, derivative, packed, sizes, grad_output, grad_normal):
+    """Carry gradients with respect to the first M rows' output (M, 1 + F) and normal (M, 3) back through the layers.
 
-    sum(by_gradient * gradient) is the derivative of the sdf along by_gradient, so its own derivative is the backward
-    pass of a forward (tangent) pass, in which d sdf / d z, known already, is the derivative by every tangent of z.
+    sum(grad_normal * normal) is the sdf's derivative along grad_normal. So its own gradient is the backward pass of a
+    forward (tangent) pass, in which d sdf / d z, known already, is the derivative with respect to every tangent of z.
 
-    Returns, flat, the derivatives by the z of all layers and the tangents of their inputs, and the derivative by gamma
-    (M, columns).
+    Returns, flat, the gradients with respect to the z of all layers and the tangents of their inputs; and the gradient
+    with respect to gamma (M, columns).
     """
-    rows, used, count, columns = len(derivative), len(by_output), len(sizes), derivative.shape[1]
-    # Tangents of each layer's input along by_gradient, and what they add to the derivative by z.
+    rows, used, count, columns = len(derivative), len(grad_output), len(sizes), derivative.shape[1]
+    # The tangents of each layer's input along grad_normal, and what they add to the gradient with respect to z.
     tangents = np.empty(used * sizes[:, IN].sum(), np.float32)
-    by_zs = np.empty(used * sizes[:, OUT].sum(), np.float32)
+    grad_zs = np.empty(used * sizes[:, OUT].sum(), np.float32)
     tangent_encoded = part(tangents, used, sizes, IN, 0)
     for row in range(used):
         for column in range(columns):
-            tangent_encoded[row, column] = derivative[row, column] * by_gradient[row, column % 3]
+            tangent_encoded[row, column] = derivative[row, column] * grad_normal[row, column % 3]
     for layer in range(count - 1):
         tangent_z = np.dot(part(tangents, used, sizes, IN, layer), affine(packed, sizes, layer)[0])
         slope, delta = part(slopes, rows, sizes, OUT, layer), part(deltas, rows, sizes, OUT, layer)
-        bend, tangent = part(by_zs, used, sizes, OUT, layer), part(tangents, used, sizes, IN, layer + 1)
+        bend, tangent = part(grad_zs, used, sizes, OUT, layer), part(tangents, used, sizes, IN, layer + 1)
         scale = ROOT_HALF if has_skip(layer + 1, count) else np.float32(1.0)
         for row in range(used):
             for column in range(slope.shape[1]):
@@ -411,58 +420,59 @@ def carry_back(slopes, deltas, derivative, packed, sizes, by_output, by_gradient
         if has_skip(layer + 1, count):
             join(tangent_encoded, tangent)
     # The ordinary backward pass, from the last layer down.
-    by_z, by_encoded = part(by_zs, used, sizes, OUT, count - 1), np.zeros((used, columns), np.float32)
-    by_z[:] = by_output
+    grad_z, grad_encoded = part(grad_zs, used, sizes, OUT, count - 1), np.zeros((used, columns), np.float32)
+    grad_z[:] = grad_output
     for layer in range(count - 1, -1, -1):
-        back = np.dot(by_z, affine(packed, sizes, layer)[0].T)
+        back = np.dot(grad_z, affine(packed, sizes, layer)[0].T)
         scale = ROOT_HALF if has_skip(layer, count) else np.float32(1.0)
         if has_skip(layer, count) or layer == 0:
-            split(back, scale, by_encoded)
+            split(back, scale, grad_encoded)
         if layer > 0:
-            slope, by_z = part(slopes, rows, sizes, OUT, layer - 1), part(by_zs, used, sizes, OUT, layer - 1)
+            slope, grad_z = part(slopes, rows, sizes, OUT, layer - 1), part(grad_zs, used, sizes, OUT, layer - 1)
             for row in range(used):
                 for column in range(slope.shape[1]):
-                    by_z[row, column] += back[row, column] * scale * slope[row, column]
-    return by_zs, tangents, by_encoded
+                    grad_z[row, column] += back[row, column] * scale * slope[row, column]
+    return grad_zs, tangents, grad_encoded
 
 
 @compiled
-def by_position(inputs, derivative, to_encoded, by_encoded, by_gradient):
-    """The derivative by x (M, 3) of the first rows, from that by their gamma (M, columns) and by their gradient."""
-    out, columns = np.empty((len(by_encoded), 3), np.float32), derivative.shape[1]
+def grad_position(inputs, derivative, normal_encoded, grad_encoded, grad_normal):
+    """Return the first M rows' gradient with respect to x (M, 3), from those with respect to gamma (M, columns) and
+    normal."""
+    out, columns = np.empty((len(grad_encoded), 3), np.float32), derivative.shape[1]
     encoded = inputs[:derivative.size].reshape(derivative.shape)
     for row in range(len(out)):
-        for c in range(3):      # columns c, c + 3, ... depend on coordinate c; gamma'' = -frequency^2 gamma
-            total, square = by_encoded[row, c], np.float32(1.0)
+        for c in range(3):      # columns c, c + 3, ... encode coordinate c; gamma'' = -frequency^2 gamma
+            total, square = grad_encoded[row, c], np.float32(1.0)
             for first in range(3 + c, columns, 6):
                 for column in (first, first + 3):
-                    total += (by_encoded[row, column] * derivative[row, column]
-                              - square * encoded[row, column] * to_encoded[row, column] * by_gradient[row, c])
+                    total += (grad_encoded[row, column] * derivative[row, column]
+                              - square * encoded[row, column] * normal_encoded[row, column] * grad_normal[row, c])
                 square *= np.float32(4.0)
             out[row, c] = total
     return out
 
 
 @compiled
-def by_weights(inputs, deltas, by_zs, tangents, packed, sizes):
-    """The derivative by the packed weights, from what carry_back gives of all rows."""
-    by_packed, count = np.zeros_like(packed), len(sizes)
+def grad_weights(inputs, deltas, grad_zs, tangents, packed, sizes):
+    """Return the gradient with respect to the packed weights, from what carry_back gives for all rows."""
+    grad_packed, count = np.zeros_like(packed), len(sizes)
     rows = len(inputs) // sizes[:, IN].sum()
     for layer in range(count):
-        tangent, by_z = part(tangents, rows, sizes, IN, layer), part(by_zs, rows, sizes, OUT, layer)
-        by_w, by_b = affine(by_packed, sizes, layer)
-        along_h = np.dot(part(inputs, rows, sizes, IN, layer).T, by_z)
+        tangent, grad_z = part(tangents, rows, sizes, IN, layer), part(grad_zs, rows, sizes, OUT, layer)
+        grad_w, grad_b = affine(grad_packed, sizes, layer)
+        along_h = np.dot(part(inputs, rows, sizes, IN, layer).T, grad_z)
         if layer < count - 1:
             along_tangent = np.dot(tangent.T, part(deltas, rows, sizes, OUT, layer))
-            for row in range(len(by_w)):
-                for column in range(len(by_b)):
-                    by_w[row, column] = along_h[row, column] + along_tangent[row, column]
+            for row in range(len(grad_w)):
+                for column in range(len(grad_b)):
+                    grad_w[row, column] = along_h[row, column] + along_tangent[row, column]
         else:
-            by_w[:] = along_h
+            grad_w[:] = along_h
             for row in range(rows):
-                for column in range(len(by_w)):
-                    by_w[column, 0] += tangent[row, column]
+                for column in range(len(grad_w)):
+                    grad_w[column, 0] += tangent[row, column]
         for row in range(rows):
-            for column in range(len(by_b)):
-                by_b[column] += by_z[row, column]
-    return by_packed
+            for column in range(len(grad_b)):
+                grad_b[column] += grad_z[row, column]
+    return grad_packed

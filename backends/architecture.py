@@ -1,0 +1,64 @@
+"""The two networks as the paper has them (section 5.1): their constants, their sizes, their inputs. Every backend takes
+them from here.
+
+`net` is a configuration's network section: width, feature, layers, radius and without.
+"""
+import numpy as np
+
+POSITION_BANDS = 6      # frequencies of a point's encoding, which has 39 columns
+VIEW_BANDS = 4          # frequencies of the view direction's encoding, which has 27 columns
+SKIP_LAYER = 4          # its input is [h, gamma(x)] / sqrt(2)
+SOFTPLUS_BETA = 100.0
+RENDERING_LAYERS = 5
+OPTIONAL_INPUTS = ("view", "normal", "feature")     # of the renderer, in their order; network.without may name them
+LEAST_SLOPE = 1e-6      # n . v in the differentiable hit: a smaller one is float32's rounding
+
+
+def encoded_columns(bands: int) -> int:
+    """Return the number of columns of gamma(x), an encoding of three coordinates: 3 + 6 bands."""
+    return 3 + 6 * bands
+
+
+def has_skip(layer, num_layers):
+    """Return whether `layer` of an implicit network of that many affine layers takes the encoded point in once more."""
+    return layer == SKIP_LAYER and layer < num_layers - 1
+
+
+def renderer_inputs(net) -> dict:
+    """Return {name: columns} of the renderer's inputs, in their order."""
+    columns = dict(zip(OPTIONAL_INPUTS, (encoded_columns(VIEW_BANDS), 3, net.feature)))
+    return {"point": 3, **{name: columns[name] for name in OPTIONAL_INPUTS if name not in net.without}}
+
+
+def layer_sizes(net) -> dict:
+    """Return {parameter scope: (in, out)} of every affine layer: implicit/0, ..., rendering/4."""
+    encoded, sizes = encoded_columns(POSITION_BANDS), {}
+    for layer in range(net.layers):
+        inputs = encoded if layer == 0 else net.width
+        outputs = 1 + net.feature if layer == net.layers - 1 else net.width
+        sizes[f"implicit/{layer}"] = (inputs, outputs - encoded if has_skip(layer + 1, net.layers) else outputs)
+    for layer in range(RENDERING_LAYERS):
+        inputs = sum(renderer_inputs(net).values()) if layer == 0 else net.width
+        sizes[f"rendering/{layer}"] = (inputs, 3 if layer == RENDERING_LAYERS - 1 else net.width)
+    return sizes
+
+
+def parameter_shapes(net) -> dict:
+    """Return {name: shape} of all parameters; a layer has v (in, out), its scale g (out,) and its bias b (out,)."""
+    shapes = {}
+    for scope, (inputs, outputs) in layer_sizes(net).items():
+        shapes.update({f"{scope}/v": (inputs, outputs), f"{scope}/g": (outputs,), f"{scope}/b": (outputs,)})
+    return shapes
+
+
+def array_sizes(layers) -> np.ndarray:
+    """Return (in, out) of each of some layers (v, g, b), as an int array (L, 2)."""
+    return np.array([v.shape for v, _, _ in layers])
+
+
+def inverse_slope(slope):
+    """Return 1 / slope for a ray's slope n . v, without a division by zero; an array or a Variable of any shape.
+
+    Where |slope| is near LEAST_SLOPE and below, the inverse falls to 0, with the slope's sign.
+    """
+    return slope / (slope * slope + LEAST_SLOPE ** 2)

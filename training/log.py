@@ -1,0 +1,76 @@
+"""What a training writes down: nnabla's monitors, a series of each loss and measure, and the time."""
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+from nnabla.monitor import MonitorSeries, MonitorTimeElapsed
+
+import helper
+
+STEP_SERIES = ("loss", "color", "mask", "eikonal", "hits", "learning_rate", "alpha")
+VALIDATION_SERIES = ("psnr", "camera_rotation", "camera_translation")
+
+
+class EpochLog:
+    """Each series gets its mean over an epoch's steps, and the time that the epoch took."""
+
+    def __init__(self, folder, steps_per_epoch, state=None, first_step=0, validated_until=0):
+        """Go on with what an earlier start wrote of the steps before first_step, and of validations before an epoch.
+
+        folder: where the series go, None to write nothing; state: of the run that goes on, as checkpoints.load_state
+        gives it; validated_until: the first epoch whose validation is still to come.
+        """
+        self.series = {name: MonitorSeries(name, interval=steps_per_epoch, verbose=False) for name in STEP_SERIES}
+        self.time = MonitorTimeElapsed("time", interval=steps_per_epoch, verbose=False)
+        self.validations = {name: MonitorSeries(name, interval=1, verbose=False) for name in VALIDATION_SERIES}
+        for name, monitor in {**self.series, "time": self.time, **self.validations}.items():
+            if folder:      # without a Monitor, nnabla's classes leave an earlier file as it is
+                monitor.sp = str(folder / f"{name}.{'timer' if name == 'time' else 'series'}.txt")
+                keep_lines(monitor.sp, validated_until if name in self.validations else first_step)
+            monitor.flush_at = -1 if name in self.validations else first_step - first_step % steps_per_epoch - 1
+        self.folder, self.num_hits, self.had_no_hits = folder, None, False
+        if state:
+            for name in STEP_SERIES:
+                self.series[name].buf = state.series.get(name, np.empty(0)).tolist()
+            now = time.time()
+            self.time.start, self.time.lap = now - state.progress["elapsed"], now - state.progress["lap"]
+
+    def add(self, step, **values):
+        """Take up a step's values, one for each of STEP_SERIES."""
+        with helper.writing(f"{self.folder}/*.series.txt"):
+            self.num_hits = sum(self.series["hits"].buf) + values["hits"]
+            for name, value in values.items():
+                self.series[name].add(step, value)
+            self.time.add(step)
+
+    def add_validation(self, epoch, **values):
+        """Write down an epoch's measures, of VALIDATION_SERIES."""
+        with helper.writing(self.folder / "*.series.txt"):
+            for name, value in values.items():
+                self.validations[name].add(epoch, value)
+
+    def lost_the_surface(self):
+        """Return whether no ray has hit in the epoch that has just ended, while one had in the epoch before."""
+        before, self.had_no_hits = self.had_no_hits, self.num_hits == 0
+        return self.had_no_hits and not before
+
+    def times(self):
+        """Return the seconds of the run so far, without those between its starts, and of this epoch."""
+        now = time.time()
+        return {"elapsed": now - self.time.start, "lap": now - self.time.lap}
+
+    def buffers(self):
+        """Return what the series hold of an unfinished epoch, {name: numbers}."""
+        return {name: series.buf for name, series in self.series.items()}
+
+
+def keep_lines(path, until):
+    """Cut a monitor's file down to its whole lines whose first number is below `until`; no file is no error."""
+    if not Path(path).exists():
+        return
+    with helper.writing(path):
+        lines = Path(path).read_text().splitlines(keepends=True)
+        kept = [line for line in lines if re.match(r"\d+ .*\n", line) and int(line.split()[0]) < until]
+    if kept != lines:
+        helper.write_bytes(path, "".join(kept).encode())

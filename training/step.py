@@ -1,0 +1,169 @@
+"""One step of the optimisation: a point for each ray, the losses at these points, and their gradients (section 3)."""
+from typing import NamedTuple, Tuple
+
+import nnabla as nn
+import nnabla.functions as F
+import numpy as np
+
+import network
+import ray_tracer
+from backends.gpu import constant, row_sums
+
+LOSSES = ("loss", "color", "mask", "eikonal")       # the total first
+
+
+class Placed(NamedTuple):
+    """Where each ray of a batch carries its loss."""
+    points: np.ndarray          # (R, 3) float32: the hit in the object mask, else the sample of least sdf
+    hit_in_mask: np.ndarray     # (R,) bool: whether it is a hit; only these rays have a colour
+
+
+class LossWeights(NamedTuple):
+    mask: float
+    eikonal: float
+
+
+def place_points(sdf, batch, tracer, rng) -> Placed:
+    """Find the point of each ray that carries its loss.
+
+    sdf: what network.sdf_evaluator gives; batch: a datasets.Batch; tracer: the configuration's section, whose sphere
+    tracing is for renders alone; rng: of the samples' places.
+    """
+    settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
+    t, hit_in_mask = ray_tracer.hit_or_least_sdf(sdf, batch.origin, batch.directions, batch.mask,
+                                                 rough_sdf=sdf.half_precision, rng=rng, **settings)
+    return Placed(batch.origin + t[:, None] * batch.directions, hit_in_mask)
+
+
+# --- the losses -------------------------------------------------------------------------------------------------------
+
+def total(x):
+    """Return the sum of all of x (N, C), as a scalar Variable."""
+    return F.reshape(F.affine(F.reshape(x, (1, -1)), constant(np.ones((x.size, 1)))), ())
+
+
+def color_loss(rgb, rgb_true, weights, num_rays):
+    """Return (1 / num_rays) sum of |rgb - rgb_true|_1 over the rows, weighted by weights (N, 1) (equation 6)."""
+    return total(F.absolute_error(rgb, rgb_true) * weights) * (1.0 / num_rays)
+
+
+def mask_loss(sdf, object_mask, weights, alpha, num_rays):
+    """Return (1 / (alpha num_rays)) sum of CE(object_mask, sigmoid(-alpha sdf)) over the rows, weighted (equation 7).
+
+    sdf, object_mask, weights: (N, 1); alpha: (1, 1) Variable.
+    """
+    return total(F.sigmoid_cross_entropy(sdf * alpha * -1.0, object_mask) * weights / alpha) * (1.0 / num_rays)
+
+
+def eikonal_loss(normal):
+    """Return the mean of (|normal| - 1)^2 over the rows of the sdf's gradient, normal (N, 3) (equation 8)."""
+    norm = (row_sums(normal * normal) + 1e-12) ** 0.5       # a root has no derivative at 0
+    return total((norm - 1.0) ** 2.0) * (1.0 / normal.shape[0])
+
+
+class TrainingGraph:
+    """The losses of one step over num_rays rays, of which the first num_surface may hit the surface in their mask.
+
+    Inputs: points (num_rays + num_rays // 2, 3), the rays' points and then the uniform ones; directions and rgb
+    (num_surface, 3); color_weights (num_surface, 1), 0 for a ray without a hit in its mask; object_mask and
+    mask_weights (num_rays, 1), 0 for a ray with a hit; alpha (1, 1).
+    forward() computes `losses`, a Variable for each name of LOSSES; backward() adds the total's gradient to those of the
+    parameters.
+    """
+
+    def __init__(self, without, weights: LossWeights, num_rays, num_surface, want_grad_rays=False):
+        self.num_rays = num_rays
+        self.points = nn.Variable((num_rays + num_rays // 2, 3))
+        self.directions, self.rgb = nn.Variable((num_surface, 3)), nn.Variable((num_surface, 3))
+        self.color_weights, self.alpha = nn.Variable((num_surface, 1)), nn.Variable((1, 1))
+        self.object_mask, self.mask_weights = nn.Variable((num_rays, 1)), nn.Variable((num_rays, 1))
+        self.directions.need_grad = want_grad_rays
+        self.surface = surface = network.surface_evaluation(self.points, self.directions, want_grad_rays)
+        mask = mask_loss(surface.sdf[:num_rays], self.object_mask, self.mask_weights, self.alpha, num_rays)
+        eikonal, color = eikonal_loss(surface.normal), constant(0.0)
+        if num_surface:
+            rgb = network.rendering(surface.hit, surface.hit_normal, self.directions * -1.0, surface.hit_feature,
+                                    network.folded_weights("rendering"), without)
+            color = color_loss(rgb, self.rgb, self.color_weights, num_rays)
+        loss = color + mask * weights.mask + eikonal * weights.eikonal
+        self.losses = dict(zip(LOSSES, (loss, color, mask, eikonal)))
+        for part in (color, mask, eikonal):
+            part.persistent = True
+
+    def forward(self):
+        self.surface.forward()
+        self.losses["loss"].forward(clear_no_need_grad=True)
+
+    def backward(self):
+        if self.directions.need_grad:
+            self.directions.grad.zero()     # nnabla adds to an input's gradient
+        self.losses["loss"].backward(clear_buffer=True)
+        self.surface.backward()
+
+    def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
+        """Return the loss's gradients with respect to the rays' points (R, 3) and the directions (num_surface, 3).
+
+        Only with want_grad_rays, after backward(). The eikonal loss has no part in them, and the distance along a ray is
+        held constant.
+        """
+        return self.surface.grad_points()[:self.num_rays], self.directions.g.copy()
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
+
+class TrainingStep:
+    """The gradients of one step, on graphs that are kept: one for each of a few numbers of surface rays."""
+
+    SIZES = 8
+
+    def __init__(self, without, weights: LossWeights, num_rays, want_grad_rays=False):
+        self.graph_settings, self.num_rays, self.want_grad_rays = (without, weights, num_rays), num_rays, want_grad_rays
+        self.graphs, self.latest = {}, None
+
+    def graph(self, num_hits) -> TrainingGraph:
+        """Return the graph for at least that many surface rays; few sizes, so that few graphs are built."""
+        grain = -(-self.num_rays // self.SIZES)
+        num_surface = min(-(-num_hits // grain) * grain, self.num_rays)
+        if num_surface not in self.graphs:
+            self.graphs[num_surface] = TrainingGraph(*self.graph_settings, num_surface, self.want_grad_rays)
+        return self.graphs[num_surface]
+
+    def fill(self, batch, placed: Placed, alpha, rng) -> TrainingGraph:
+        """Return the graph of a step with its inputs set; rng: of the eikonal loss's uniform points."""
+        graph = self.graph(placed.hit_in_mask.sum())
+        num_surface = graph.directions.shape[0]
+        order = np.argsort(~placed.hit_in_mask, kind="stable")       # the rays with a colour first
+        color_weights = np.where(placed.hit_in_mask, batch.weights, 0.0)[order].astype(np.float32)
+        mask_weights = batch.weights[order].astype(np.float32) - color_weights
+        uniform = rng.uniform(-1.0, 1.0, (self.num_rays // 2, 3)).astype(np.float32)
+        graph.points.d = np.concatenate([placed.points[order], uniform])
+        if num_surface:
+            graph.directions.d, graph.rgb.d = batch.directions[order[:num_surface]], batch.rgb[order[:num_surface]]
+            graph.color_weights.d = color_weights[:num_surface, None]
+        graph.object_mask.d = batch.mask[order, None].astype(np.float32)        # nnabla's GPU has no bool
+        graph.mask_weights.d = mask_weights[:, None]
+        graph.alpha.d = alpha
+        self.latest = graph, order
+        return graph
+
+    def compute_gradients(self, solver, batch, placed: Placed, alpha, rng) -> dict:
+        """Compute the gradients that solver.update() takes; returns {name of a loss: Variable}.
+
+        On a GPU this only hands over the work; reading a loss waits for it.
+        """
+        graph = self.fill(batch, placed, alpha, rng)
+        solver.zero_grad()
+        graph.forward()
+        graph.backward()
+        return graph.losses
+
+    def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
+        """Return the loss's gradients with respect to the batch's points and directions, (R, 3) float32 each.
+
+        They are those of TrainingGraph.grad_rays, in the batch's order, after compute_gradients.
+        """
+        graph, order = self.latest
+        grad_points, grad_directions = np.zeros((2, self.num_rays, 3), np.float32)
+        found_points, found_directions = graph.grad_rays()
+        grad_points[order], grad_directions[order[:len(found_directions)]] = found_points, found_directions
+        return grad_points, grad_directions
