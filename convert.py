@@ -22,10 +22,10 @@ import pickletools
 import re
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple, Tuple
 
-import h5py
 import nnabla as nn
 import numpy as np
 from nnabla.logger import logger
@@ -33,10 +33,13 @@ from nnabla.logger import logger
 from training import checkpoints
 import helper
 import network
-from training.checkpoints import POSE, check_pose
+from training.checkpoints import POSE, check_parameters, check_pose
 from helper import UserError
 
-MOST_BYTES = 1 << 30    # of a checkpoint, which is read whole; the paper's networks take 12 MB
+MOST_BYTES = 3 << 27    # of a checkpoint, which is read whole; the paper's networks take 12 MB
+MOST_FILES = 10000      # in a zip
+# Of a pickle; the paper's networks take 10,000 bytes in 1,500 instructions that nest three deep.
+MOST_PICKLED, MOST_INSTRUCTIONS, MOST_NESTED = 1 << 18, 100000, 8
 OLD_MAGIC = 0x1950A86A20F9469CFC6C      # the first thing in the form that PyTorch wrote before 1.6
 OLD_VERSION = 1001
 THEIR_PARTS = {"b": "bias", "g": "weight_g", "v": "weight_v"}      # in their order
@@ -81,7 +84,7 @@ def to_ours(paths, output):
 
 def to_theirs(path, output, old_form):
     """Write our model at `path` (.h5) as their checkpoint `output` (.pth), and trained cameras to one beside it."""
-    ours = read_parameters(path)
+    ours = checkpoints.read_arrays(path)[0]
     models, cameras = their_parameters(path, ours)
     number = re.fullmatch(r"model_(\d{1,9})\.h5", Path(path).name)
     beside = Path(output).with_name(Path(output).stem + "_cameras.pth") if models else output
@@ -150,11 +153,12 @@ def wanted_shapes(path, shapes):
     """
     try:
         found = sizes(shapes)
-    except (ValueError, KeyError, IndexError):
-        raise UserError(f"{path}: holds no networks of IDR's, or not all of their layers")
+    except (ValueError, KeyError, IndexError) as error:
+        raise UserError(f"{path}: holds no networks of IDR's, or not all of their layers") from error
     for key, value in found.items():
         kind, (allowed, says) = helper.SETTINGS["network"][key]
         helper.check_value(f"{path}: the network's {key}", value, kind, allowed, says)
+    helper.check_products(path, helper.flat({"network": found}))
     return network.parameter_shapes(**found)
 
 
@@ -213,39 +217,20 @@ def our_parameters(path, tree, buffers):
 
 
 def their_parameters(path, ours):
-    """Return their two state dicts, {their name: array}, of our parameters: the networks' and the cameras'.
+    """Return their two state dicts, {their name: array float32}, of our parameters: the networks' and the cameras'.
 
     Either may be empty. Raises UserError where `ours`, from `path`, is no model of ours.
     """
-    cameras = {"weight": ours[POSE]} if POSE in ours else {}
     shapes = {name: array.shape for name, array in ours.items() if name != POSE}
-    if cameras:
-        check_pose(f"{path}: {POSE}", ours[POSE].shape)
-    if shapes or not cameras:
+    if shapes or POSE not in ours:
         check_shapes(path, shapes, wanted_shapes(path, shapes))
-    models = {}
+    check_parameters(path, ours, shapes)
+    ours = {name: array.astype(np.float32, copy=False) for name, array in ours.items()}
+    cameras, models = {"weight": ours[POSE]} if POSE in ours else {}, {}
     for name in sorted(shapes, key=lambda name: (name.split("/")[0], int(name.split("/")[1]), name)):
         array = ours[name].T if name.endswith("/v") else ours[name]
         models[their_name(name)] = np.ascontiguousarray(array).reshape(their_shape(name, ours[name].shape))
     return models, cameras
-
-
-def read_parameters(path):
-    """Return {name: array float32} of all that our checkpoint at `path` (.h5) holds."""
-    found, room = {}, Path(path).stat().st_size if Path(path).is_file() else 0
-
-    def take(name, item):
-        if isinstance(item, h5py.Dataset):
-            if item.nbytes > room:      # a file may claim more than it holds, and more than the memory
-                raise ValueError
-            found[name] = np.asarray(item[()], np.float32)
-
-    try:
-        with h5py.File(str(path), "r") as file:
-            file.visititems(take)
-    except Exception:   # a damaged file makes h5py raise OSError, ValueError, RuntimeError, KeyError, ...
-        raise UserError(f"{path}: not a readable .h5 checkpoint (missing, truncated, or another kind of file)")
-    return found
 
 
 # --- reading what torch.save wrote ------------------------------------------------------------------------------------
@@ -263,15 +248,24 @@ class Tensor(NamedTuple):
     stride: Tuple[int, ...]
 
 
+class Called(str):
+    """A function or type that a pickle names, as "module name"; a mere text is none."""
+
+
 def rebuilt_tensor(storage, offset, shape, stride, *_):
     """What torch._utils._rebuild_tensor_v2 makes, as a Tensor; what follows the stride says how to train it."""
-    if type(storage) is not Storage or len(shape) != len(stride) or not 0 <= len(shape) <= 8 \
-            or not all(type(n) is int and n >= 0 for n in (offset,) + shape + stride):
+    if type(storage) is not Storage or type(shape) is not tuple or type(stride) is not tuple \
+            or len(shape) != len(stride) or len(shape) > 8 or not all(map(is_count, (offset,) + shape + stride)):
         raise UserError("has a tensor that is none; the file is damaged")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
     if 0 not in shape and last >= storage.count:
         raise UserError(f"has a tensor of shape {shown(shape)} that reaches beyond its {storage.count} numbers")
     return Tensor(storage, offset, shape, stride)
+
+
+def is_count(value):
+    """Whether a value is a whole number from 0 that a computer counts with."""
+    return type(value) is int and 0 <= value < 2 ** 63
 
 
 # All that a checkpoint may name; each is a function of ours, or the type of a storage's numbers.
@@ -286,21 +280,50 @@ EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
+class Nesting:
+    """How deep the dicts, lists and tuples of a pickle nest, which stays below MOST_NESTED.
+
+    Python goes into values that nest by recursion, as to hash or to compare them, and at some depth crashes.
+    """
+
+    def __init__(self):
+        self.known, self.within = {}, set()     # id of a value: (the value, which so keeps its id, its depth)
+
+    def put(self, holder, values):
+        """Note that `values` are now in `holder`, and return it; UserError where that nests too deep.
+
+        What is in another value may not change any more, or the depth of that would; torch.save fills it before.
+        """
+        depth = self.known.get(id(holder), (None, 1))[1]
+        for value in values:
+            if type(value) in (dict, list, tuple):
+                depth = max(depth, 1 + self.known.setdefault(id(value), (value, 1))[1])
+                self.within.add(id(value))
+        if values and id(holder) in self.within:
+            raise UserError("changes a dict or list that is in another already; it is no checkpoint of a model")
+        if depth > MOST_NESTED:
+            raise UserError(f"nests values more than {MOST_NESTED} deep; it is no checkpoint of a model")
+        self.known[id(holder)] = holder, depth
+        return holder
+
+
 def read_pickle(file):
     """Read the pickle at the position of a binary file: what it holds and {key: Storage} of all its storages.
 
     Only the instructions here are known, and they can only fill dicts, lists and tuples and call FUNCTIONS. Raises
-    UserError, without the file's name, at any other; any exception where the pickle is damaged.
+    UserError, without the file's name, at any other and at too many; any exception where the pickle is damaged.
     """
-    stack, marks, memo, storages = [], [], {}, {}
+    stack, marks, memo, storages, nesting = [], [], {}, {}, Nesting()
 
     def take_off(start):
         taken = stack[start:]
         del stack[start:]
         return taken
 
-    for instruction, value, _ in pickletools.genops(file):
+    for number, (instruction, value, _) in enumerate(pickletools.genops(file)):
         name = instruction.name
+        if number == MOST_INSTRUCTIONS:
+            raise UserError(f"has more than {MOST_INSTRUCTIONS} instructions; it is no checkpoint of a model")
         if name in WITH_VALUE:
             stack.append(value)
         elif name in CONSTANTS:
@@ -308,32 +331,38 @@ def read_pickle(file):
         elif name in EMPTY:
             stack.append(EMPTY[name]())
         elif name in TUPLES:
-            stack.append(tuple(take_off(len(stack) - TUPLES[name])))
+            items = take_off(len(stack) - TUPLES[name])
+            stack.append(nesting.put(tuple(items), items))
         elif name == "MARK":
             marks.append(len(stack))
         elif name == "TUPLE":
-            stack.append(tuple(take_off(marks.pop())))
+            items = take_off(marks.pop())
+            stack.append(nesting.put(tuple(items), items))
         elif name in ("BINPUT", "LONG_BINPUT"):
             memo[value] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
             stack.append(memo[value])
         elif name in ("SETITEM", "SETITEMS"):
             items = take_off(marks.pop() if name == "SETITEMS" else len(stack) - 2)
-            dict.update(stack[-1], zip(items[::2], items[1::2]))
+            if not all(type(key) is str or is_count(key) for key in items[::2]):
+                raise UserError("has a dict whose keys are neither texts nor small numbers; it is no checkpoint of a model")
+            dict.update(nesting.put(stack[-1], items[1::2]), zip(items[::2], items[1::2]))
         elif name in ("APPEND", "APPENDS"):
             items = take_off(marks.pop() if name == "APPENDS" else len(stack) - 1)
-            list.extend(stack[-1], items)
+            list.extend(nesting.put(stack[-1], items), items)
         elif name == "GLOBAL":
             if value not in FUNCTIONS and value not in STORAGES:
                 raise UserError(f"asks for {shown(value.replace(' ', '.'))}, which no model needs; it was not run")
-            stack.append(value)
+            stack.append(Called(value))
         elif name == "REDUCE":
             function, arguments = take_off(len(stack) - 2)
+            if type(function) is not Called or type(arguments) is not tuple:
+                raise UserError("calls what is no function; the file is damaged")
             stack.append(FUNCTIONS[function](*arguments))
         elif name == "BUILD":
             stack.pop()     # what it would set are attributes, such as a state dict's _metadata
         elif name == "BINPERSID":
-            storage = named_storage(*stack.pop())
+            storage = named_storage(stack.pop())
             if storages.setdefault(storage.key, storage) != storage:
                 raise UserError("describes one storage in two ways; the file is damaged")
             stack.append(storage)
@@ -343,11 +372,16 @@ def read_pickle(file):
     return result, storages
 
 
-def named_storage(kind, dtype, key, _, count, view=None):
+def named_storage(described):
     """Return the Storage that a pickle's persistent id describes; its device does not matter."""
-    if kind != "storage" or type(key) is not str or type(count) is not int or view is not None \
-            or not 0 <= count <= MOST_BYTES:
+    if type(described) is tuple and len(described) == 6 and described[5] is None:
+        described = described[:5]       # the old form says that it is no view of another
+    if type(described) is not tuple or len(described) != 5:
         raise UserError("has a storage that is none, or a view of another; the file is damaged or very old")
+    kind, dtype, key, _, count = described
+    if not (type(kind) is str and kind == "storage" and type(dtype) is Called and dtype in STORAGES
+            and type(key) is str and is_count(count) and count <= MOST_BYTES):
+        raise UserError("has a storage that is none; the file is damaged")
     return Storage(key, STORAGES[dtype], count)
 
 
@@ -357,6 +391,7 @@ def read_checkpoint(path):
     Returns what it holds, with a Tensor for each tensor, and {key: the bytes of a storage}; as_array joins the two.
     Raises UserError for a file that is neither, is damaged, or asks for anything but dicts and tensors.
     """
+    helper.check_is_file(path)
     try:
         size = Path(path).stat().st_size
         if size > MOST_BYTES:
@@ -368,38 +403,58 @@ def read_checkpoint(path):
             return read_old_form(data)
         raise UserError("is not what torch.save writes; give a .pth of ModelParameters or CamParameters")
     except UserError as error:
-        raise UserError(f"{path}: {error}")
+        raise UserError(f"{path}: {error}") from error
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error})")
-    except Exception:   # zipfile, struct, pickletools and the stack raise whatever the bytes lead them to
-        raise UserError(f"{path}: is damaged or truncated; copy it again")
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except Exception as error:  # zipfile, struct, pickletools and the stack raise whatever the bytes lead them to
+        raise UserError(f"{path}: is damaged or truncated; copy it again") from error
 
 
 def read_zip_form(data):
     """Read the form that PyTorch writes since 1.6: a zip, not compressed, of data.pkl and one file per storage."""
+    if data.count(b"PK\1\2") > MOST_FILES:     # one for each; zipfile would take them all in
+        raise UserError(f"holds more than {MOST_FILES} files; a model of IDR's has fewer")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         files = {info.filename: info for info in archive.infolist()}
-        if sum(info.file_size for info in files.values()) > len(data):
-            raise UserError("unpacks to more than it holds; torch.save does not compress")
-        folder, = [name[:-len("data.pkl")] for name in files if name.endswith("/data.pkl")]
-        if folder + "byteorder" in files and archive.read(folder + "byteorder") != b"little":
-            raise UserError("was written on a big-endian machine; save it again on another")
-        tree, storages = read_pickle(io.BytesIO(archive.read(folder + "data.pkl")))
-        buffers = {key: archive.read(f"{folder}data/{key}") for key in storages}
+    if sum(info.file_size for info in files.values()) > len(data):
+        raise UserError("unpacks to more than it holds; torch.save does not compress")
+    folder, = [name[:-len("data.pkl")] for name in files if name.endswith("/data.pkl")]
+    if folder + "byteorder" in files and stored(data, files[folder + "byteorder"]) != b"little":
+        raise UserError("was written on a big-endian machine; save it again on another")
+    program = stored(data, files[folder + "data.pkl"])
+    tree, storages = read_pickle(io.BytesIO(program[:MOST_PICKLED]))
+    buffers = {key: stored(data, files[f"{folder}data/{key}"]) for key in storages}
     for key, storage in storages.items():
         if len(buffers[key]) != storage.count * np.dtype(storage.dtype).itemsize:
             raise UserError(f"has {len(buffers[key])} bytes for {storage.count} numbers; the file is damaged")
     return tree, buffers
 
 
+def stored(data, info):
+    """Return a file of a zip that is `data`, as a view of the bytes there; its directory says `info` of it."""
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise UserError("is compressed; torch.save does not do so")
+    name, extra = struct.unpack_from("<HH", data, info.header_offset + 26)
+    start = info.header_offset + 30 + name + extra
+    content = memoryview(data)[start:start + info.file_size]
+    if zlib.crc32(content) != info.CRC:
+        raise ValueError
+    return content
+
+
 def read_old_form(data):
     """Read the form of PyTorch before 1.6: five pickles, then for each storage its count (int64) and its numbers."""
-    file = io.BytesIO(data)
-    _, version, machine, (tree, storages), keys = [read_pickle(file) if number == 3 else read_pickle(file)[0]
-                                                   for number in range(5)]
+    pickles, start = [], 0
+    for _ in range(5):
+        file = io.BytesIO(data[start:start + MOST_PICKLED])
+        pickles.append(read_pickle(file))
+        start += file.tell()
+    (_, version, machine, tree, keys), storages = (found for found, _ in pickles), pickles[3][1]
+    if type(keys) is not list or not all(type(key) is str for key in keys):
+        raise UserError("does not say where its numbers are; the file is damaged")
     if version != OLD_VERSION or machine["little_endian"] is not True:
         raise UserError("is of another version, or of a big-endian machine; save it again with a newer PyTorch")
-    buffers, start = {}, file.tell()
+    buffers = {}
     for key in keys:
         count, = struct.unpack_from("<q", data, start)
         size = count * np.dtype(storages[key].dtype).itemsize

@@ -6,12 +6,15 @@ import argparse
 import contextlib
 import ctypes
 import errno
+import math
 import os
 import re
 import reprlib
 import signal
+import stat
 import sys
 import tempfile
+from collections.abc import Hashable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -144,6 +147,22 @@ def stop_signals():
             signal.signal(number, handler)
 
 
+def check_is_file(path, mend=""):
+    """Raise UserError, with the words of `mend` at its end, unless `path` is a regular file or a link to one.
+
+    A named pipe would keep its reader waiting without end, and a device may have no end.
+    """
+    mend = f"; {mend}" if mend else ""
+    try:
+        mode = os.stat(str(path)).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such file{mend}") from error
+    except (OSError, ValueError) as error:      # ValueError: a zero byte in the name
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'no file name'})") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: not a regular file{mend}")
+
+
 def write_bytes(path, content):
     """Write `content` to `path`, replacing it whole."""
     with replacing(path) as temporary:
@@ -186,76 +205,116 @@ def video_writer(path):
 
 # --- configuration ----------------------------------------------------------------------------------------------------
 
-POSITIVE = (lambda v: v > 0, "more than 0")
-NOT_NEGATIVE = (lambda v: v >= 0, "0 or more")
-AT_LEAST_TWO = (lambda v: v >= 2, "2 or more")
-TEXT = (lambda v: v.strip() != "" and v.isprintable(), "a name")
-ASCENDING = (lambda v: all(e >= 0 for e in v) and v == sorted(v), "epochs in ascending order")
+MOST_TEXT = 1 << 16     # bytes of a configuration; ours have 3,000
+MOST_EPOCHS = 100000    # the names of models have five digits
+MOST_VIEWS = 100000
+
+
+def between(least, most):
+    """Return what SETTINGS has for numbers from `least` to `most`: a function that allows them, and the words for it."""
+    return lambda v: least <= v <= most, f"between {least} and {most}"
+
+
+def above_zero(most):
+    """The same for numbers greater than 0, up to `most`."""
+    return lambda v: 0 < v <= most, f"more than 0 and at most {most}"
+
+
+def name_of(what):
+    """The same for names of files and folders, which systems hold to 255 bytes between two slashes."""
+    return (lambda v: v.strip() != "" and v.isprintable() and len(v) <= 1000
+            and all(len(part.encode()) <= 200 for part in v.split("/")), what)
+
+
+ASCENDING = (lambda v: len(v) <= 64 and all(0 <= e <= MOST_EPOCHS for e in v) and v == sorted(v),
+             f"at most 64 epochs in ascending order, from 0 to {MOST_EPOCHS}")
 
 # Every key of a configuration: its type and the values it may take. config/default.yaml says what each one means.
+# The upper bounds are far beyond what is of use, and below what a computer cannot do at all.
 SETTINGS = {
     "data": {
-        "path": (str, (TEXT[0], "a folder")),
-        "cameras": (str, (TEXT[0], "a file in the scene's folder")),
-        "downscale": (int, POSITIVE),
-        "held_out_views": ([int], (lambda v: all(i >= 0 for i in v), "indices of views, from 0")),
+        "path": (str, name_of("a folder")),
+        "cameras": (str, name_of("a file in the scene's folder")),
+        "downscale": (int, between(1, 1000)),
+        "held_out_views": ([int], (lambda v: all(0 <= i < MOST_VIEWS for i in v), "indices of views, from 0")),
     },
     "network": {
-        "width": (int, (lambda v: v >= 64, "64 or more")),
-        "feature": (int, POSITIVE),
-        "layers": (int, AT_LEAST_TWO),
+        "width": (int, between(64, 4096)),
+        "feature": (int, between(1, 1024)),
+        "layers": (int, between(2, 64)),
         "radius": (float, (lambda v: 0 < v < 1, "between 0 and 1")),
         "without": ([str], (lambda v: set(v) <= {"normal", "view", "feature"}, "any of normal, view and feature")),
     },
     "tracer": {
-        "sphere_tracing_steps": (int, NOT_NEGATIVE),
-        "tolerance": (float, POSITIVE),
-        "samples": (int, AT_LEAST_TWO),
+        "sphere_tracing_steps": (int, between(0, 1000)),
+        "tolerance": (float, above_zero(1)),
+        "samples": (int, between(2, 1000)),
         "refinement": (str, (lambda v: v in ("secant", "bisection"), "secant or bisection")),
-        "refinement_steps": (int, NOT_NEGATIVE),
+        "refinement_steps": (int, between(0, 100)),
     },
     "train": {
-        "epochs": (int, POSITIVE),
-        "rays": (int, AT_LEAST_TWO),
+        "epochs": (int, between(1, MOST_EPOCHS)),
+        "rays": (int, between(2, 65536)),
         "outline_rays": (float, (lambda v: 0 <= v < 1, "0 or more and less than 1")),
-        "learning_rate": (float, POSITIVE),
+        "learning_rate": (float, above_zero(100)),
         "learning_rate_halved_after": ([int], ASCENDING),
-        "camera_learning_rate": (float, NOT_NEGATIVE),
-        "alpha": (float, POSITIVE),
+        "camera_learning_rate": (float, between(0, 100)),
+        "alpha": (float, above_zero(1000000)),
         "alpha_doubled_after": ([int], ASCENDING),
-        "mask_weight": (float, NOT_NEGATIVE),
-        "eikonal_weight": (float, NOT_NEGATIVE),
-        "seed": (int, NOT_NEGATIVE),
-        "save_every": (int, POSITIVE),
-        "validate_every": (int, POSITIVE),
-        "validation_view": (int, NOT_NEGATIVE),
-        "validation_downscale": (int, POSITIVE),
+        "mask_weight": (float, between(0, 1000000)),
+        "eikonal_weight": (float, between(0, 1000000)),
+        "seed": (int, between(0, 2 ** 32 - 1)),
+        "save_every": (int, between(1, MOST_EPOCHS)),
+        "validate_every": (int, between(1, MOST_EPOCHS)),
+        "validation_view": (int, between(0, MOST_VIEWS - 1)),
+        "validation_downscale": (int, between(1, 1000)),
     },
     "extract": {
-        "coarse_resolution": (int, (lambda v: v >= 16, "16 or more")),
-        "resolution": (int, (lambda v: v >= 16, "16 or more")),
+        "coarse_resolution": (int, between(16, 512)),
+        "resolution": (int, between(16, 1024)),
     },
 }
+
+# What numbers that are each allowed may come to when multiplied: as many weights, samples or activations, about.
+MOST_TOGETHER = ((("network.width", "network.width", "network.layers"), 64 * 10 ** 6),
+                 (("train.rays", "tracer.samples"), 16 * 10 ** 6),
+                 (("train.rays", "network.width", "network.layers"), 500 * 10 ** 6))
 
 # What the keys that a file may leave out are then.
 OPTIONAL = {"data": {"cameras": "cameras.npz"}, "network": {"without": []},
             "train": {"outline_rays": 0.0, "camera_learning_rate": 0.0}}
 
 
-SHORT = reprlib.Repr()      # a few lines of YAML that point to one another may spell out a text without end
+class Shortened(reprlib.Repr):
+    """repr for an error's one line: whatever a file holds, it says it in few letters."""
+
+    def repr_int(self, x, level):
+        return super().repr_int(x, level) if abs(x) < 10 ** 40 else "a number of more than 40 digits"
+
+
+SHORT = Shortened()
 SHORT.maxlevel = 2
 
 
 class ConfigLoader(yaml.SafeLoader):
     """Safe YAML in which 1e-4 is a number, as in YAML 1.2 (YAML 1.1 wants 1.0e-4 and calls the short form a text), and
-    in which a key given twice is an error."""
+    in which a key given twice is an error, and an alias too: a few lines of them spell out a text without end."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(problem="a configuration has no aliases; write out what * stands for",
+                                              problem_mark=self.peek_event().start_mark)
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for index, (key_node, _) in enumerate(node.value):
-            if keys[index] in keys[:index]:
-                raise yaml.constructor.ConstructorError(problem=f"the key {keys[index]!r} is given twice",
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if isinstance(key, Hashable) and key in seen:
+                raise yaml.constructor.ConstructorError(problem=f"the key {SHORT.repr(key)} is given twice",
                                                         problem_mark=key_node.start_mark)
+            if isinstance(key, Hashable):       # SafeLoader refuses others
+                seen.add(key)
         return super().construct_mapping(node, deep)
 
 
@@ -269,24 +328,31 @@ def load_config(path):
     Raises UserError, naming the file and the key, for a file that cannot be read, a key that is unknown, missing, of
     the wrong type or out of range.
     """
+    check_is_file(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        with open(str(path), "rb") as file:
+            content = file.read(MOST_TEXT + 1)
+        if len(content) > MOST_TEXT:
+            raise UserError(f"{path}: has more than {MOST_TEXT} bytes, so it is no configuration")
+        text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
-        raise UserError(f"{path}: cannot read the configuration ({reason})")
+        raise UserError(f"{path}: cannot read the configuration ({reason})") from error
     try:
         tree = yaml.load(text, Loader=ConfigLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except Exception as error:      # where a tag and its text do not fit, PyYAML raises nearly anything
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{where}: not valid YAML ({getattr(error, 'problem', None) or 'cannot be parsed'})")
+        problem = (getattr(error, "problem", None) or "cannot be parsed")[:200]
+        raise UserError(f"{path}{where}: not valid YAML ({problem})") from error
     sections = check_keys(path, "", tree, SETTINGS)
     for section, settings in SETTINGS.items():
         values = check_keys(path, section, tree[section], settings, OPTIONAL.get(section, {}))
         for key, (kind, (allowed, says)) in settings.items():
             values[key] = check_value(f"{path}: {section}.{key}", values[key], kind, allowed, says)
-        sections[section] = SimpleNamespace(**values)
-    return SimpleNamespace(**sections)
+        sections[section] = values
+    check_products(path, flat(sections))
+    return SimpleNamespace(**{section: SimpleNamespace(**values) for section, values in sections.items()})
 
 
 def check_keys(path, section, found, wanted, optional={}):
@@ -297,7 +363,8 @@ def check_keys(path, section, found, wanted, optional={}):
         raise UserError(f"{path}: {section or 'the file'} must be a mapping with the keys {', '.join(wanted)}")
     for key in found:
         if key not in wanted:
-            named = f"{prefix}{key}" if isinstance(key, str) and key.isidentifier() else repr(key)
+            plain = isinstance(key, str) and key.isidentifier() and len(key) <= 80
+            named = f"{prefix}{key}" if plain else SHORT.repr(key)
             raise UserError(f"{path}: unknown key {named}; the keys here are {', '.join(wanted)}")
     for key in wanted:
         if key not in found and key not in optional:
@@ -321,6 +388,17 @@ def check_value(where, value, kind, allowed, says):
     if not allowed(value):
         raise UserError(f"{where} must be {says}, not {SHORT.repr(value)}")
     return value
+
+
+def check_products(where, values):
+    """Raise UserError where numbers of {"section.key": value} are together more than MOST_TOGETHER allows.
+
+    A product of which a key is not in `values` is left out.
+    """
+    for keys, most in MOST_TOGETHER:
+        product = math.prod(values[key] for key in keys) if values.keys() >= set(keys) else 0
+        if product > most:
+            raise UserError(f"{where}: {' * '.join(keys)} must be at most {most:,}, not {product:,}; lower one of them")
 
 
 def settings(conf):

@@ -207,7 +207,7 @@ def test_yaml_that_spells_out_a_text_without_end(home, capfd, monkeypatch):
     try:
         path.write_text(whole.replace(f"path: {home / 'tiny'}", f"path: {text}"))
         said = outcome(home, capfd, monkeypatch)
-        assert "data.path must be a text" in said and len(said) < 1000
+        assert "line 4: not valid YAML (a configuration has no aliases" in said and len(said) < 1000
         path.write_text(whole.replace(f"path: {home / 'tiny'}", 'path: "a\\nb\\u001b"'))
         assert "data.path must be a folder" in outcome(home, capfd, monkeypatch)
     finally:
@@ -248,7 +248,7 @@ def test_cameras_that_unpack_to_a_large_array_or_to_none(home, capfd, monkeypatc
         assert path.stat().st_size < 10 ** 5
         with monkeypatch.context() as patch:
             patch.setattr(np.lib.format, "read_array", lambda *_, **__: unpacked.append("matrix"))
-            assert "cameras.npz: not a readable .npz" in outcome(home, capfd, patch) and unpacked == []
+            assert "world_mat_0 is float64 of shape (2000, 2000)" in outcome(home, capfd, patch) and unpacked == []
         with zipfile.ZipFile(str(path), "w") as file:
             for name in ("world_mat_0", "scale_mat_0", "world_mat_1", "scale_mat_1"):
                 file.writestr(name + ".npy", b"no array")

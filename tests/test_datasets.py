@@ -329,7 +329,7 @@ class Trap:
 
 def test_unpickles_nothing(folder, tmp_path):
     change_cameras(folder, world_mat_1=np.array([Trap(tmp_path / "sprung")], dtype=object))
-    refused(folder, folder / "cameras.npz", "not a readable .npz")
+    refused(folder, folder / "cameras.npz", "world_mat_1 is object")
     assert not (tmp_path / "sprung").exists()
 
 

@@ -237,14 +237,14 @@ def test_a_loss_that_is_not_finite(home, monkeypatch, capfd, spoilt, named):
     with monkeypatch.context() as patch:
         at_step(patch, 2 * VIEWS + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert start(home, "before") == 143     # the parameters that the failing step finds
-    before = checkpoints.load_state(home / "before_tiny", {}).parameters
+    before = checkpoints.load_state(home / "before_tiny", {}).arrays
     with monkeypatch.context() as patch:
         patch.setattr(train.TrainingStep, "filled", spoil)
         assert start(home, f"spoilt_{spoilt}") == 2
     said = capfd.readouterr().err.splitlines()[-1]
     assert f"step {2 * VIEWS + 1} (epoch 2)" in said and f"the {named} loss is " in said
     for name, parameter in nn.get_parameters().items():
-        np.testing.assert_array_equal(parameter.d, before[name])
+        np.testing.assert_array_equal(parameter.d, before[f"parameters/{name}"])
     assert checkpoints.load_state(home / f"spoilt_{spoilt}_tiny", {}).progress["step"] == 2 * VIEWS
     assert start(home, f"spoilt_{spoilt}", "--resume") == 0
     same_as_straight(home, f"spoilt_{spoilt}")

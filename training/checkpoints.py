@@ -1,7 +1,7 @@
 """What a training keeps: models, which nn.load_parameters reads, and the state from which it goes on."""
 import io
 import json
-import os
+import math
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +13,10 @@ import helper
 POSE = "cameras/pose"       # cameras.py says what it holds
 STATE_FILE = "state.h5"
 STATE_FORMAT = "IDR training state 1"
-PROGRESS = {"step": int, "steps": int, "loss": float, "elapsed": float, "lap": float, "config": dict}
+MOST_BYTES = 1 << 30        # of a file; the state of the paper's networks takes 36 MB
+MOST_ARRAYS = 10000         # in a file
+MOST_ABOUT = 1 << 18        # letters of a state's progress
+MOST_STEPS = 1 << 40
 
 
 def save_model(path):
@@ -32,8 +35,7 @@ def model_file(path):
         if not models:
             raise helper.UserError(f"{path}: no model_*.h5 in this folder; train first, or name the model's file")
         return models[-1]
-    if not path.is_file():
-        raise helper.UserError(f"{path}: no such model; name a model_*.h5 of a training run, or the run's folder")
+    helper.check_is_file(path, "name a model_*.h5 of a training run, or the run's folder")
     return path
 
 
@@ -67,7 +69,8 @@ def set_parameters(arrays):
     """Make {name: array} nnabla's parameters, beside those of other names."""
     import nnabla as nn
     for name, array in arrays.items():
-        nn.parameter.set_parameter(name, nn.Variable.from_numpy_array(array, need_grad=name != POSE))
+        variable = nn.Variable.from_numpy_array(array.astype(np.float32, copy=False), need_grad=name != POSE)
+        nn.parameter.set_parameter(name, variable)
 
 
 def solver_parameters(solver_name):
@@ -97,9 +100,15 @@ def check_parameters(path, arrays, shapes):
         if arrays[name].shape != tuple(shape):
             raise helper.UserError(f"{path}: {name} is {arrays[name].shape}, the configuration wants {tuple(shape)}; "
                             "use the configuration that lies beside the model")
-        if not np.isfinite(arrays[name]).all():
+        if not is_finite(arrays[name]):
             raise helper.UserError(f"{path}: {name} has values that are not finite; the file is damaged, or its training "
                             "failed; use an earlier one")
+
+
+def is_finite(array):
+    """Whether all numbers of an array are finite in float32, in which the networks compute."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(array.astype(np.float32, copy=False)).all())
 
 
 def read_arrays(path):
@@ -108,28 +117,58 @@ def read_arrays(path):
     Nothing outside the file is read, and no more than the file's own size. Raises UserError for other files.
     """
     import h5py
-    arrays = {}
+    helper.check_is_file(path)
+    limit, found = Path(path).stat().st_size, {}
+    if limit > MOST_BYTES:
+        raise helper.UserError(f"{path}: has more than {MOST_BYTES} bytes; a checkpoint of ours has less")
 
-    def read(name, item):
-        if isinstance(item, h5py.Dataset):
-            if (not isinstance(name, str) or item.dtype.kind not in "fiu" or item.external or item.is_virtual
-                    or item.nbytes > limit):
-                raise ValueError
-            arrays[name] = item[()]
+    def note(name, item):
+        # HDF5 goes into groups of groups by recursion, which ends at its stack's end.
+        if not isinstance(name, str) or name.count("/") > 8 or len(found) == MOST_ARRAYS:
+            raise ValueError
+        found[name] = item
 
     try:
-        limit = os.path.getsize(str(path))
         with h5py.File(str(path), "r") as file:
-            file.visititems(read)
-            return arrays, str(file.attrs.get("about", ""))
-    except Exception:   # a damaged file makes h5py raise nearly anything
-        raise helper.UserError(f"{path}: not a readable .h5 checkpoint (truncated, damaged or another kind of file)")
+            file.visititems(note)
+            datasets = {name: item for name, item in found.items() if isinstance(item, h5py.Dataset)}
+            for item in datasets.values():
+                check_is_plain(item)
+            # Several may lie in one place, or nowhere: what they are together must have room in the file, too.
+            if sum(item.dtype.itemsize * math.prod(item.shape) for item in datasets.values()) > limit:
+                raise ValueError
+            return {name: item[()] for name, item in datasets.items()}, about_of(file, limit)
+    except Exception as error:  # a damaged file makes h5py raise nearly anything
+        raise helper.UserError(f"{path}: not a readable .h5 checkpoint (truncated, damaged or another kind of file)") \
+            from error
+
+
+def check_is_plain(dataset):
+    """Raise ValueError unless a dataset's numbers lie in its file in one piece, as ours do.
+
+    In chunks, a small dataset may unpack to any size.
+    """
+    if dataset.dtype.kind not in "fiu" or dataset.external or dataset.is_virtual or dataset.chunks is not None:
+        raise ValueError
+
+
+def about_of(file, limit):
+    """Return the text of an open file's attribute "about", "" where there is none; ValueError where it is no text."""
+    if "about" not in file.attrs:
+        return ""
+    place = file.attrs.get_id("about")
+    if place.shape != () or place.dtype.kind not in "OSU" or place.get_storage_size() > limit:
+        raise ValueError
+    about = file.attrs["about"]
+    if not isinstance(about, str) or len(about) > MOST_ABOUT:
+        raise ValueError
+    return about
 
 
 def save_state(folder, solvers, progress, series):
     """Write what a training needs to go on, nnabla's parameters included, to `folder`/state.h5, replacing it whole.
 
-    solvers: {name: nnabla solver}; progress: what PROGRESS lists, that is the steps done, the steps of an epoch, the
+    solvers: {name: nnabla solver}; progress: the steps done, the steps of an epoch, the
     last loss, seconds since the start and in this epoch, the settings; series: {name: numbers}.
     Raises UserError where it cannot be written, and where a value is not finite: then the earlier state stays.
     """
@@ -176,18 +215,51 @@ def load_state(folder, shapes):
     arrays, about = read_arrays(path)
     try:
         progress = json.loads(about)
-    except ValueError:
+    except (ValueError, RecursionError):
         progress = None
     if not isinstance(progress, dict) or progress.get("format") != STATE_FORMAT:
         raise helper.UserError(f"{path}: no training state of this program or this version; start without --resume")
-    fits = all(type(progress.get(name)) is kind for name, kind in PROGRESS.items())
-    if not fits or progress.get("checksum") != checksum(arrays):
+    if progress.get("checksum") != checksum(arrays):
         raise helper.UserError(f"{path}: damaged (its checksum is another); start without --resume")
+    check_progress(path, progress)
     parameters = {name[len("parameters/"):]: array for name, array in arrays.items() if name.startswith("parameters/")}
     check_parameters(path, parameters, shapes)
-    parameters = {**{name: parameters[name] for name in shapes}, **parameters}      # in that order, which models keep
+    # In that order, which models keep; what else is there is no parameter of this network.
+    parameters = {name: parameters[name] for name in (*shapes, POSE) if name in parameters}
     series = {name[len("series/"):]: array for name, array in arrays.items() if name.startswith("series/")}
+    for name, array in series.items():
+        if array.ndim != 1 or not np.isfinite(array).all():
+            raise helper.UserError(f"{path}: the series {name} is no list of finite numbers; start without --resume")
     return SimpleNamespace(path=path, progress=progress, parameters=parameters, series=series, arrays=arrays)
+
+
+def check_progress(path, progress):
+    """Raise UserError unless the progress of the state at `path` is one that a training can have had."""
+    whole = {"step": (0, MOST_STEPS), "steps": (1, helper.MOST_VIEWS), "views": (1, helper.MOST_VIEWS),
+             "ranks": (1, helper.MOST_VIEWS)}
+    found = {"views": progress.get("steps"), "ranks": 1, **progress}    # states of one process once lacked these two
+    for name, (least, most) in whole.items():
+        if type(found.get(name)) is not int or not least <= found[name] <= most:
+            raise damaged_progress(path, name, found)
+    for name in ("loss", "elapsed", "lap"):     # not a clock's that was set back: times may be negative
+        if type(found.get(name)) is not float or not abs(found[name]) < 1e30:
+            raise damaged_progress(path, name, found)
+    if found["steps"] != -(-found["views"] // found["ranks"]):
+        raise damaged_progress(path, "steps", found)
+    config = found.get("config")
+    if type(config) is not dict or not all(is_setting(value) for value in config.values()):
+        raise damaged_progress(path, "config", found)
+
+
+def is_setting(value):
+    """Whether a value read from JSON is of a kind that a configuration's keys have."""
+    return type(value) in (int, float, str) or type(value) is list and all(type(v) in (int, str) for v in value)
+
+
+def damaged_progress(path, name, found):
+    """Return the UserError for a state whose progress has an impossible value."""
+    return helper.UserError(f"{path}: its {name} cannot be {helper.SHORT.repr(found.get(name))}; the file is damaged, so "
+                            "start without --resume")
 
 
 def restore_state(state, solvers):
@@ -203,6 +275,11 @@ def restore_state(state, solvers):
             if any(array is None or array.shape != (() if part == "t" else state.parameters[name].shape)
                    for part, array in found.items()):
                 raise helper.UserError(f"{state.path}: has no state of this {solver_name} for {name}; start without --resume")
-            kept.t = int(found.pop("t"))
-            kept.pstate = {part: nn.Variable.from_numpy_array(array) for part, array in found.items()}
+            t = found.pop("t")
+            if t.dtype.kind not in "iu" or not 0 <= t < 2 ** 31 or not all(map(is_finite, found.values())):
+                raise helper.UserError(f"{state.path}: the state of its {solver_name} for {name} has impossible numbers; "
+                                       "the file is damaged, so start without --resume")
+            kept.t = int(t)
+            kept.pstate = {part: nn.Variable.from_numpy_array(array.astype(np.float32, copy=False))
+                           for part, array in found.items()}
         solver.set_states(states)
