@@ -64,7 +64,8 @@ def replacing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = locked_temporary(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder that you may write to") from error
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder that you may write "
+                        "to") from error
     try:
         with writing(path):
             yield Path(temporary)
@@ -183,8 +184,10 @@ def held(folder):
 
 
 def hold(folder):
-    """Open and lock the folder that stands at the path `folder`; return its handle, None on Windows. Raises OSError, and
-    UserError where another process holds it."""
+    """Open and lock the folder that stands at the path `folder`; return its handle, None on Windows.
+
+    Raises OSError, and UserError where another process holds it.
+    """
     while hasattr(os, "O_DIRECTORY"):
         handle = os.open(str(folder), os.O_RDONLY | os.O_DIRECTORY)
         if lock(handle) is False:
@@ -209,7 +212,7 @@ def holding(folder, handle):
 
 
 def check_held(path):
-    """Raise UserError where `path` is, or is in, a folder that this process holds and that is no longer at its place."""
+    """Raise UserError where `path` lies in a folder that this process holds (or is it) and that was moved."""
     for folder, handle in HELD.items():
         if handle is not None and folder in (Path(path), *Path(path).parents) and not stands_at(handle, folder):
             place = ""
