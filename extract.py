@@ -3,15 +3,19 @@
     python extract.py --config results_scan118/default.yaml --model-load-path results_scan118/model_01999.h5
 
 The first pass is coarse: it finds the object, drops what floats beside it, and gives its orientation. The second is
-fine, on a grid in that orientation. The networks give every vertex its normal and its colour. Writes mesh.ply to the
-run's folder, in the frame of the unit sphere; --output and --world say otherwise.
+fine, on a grid in that orientation, which grows where the object goes on beyond it. Outside the unit sphere nothing is
+learnt: a surface that leaves it is closed by the sphere. The networks give every vertex its normal and its colour.
+Writes mesh.ply to the run's folder, in the frame of the unit sphere; --output and --world say otherwise.
 """
+import html
+import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import trimesh
 import trimesh.viewer
+from scipy.ndimage import label
 from skimage.measure import marching_cubes
 from tqdm import tqdm
 
@@ -26,6 +30,8 @@ APART = 1e-3        # of a cell: where the sdf at a point of the grid is nearer 
 LEAF = 2            # blocks of the fine grid are halved down to this many points a side
 SHADED = 1 << 15    # vertices that get their normals and colours together
 SUFFIXES = (".ply", ".obj", ".glb", ".html")
+NO_SURFACE = ("the sdf has no zero set in the unit sphere, so there is no surface to extract; look at the training's "
+              "renders: masks and cameras are the usual causes")
 
 
 def main():
@@ -51,12 +57,19 @@ def main():
         poses = cameras.trained_poses(poses, args.model_load_path)
         datasets.check_views([conf.train.validation_view], len(poses), f"{args.config}: train.validation_view")
 
-    mesh = extract(network.sdf_evaluator(), conf.extract.coarse_resolution, args.resolution or conf.extract.resolution)
-    mesh = with_colors(mesh, conf.network.without)
+    sdf = network.sdf_evaluator()
+    mesh = extract(sdf, conf.extract.coarse_resolution, args.resolution or conf.extract.resolution)
+    cut = cut_by_sphere(mesh.vertices, sdf)
+    if cut.any():
+        share = mesh.area_faces[cut[mesh.faces].all(axis=1)].sum() / mesh.area
+        print(f"notice: the surface leaves the unit sphere, outside of which nothing is learnt; the sphere closes the mesh "
+              f"there, with {share:.1%} of its area (prepare.py {shlex.quote(conf.data.path)} --check tells of an object "
+              "that reaches beyond it)")
+    mesh = with_colors(mesh, conf.network.without, cut)
     for path in paths:
         with helper.replacing(path) as temporary:
             if path.suffix.lower() == ".html":
-                temporary.write_text(page(mesh, path.stem, poses, conf.train.validation_view), encoding="utf-8")
+                temporary.write_bytes(page(mesh, path.stem, poses, conf.train.validation_view).encode(errors="replace"))
             else:
                 write_mesh(temporary, transformed(mesh, scale_mat) if args.world else mesh)
         print(f"{path}: {len(mesh.vertices)} vertices, {len(mesh.faces)} faces, "
@@ -67,13 +80,74 @@ def extract(sdf, coarse_resolution, resolution):
     """The largest component of the zero set of an sdf in the unit sphere, as a trimesh.Trimesh.
 
     sdf: points (N, 3) float32 -> (N,) float32; the resolutions are cells along the longest side of the grid of each
-    pass. Raises UserError where the sdf has no zero set in the cube [-1, 1]^3.
+    pass. Where the unit sphere cuts the shape, it closes the mesh. Raises UserError where the sdf has no zero set in
+    the sphere.
+    """
+    inside = in_sphere(sdf)
+    values, cell = coarse_grid(inside, coarse_resolution, resolution)
+    coarse = largest_component(surface(values, np.eye(3), np.full(3, -1.0), cell))
+    if cut_by_sphere(coarse.vertices, sdf).all():
+        raise helper.UserError(NO_SURFACE)
+    axes, low, high = oriented_box(coarse)
+    step = cell
+    while True:
+        cell_fine = (high - low + 2 * cell).max() / resolution
+        mesh = largest_component(grid_mesh(inside, axes, low - cell, high + cell, cell_fine))
+        at_low, at_high = sides_reached(mesh, axes, low - cell, high + cell, cell_fine)
+        if not (at_low.any() or at_high.any()):
+            return mesh
+        # A part that is too thin for the coarse pass goes on beyond the box.
+        along = thin_parts(values, cell, coarse) @ axes.T
+        low = np.minimum(low - step * at_low, along.min(axis=0))
+        high = np.maximum(high + step * at_high, along.max(axis=0))
+        step *= 2
+
+
+def in_sphere(sdf):
+    """The sdf of the part of a shape that is in the unit sphere."""
+    return lambda points: np.maximum(sdf(points), np.linalg.norm(points, axis=1) - 1)
+
+
+def cut_by_sphere(vertices, sdf):
+    """Which vertices (V, 3) of a mesh are on the unit sphere and inside the shape that it cuts: (V,) bool."""
+    height = np.linalg.norm(vertices, axis=1) - 1
+    cut = height > -0.01        # those of the cut are nearer still; most other vertices need no sdf
+    if cut.any():
+        cut[cut] = sdf(vertices[cut].astype(np.float32)) < height[cut] - 1e-4
+    return cut
+
+
+def coarse_grid(sdf, coarse_resolution, resolution):
+    """The sdf on a grid over the cube [-1, 1]^3, as sparse_grid, and the grid's step.
+
+    Where a shape is so thin that no point of the grid is in it, the grid is made finer, up to `resolution`.
     """
     cell = 2.0 / coarse_resolution
-    coarse = largest_component(grid_mesh(sdf, np.eye(3), np.full(3, -1.0), np.full(3, 1.0), cell))
-    axes, low, high = oriented_box(coarse)
-    cell_fine = (high - low + 2 * cell).max() / resolution
-    return largest_component(grid_mesh(sdf, axes, low - cell, high + cell, cell_fine))
+    while True:
+        values = grid_values(sdf, np.eye(3), np.full(3, -1.0), np.full(3, 1.0), cell)
+        if values.min() < 0 or cell <= 2.0 / resolution or not (values < reach(cell)).any():
+            return values, cell
+        cell /= 2
+
+
+def reach(cell):
+    """The most that the sdf may be at the point of a grid that is nearest to a point of the surface."""
+    return SLACK * cell * 3 ** 0.5 / 2
+
+
+def thin_parts(values, cell, mesh):
+    """The points (P, 3) of the coarse grid near a mesh of it and near all that may be connected to the mesh between the
+    grid's points."""
+    labels = label(values < reach(cell), np.ones((3, 3, 3)))[0]
+    near = labels[tuple(np.rint((mesh.vertices + 1) / cell).astype(int).T)]
+    return np.argwhere(np.isin(labels, near[near > 0])) * cell - 1
+
+
+def sides_reached(mesh, axes, low, high, cell):
+    """At which sides of its grid a mesh ends: those at low and those at high, (3,) bool each. As grid_mesh."""
+    along = mesh.vertices @ axes.T
+    last = low + np.ceil((high - low) / cell) * cell
+    return along.min(axis=0) < low + 1e-4 * cell, along.max(axis=0) > last - 1e-4 * cell
 
 
 def oriented_box(mesh):
@@ -89,11 +163,18 @@ def oriented_box(mesh):
 
 def grid_mesh(sdf, axes, low, high, cell):
     """Marching cubes of an sdf on the grid of step `cell` from `low` to `high` along `axes` (rows): a mesh in x."""
-    counts = np.ceil((high - low) / cell).astype(int) + 1
-    values = sparse_grid(sdf, axes, low, counts, cell)
+    return surface(grid_values(sdf, axes, low, high, cell), axes, low, cell)
+
+
+def grid_values(sdf, axes, low, high, cell):
+    """The sdf on that grid, as sparse_grid."""
+    return sparse_grid(sdf, axes, low, np.ceil((high - low) / cell).astype(int) + 1, cell)
+
+
+def surface(values, axes, low, cell):
+    """Marching cubes of the values of a grid, of which those near 0 are changed: a mesh in x. As grid_mesh."""
     if not (values.min() < 0 < values.max()):
-        raise helper.UserError("the sdf has no zero set in the unit sphere, so there is no surface to extract; "
-                               "look at the training's renders: masks and cameras are the usual causes")
+        raise helper.UserError(NO_SURFACE)
     # A surface through points of the grid would get triangles without area, or with as good as none; to drop these
     # later leaves holes.
     close = np.abs(values) < APART * cell
@@ -150,10 +231,11 @@ def largest_component(mesh):
 
 # --- normals, colours, files ------------------------------------------------------------------------------------------
 
-def with_colors(mesh, without=()):
+def with_colors(mesh, without=(), cut=None):
     """A mesh with the vertex normals and vertex colours of the current parameters; without: as network.rendering.
 
-    A normal is the direction of the sdf's gradient, a colour what the renderer shows to who looks along the normal.
+    A normal is the direction of the sdf's gradient, a colour what the renderer shows to who looks along the normal. The
+    vertices of `cut` (V,) bool, where the unit sphere cuts the shape, get the sphere's normals.
     """
     points = mesh.vertices.astype(np.float32)
     rgb, normals = np.empty_like(points), np.empty_like(points)
@@ -161,6 +243,8 @@ def with_colors(mesh, without=()):
                       disable=len(points) <= SHADED):
         part = slice(start, start + SHADED)
         rgb[part], normals[part] = network.shade(points[part], without=without)
+    if cut is not None:
+        normals[cut] = points[cut]
     return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=trimesh.unitize(normals),
                            vertex_colors=np.rint(255 * np.clip(rgb, 0, 1)).astype(np.uint8), process=False)
 
@@ -222,8 +306,8 @@ def page(mesh, title, poses, view):
     scene = trimesh.Scene(camera=trimesh.scene.Camera(resolution=(800, 600), fov=(56, 44)), camera_transform=camera)
     scene.add_geometry(mesh, transform=upright)
     # trimesh's function asks a scene for its camera and its GLB alone; this GLB has a material that the scene cannot.
-    html = trimesh.viewer.scene_to_html(SimpleNamespace(camera=scene.camera, export=lambda file_type: unlit_glb(scene)))
-    return html.replace("<title>trimesh: threejs viewer</title>", f"<title>{title}</title>")
+    page = trimesh.viewer.scene_to_html(SimpleNamespace(camera=scene.camera, export=lambda file_type: unlit_glb(scene)))
+    return page.replace("<title>trimesh: threejs viewer</title>", f"<title>{html.escape(title)}</title>")
 
 
 if __name__ == "__main__":

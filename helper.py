@@ -10,6 +10,7 @@ import math
 import os
 import re
 import reprlib
+import shlex
 import signal
 import stat
 import sys
@@ -25,14 +26,25 @@ import yaml
 
 # --- errors and files -------------------------------------------------------------------------------------------------
 
+REFUSED_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
+
+
 class UserError(Exception):
     """Bad input: the message is one line that names the file, key or value, and the mend."""
 
 
 def run(main):
     """Call `main()` as a script's body: a UserError ends it with its one line and status 2, Ctrl-C with status 130."""
+    for stream in (sys.stdout, sys.stderr):     # a file's name may hold what the terminal's encoding has not
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        main()
+        try:
+            main()
+        except OSError as error:    # of a path that the system refuses, wherever it is first looked at
+            if error.filename is None or error.errno not in REFUSED_PATHS:
+                raise
+            raise UserError(f"{error.filename}: {error.strerror}; choose another path") from error
     except UserError as error:
         said = "".join(c if c.isprintable() else " " for c in str(error))   # of a file's name that holds a line's end
         print(f"error: {said}", file=sys.stderr)
@@ -46,15 +58,17 @@ def run(main):
 def replacing(path):
     """Yield a temporary path beside `path` (same suffix); rename it to `path` if the block succeeds, else remove it.
 
-    A reader therefore sees the old file or the whole new one. Raises UserError where the folder cannot be written.
+    A reader therefore sees the old file or the whole new one. What a killed process leaves, remove_unfinished removes.
+    Raises UserError where the folder cannot be written, and where this process holds it and it was moved.
     """
     path = Path(path)
+    check_held(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix="." + path.stem + "-", suffix=path.suffix, dir=str(path.parent))
+        handle, temporary = locked_temporary(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder that you may write to")
-    os.close(handle)
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose a folder that you may write "
+                        "to") from error
     try:
         with writing(path):
             yield Path(temporary)
@@ -67,17 +81,71 @@ def replacing(path):
     finally:
         if os.path.exists(temporary):
             os.unlink(temporary)
+        if handle is not None:
+            os.close(handle)
 
 
 @contextlib.contextmanager
 def writing(path):
     """Within, an OSError (a full disk, most often) becomes the UserError that `path` cannot be written."""
+    check_held(path)
     try:
         yield
     except OSError as error:
+        check_held(path)
         mend = "; free some space" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else ""
         raise UserError(f"{path}: cannot be written ({error.strerror or error}){mend}; the earlier file, if any, is "
-                        "intact")
+                        "intact") from error
+
+
+UNFINISHED = ".idr-unfinished-"     # how a temporary file's name begins, before 8 random characters and the suffix
+
+
+def locked_temporary(path):
+    """Make a temporary file for `path` beside it; return its handle and its path, a text.
+
+    The handle holds a lock, by which remove_unfinished sees that the file is in use; where there are no locks it is
+    None. Raises OSError.
+    """
+    while True:
+        handle, temporary = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=str(path.parent))
+        if not lock(handle):
+            os.close(handle)
+            return None, temporary
+        if stands_at(handle, temporary):
+            return handle, temporary
+        os.close(handle)    # it was removed before it had its lock
+
+
+def remove_unfinished(folder):
+    """Remove what processes that were killed while they wrote to a run's folder have left there."""
+    for place in (Path(folder), Path(folder) / "validation", Path(folder) / "renders"):
+        for path in place.glob(f"{UNFINISHED}*"):
+            if re.fullmatch(re.escape(UNFINISHED) + r"\w{8}(\.[^.]*)?", path.name) and path.is_file():
+                with contextlib.suppress(OSError), path.open("rb") as file:     # another process may have removed it
+                    if lock(file.fileno()):
+                        path.unlink()
+
+
+def lock(handle):
+    """Lock an open file or folder until it is closed; return False where another process has it locked, None where the
+    system or the file system has no locks."""
+    try:
+        import fcntl    # not on Windows
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except (ImportError, OSError):
+        return None
+    return True
+
+
+def stands_at(handle, path):
+    """Whether what is open as `handle` is what stands at `path` now."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(str(path)))
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager
@@ -100,27 +168,64 @@ def new_folder(path):
         raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output")
 
 
+HELD = {}       # {folder that this process holds: its handle, or None where a folder cannot be opened}
+
+
 @contextlib.contextmanager
 def held(folder):
-    """Hold `folder` for this process within the block; UserError where another process holds it.
+    """Hold `folder` for this process within the block; yields it. UserError where another process holds it, or where it
+    cannot be opened.
 
-    Where the system or the folder's file system has no locks, nothing is held.
+    Where the system or the folder's file system has no locks, no other process is kept away.
     """
-    handle = None
-    with contextlib.suppress(ImportError, OSError):
-        import fcntl    # not on Windows
-        handle = os.open(str(folder), os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+    try:
+        handle = hold(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be opened ({error.strerror})") from error
+    with holding(folder, handle):
+        yield folder
+
+
+def hold(folder):
+    """Open and lock the folder that stands at the path `folder`; return its handle, None on Windows.
+
+    Raises OSError, and UserError where another process holds it.
+    """
+    while hasattr(os, "O_DIRECTORY"):
+        handle = os.open(str(folder), os.O_RDONLY | os.O_DIRECTORY)
+        if lock(handle) is False:
             os.close(handle)
             raise UserError(f"{folder}: another training writes there; wait for its end or choose another "
                             "--monitor-path")
+        if stands_at(handle, folder):
+            return handle
+        os.close(handle)    # who held it before has moved it
+
+
+@contextlib.contextmanager
+def holding(folder, handle):
+    """Within, check_held watches over a folder that `hold` has given the handle of; then it is let go."""
+    HELD[Path(folder)] = handle
     try:
         yield
     finally:
+        del HELD[Path(folder)]
         if handle is not None:
             os.close(handle)
+
+
+def check_held(path):
+    """Raise UserError where `path` lies in a folder that this process holds (or is it) and that was moved."""
+    for folder, handle in HELD.items():
+        if handle is not None and folder in (Path(path), *Path(path).parents) and not stands_at(handle, folder):
+            place = ""
+            with contextlib.suppress(OSError):
+                place = os.readlink(f"/proc/self/fd/{handle}")      # Linux knows it by its present name
+            if stands_at(handle, place):
+                raise UserError(f"{folder}: was renamed to {place} while the training wrote there, so it ends; "
+                                f"--resume {shlex.quote(place)} goes on from its last state")
+            raise UserError(f"{folder}: was removed or moved away while the training wrote there, so it ends; start "
+                            "again, or --resume FOLDER if you moved it")
 
 
 @contextlib.contextmanager
@@ -511,21 +616,48 @@ def run_folder(conf, monitor_path):
     return Path(f"{monitor_path}_{Path(os.path.abspath(conf.data.path)).name}")
 
 
+@contextlib.contextmanager
 def new_run_folder(conf, monitor_path):
-    """Make the folder of a new run and return it; an earlier run of that name is kept, under a name with a number."""
+    """Make the folder of a new run, yield it and hold it within the block; an earlier run of that name is kept, under a
+    name with a number.
+
+    Of several processes that do this at once, one gets the folder. For the others, and where it cannot be made, this
+    raises UserError.
+    """
     folder = run_folder(conf, monitor_path)
+    while True:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+            try:
+                handle = hold(folder)
+            except FileNotFoundError:
+                if folder.is_symlink():
+                    raise
+                continue        # another process has moved it since the line before
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --monitor-path") from error
+        # The folder belongs to the process that holds it and finds it empty.
+        with holding(folder, handle):
+            remove_unfinished(folder)
+            if not any(folder.iterdir()):
+                yield folder
+                return
+            move_aside(folder)
+
+
+def move_aside(folder):
+    """Give a run's folder, which this process holds, the first name with a number that is free."""
+    number = 1
+    while os.path.lexists(f"{folder}.{number}"):
+        number += 1
     try:
-        if folder.exists():
-            number = 1
-            while Path(f"{folder}.{number}").exists():
-                number += 1
-            with held(folder):
-                folder.rename(f"{folder}.{number}")
-            print(f"{folder} held an earlier run; it is now {folder}.{number}")
-        folder.mkdir(parents=True)
+        folder.rename(f"{folder}.{number}")
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --monitor-path")
-    return folder
+        raise UserError(f"{folder}: holds an earlier run and cannot be renamed ({error.strerror}); choose another "
+                        "--monitor-path") from error
+    print(f"{folder} held an earlier run; it is now {folder}.{number}")
 
 
 def copy_config(path, folder):

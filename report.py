@@ -53,6 +53,7 @@ def main():
     folder = Path(parser.parse_args().folder)
     if not folder.is_dir():
         raise helper.UserError(f"{folder}: no such folder; name that of a training run")
+    helper.remove_unfinished(folder)
     write(folder, running=is_held(folder))
     print(folder / PAGE)
 
@@ -74,7 +75,11 @@ def last_page(folder):
 
 
 def attempt(folder, running, tell):
-    """Make the page; a failure must not end a training: it is told in one line, and once."""
+    """Make the page; a failure must not end a training: it is told in one line, and once.
+
+    Raises UserError where the training's folder is no longer at its place.
+    """
+    helper.check_held(folder)
     try:
         write(folder, running)
     except Exception as error:
@@ -86,7 +91,7 @@ def attempt(folder, running, tell):
 
 def write(folder, running):
     """Write the page of the run in `folder`, replacing it whole. Raises UserError where there is no run."""
-    helper.write_bytes(folder / PAGE, page(read_run(folder), running).encode())
+    helper.write_bytes(folder / PAGE, page(read_run(folder), running).encode(errors="replace"))
 
 
 def is_held(folder):
@@ -165,7 +170,8 @@ def plot(words, lines, log=False, step=False, from_zero=False):
 
     settings = {"svg.fonttype": "none", "svg.hashsalt": words, "axes.edgecolor": RULE, "text.color": INK,
                 "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-                "axes.labelcolor": INK, "font.size": 10.5, "grid.color": RULE, "grid.linewidth": 0.6}
+                "axes.labelcolor": INK, "font.size": 10.5, "grid.color": RULE, "grid.linewidth": 0.6,
+                "text.parse_math": False}
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(4.6, 2.7), constrained_layout=True)
         axes = figure.add_subplot()

@@ -61,13 +61,17 @@ def main():
     world = parallel.connect(args.context, args.device_id)
     writes = world.rank == 0        # the first process, or the only one; the others wait for it where they meet next
     warnings.simplefilter("ignore", RuntimeWarning)     # of NumPy's, on overflow: the losses are looked at instead
-    if state is None and writes:
-        folder = helper.new_run_folder(conf, args.monitor_path)
-    with helper.held(folder) if writes else contextlib.nullcontext(), helper.stop_signals() as stop:
+    if not writes:
+        held = contextlib.nullcontext(folder)
+    elif state is None:
+        held = helper.new_run_folder(conf, args.monitor_path)
+    else:
+        held = helper.held(folder)
+    with held as folder, helper.stop_signals() as stop:
         if writes:
             if state is not None:
                 tell_resumed(state, conf)
-                remove_leftovers(folder)
+                helper.remove_unfinished(folder)
             helper.copy_config(args.config, folder)
         with report.last_page(folder) if writes else contextlib.nullcontext():
             finished = train(conf, scene, views, folder, state, stop, world)
@@ -243,13 +247,6 @@ def tell_resumed(state, conf):
     for name, value in helper.settings(conf).items():
         if before.get(name) != value:
             print(f"notice: {name} was {before.get(name)!r}, is now {value!r}")
-
-
-def remove_leftovers(folder):
-    """Remove what a run that was killed in the midst of writing left under a temporary name."""
-    for pattern in (".state-*.h5", ".model_*-*.h5", "validation/.epoch_*-*.png", ".report-*.html"):
-        for path in folder.glob(pattern):
-            path.unlink()
 
 
 def check_losses(losses, step, epoch, folder):

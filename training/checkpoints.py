@@ -62,7 +62,9 @@ def open_run(args, parameter_shapes):
     helper.set_context(args.context, args.device_id)
     load_model(model, parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers,
                                        conf.network.without))
-    return conf, helper.run_folder(conf, args.monitor_path) if args.monitor_path else model.parent
+    folder = helper.run_folder(conf, args.monitor_path) if args.monitor_path else model.parent
+    helper.remove_unfinished(folder)
+    return conf, folder
 
 
 def set_parameters(arrays):
