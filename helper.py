@@ -10,6 +10,7 @@ import os
 import re
 import reprlib
 import signal
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -37,6 +38,18 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def check_is_file(path):
+    """Raise UserError unless `path` is a regular file: to open a pipe would wait for ever."""
+    try:
+        mode = os.stat(str(path)).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:      # a name that is too long, or that holds a NUL
+        raise UserError(f"{str(path)[:1000]}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: not a regular file (a pipe, device or folder); name a file")
 
 
 @contextlib.contextmanager
