@@ -104,7 +104,7 @@ def undistorted(picture, intrinsics, view):
 
 def bent_once(shape, intrinsics, view):
     """Return where in an image (h, w) bool a lens' distortion is one: it must grow outwards, or it would show a place
-    twice. Raises UserError where that is so near the middle that the coefficients must be wrong."""
+    twice. Raises UserError where it folds or stretches the middle so much that the coefficients must be wrong."""
     height, width = shape
     u, v = (np.arange(width) - intrinsics[0, 2]) / intrinsics[0, 0], (np.arange(height) - intrinsics[1, 2]) / \
         intrinsics[1, 1]
@@ -115,14 +115,14 @@ def bent_once(shape, intrinsics, view):
             angle = np.arctan(r)
             bent = angle * np.polynomial.polynomial.polyval(angle ** 2, (1, *view.distortion))
         else:
-            k1, k2, _, _, k3, k4, k5, k6 = (*view.distortion, 0, 0, 0)[:8]
+            k1, k2, _, _, k3, k4, k5, k6 = (*view.distortion, 0, 0, 0, 0)[:8]
             bent = r * np.polynomial.polynomial.polyval(r ** 2, (1, k1, k2, k3)) / \
                 np.polynomial.polynomial.polyval(r ** 2, (1, k4, k5, k6))
         grows = np.diff(bent) > 0   # False for NaN
     end = np.inf if grows.all() else r[grows.argmin()]
-    if end < 0.5 * r[-1]:
-        raise UserError(f"{view.image}: its camera's distortion {tuple(view.distortion)} folds the image over itself; "
-                        "mend these coefficients")
+    if end < 0.5 * r[-1] or not 0.1 < bent[len(r) // 2] / r[len(r) // 2] < 10:
+        raise UserError(f"{view.image}: its camera's distortion {tuple(view.distortion)} folds or tears the image; mend "
+                        "these coefficients")
     return radius <= end
 
 
