@@ -312,7 +312,7 @@ def has_alpha(picture):
 
 def colours(picture):
     """Return the colours (H, W, 3) uint8 of Pillow's picture."""
-    return np.array(picture.convert("RGB"))
+    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def alpha(picture):
