@@ -54,6 +54,22 @@ def run(main):
         sys.exit(130)
 
 
+def check_is_file(path, mend=""):
+    """Raise UserError, with the words of `mend` at its end, unless `path` is a regular file or a link to one.
+
+    A named pipe would keep its reader waiting without end, and a device may have no end.
+    """
+    mend = f"; {mend}" if mend else ""
+    try:
+        mode = os.stat(str(path)).st_mode
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UserError(f"{path}: no such file{mend}") from error
+    except (OSError, ValueError) as error:      # ValueError: a zero byte in the name
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'no file name'})") from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: not a regular file{mend}")
+
+
 @contextlib.contextmanager
 def replacing(path):
     """Yield a temporary path beside `path` (same suffix); rename it to `path` if the block succeeds, else remove it.

@@ -8,6 +8,7 @@ folder: the cameras around the unit sphere, and the hull's outline over the phot
 masks only where cameras, masks and their order are right.
 """
 import argparse
+import os
 import re
 import shutil
 import sys
@@ -49,39 +50,80 @@ class Finding(NamedTuple):
 # --- photographs and masks --------------------------------------------------------------------------------------------
 
 def read_view(view, mask_source, threshold):
-    """Return a view's image (H, W, 3) uint8, mask (H, W) bool and intrinsics (3, 3), with distortion undone."""
-    image = datasets.read_image(view.image)
+    """Read a view: the photograph as a datasets.Picture, its image (H, W, 3) uint8, mask (H, W) bool and intrinsics
+    (3, 3), with distortion undone, and the paths of the pictures of which datasets.as_meant is unsure.
+
+    The photograph is turned by its EXIF orientation where only so it fits its camera, or its mask.
+    """
+    photograph, shape, mask_doubt = datasets.read_picture(view.image, datasets.colours), None, False
+    drawn = mask_source in ("alpha", "background")
+    mask = None if drawn else datasets.read_picture(mask_source, datasets.on_object)
+    if view.size:
+        shape = view.size[::-1]
+    elif mask:
+        shape = mask.pixels.shape
+    image, doubt = datasets.as_meant(photograph, shape)
     if mask_source == "background":
         mask = mask_files.background_mask(image, threshold)
     elif mask_source == "alpha":
         if not mask_files.has_alpha(view.image):
             raise UserError(f"{view.image}: has no alpha channel; put masks into a folder and name it with --masks")
-        mask = datasets.read_picture(view.image, "LA")[..., 1] > 127
+        mask = datasets.as_meant(datasets.read_picture(view.image, datasets.alpha), shape)[0]
     else:
-        mask = datasets.read_mask(mask_source)
+        mask, mask_doubt = datasets.as_meant(mask, image.shape)
     if mask.shape != image.shape[:2]:
         raise UserError(f"{mask_source}: {datasets.says_size(mask.shape)}, but its photograph {view.image.name} is "
                         f"{datasets.says_size(image.shape)}; a mask has its photograph's size")
     intrinsics = view.intrinsics
     if view.size and view.size != image.shape[1::-1]:
-        scale = np.divide(image.shape[1::-1], view.size)
-        if abs(scale[0] / scale[1] - 1) > 0.02:
+        if not datasets.alike(image.shape, view.size[::-1]):
             raise UserError(f"{view.image}: {datasets.says_size(image.shape)}, but its camera is for "
                             f"{view.size[0]}x{view.size[1]}; give the photographs that the cameras were made from")
+        scale = np.divide(image.shape[1::-1], view.size)
         shift = (scale - 1) / 2  # pixel centres are at integers, before and after
         intrinsics = np.array([[scale[0], 0, shift[0]], [0, scale[1], shift[1]], [0, 0, 1]]) @ intrinsics
     if view.distortion:
         image = undistorted(image, intrinsics, view)
         mask = undistorted(mask.astype(np.uint8) * 255, intrinsics, view) > 127
-    return image, mask, intrinsics
+    return photograph, image, mask, intrinsics, [view.image] * doubt + [mask_source] * mask_doubt
 
 
 def undistorted(picture, intrinsics, view):
     """Return a picture as a pinhole camera of the same intrinsics would have taken it; black where it saw nothing."""
-    coefficients = np.array(view.distortion)
-    if view.fisheye:
-        return cv2.fisheye.undistortImage(picture, intrinsics, coefficients, Knew=intrinsics)
-    return cv2.undistort(picture, intrinsics, coefficients)
+    coefficients, seen = np.array(view.distortion), bent_once(picture.shape[:2], intrinsics, view)
+    try:
+        if view.fisheye:
+            straight = cv2.fisheye.undistortImage(picture, intrinsics, coefficients, Knew=intrinsics)
+        else:
+            straight = cv2.undistort(picture, intrinsics, coefficients)
+    except cv2.error as error:      # of sides that are too long for it, say
+        raise UserError(f"{view.image}: OpenCV cannot undo its distortion ({error.err}); undistort it before") from error
+    straight[~seen] = 0
+    return straight
+
+
+def bent_once(shape, intrinsics, view):
+    """Return where in an image (h, w) bool a lens' distortion is one: it must grow outwards, or it would show a place
+    twice. Raises UserError where it folds or stretches the middle so much that the coefficients must be wrong."""
+    height, width = shape
+    u, v = (np.arange(width) - intrinsics[0, 2]) / intrinsics[0, 0], (np.arange(height) - intrinsics[1, 2]) / \
+        intrinsics[1, 1]
+    radius = np.hypot(u, v[:, None])
+    with np.errstate(all="ignore"):
+        r = np.linspace(0, radius.max(), 2000)
+        if view.fisheye:
+            angle = np.arctan(r)
+            bent = angle * np.polynomial.polynomial.polyval(angle ** 2, (1, *view.distortion))
+        else:
+            k1, k2, _, _, k3, k4, k5, k6 = (*view.distortion, 0, 0, 0, 0)[:8]
+            bent = r * np.polynomial.polynomial.polyval(r ** 2, (1, k1, k2, k3)) / \
+                np.polynomial.polynomial.polyval(r ** 2, (1, k4, k5, k6))
+        grows = np.diff(bent) > 0   # False for NaN
+    end = np.inf if grows.all() else r[grows.argmin()]
+    if end < 0.5 * r[-1] or not 0.1 < bent[len(r) // 2] / r[len(r) // 2] < 10:
+        raise UserError(f"{view.image}: its camera's distortion {tuple(view.distortion)} folds or tears the image; mend "
+                        "these coefficients")
+    return radius <= end
 
 
 def look(name, image, mask, intrinsics, pose):
@@ -545,13 +587,21 @@ def understand(views, picture, findings=(), sphere=None):
     return centre, radius, findings
 
 
+KEPT = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg"}   # the formats that a scene holds, as Pillow names them
+
+
 def write_scene(folder, views, sources, threshold, downscale):
-    """Write image/ and mask/ of the views to an empty folder; returns their Looks and their intrinsics (N, 3, 3)."""
+    """Write image/ and mask/ of the views to an empty folder; returns their Looks and their intrinsics (N, 3, 3).
+
+    A photograph is copied as it is, unless it is changed, of another format, or carries an orientation by which other
+    programs would turn it: then its pixels become a PNG.
+    """
     (folder / "image").mkdir()
     (folder / "mask").mkdir()
-    looks, matrices, shape, digits = [], [], None, max(3, len(str(len(views) - 1)))
+    looks, matrices, shape, doubtful, digits = [], [], None, [], max(3, len(str(len(views) - 1)))
     for index, (view, source) in enumerate(zip(tqdm(views, unit="view", dynamic_ncols=True), sources)):
-        image, mask, intrinsics = read_view(view, source, threshold)
+        photograph, image, mask, intrinsics, doubts = read_view(view, source, threshold)
+        doubtful += doubts
         name = f"{index:0{digits}d}_" + re.sub(r"[^A-Za-z0-9.-]", "_", view.image.stem)[:100]  # sorts as the views do
         datasets.check_downscale(image.shape, downscale, view.image)
         shape = shape or image.shape[:2]
@@ -559,13 +609,14 @@ def write_scene(folder, views, sources, threshold, downscale):
             raise UserError(f"{view.image}: {datasets.says_size(image.shape)}, but {views[0].image.name} is "
                             f"{datasets.says_size(shape)}; all photographs must have one size")
         image, mask = datasets.shrink_image(image, downscale), datasets.shrink_mask(mask, downscale)
-        if downscale == 1 and not view.distortion:
-            shutil.copyfile(str(view.image), str(folder / "image" / (name + view.image.suffix.lower())))
+        if downscale == 1 and not view.distortion and photograph.orientation == 1 and photograph.kind in KEPT:
+            shutil.copyfile(str(view.image), str(folder / "image" / (name + KEPT[photograph.kind])))
         else:
             helper.write_image(folder / "image" / (name + ".png"), image)
         helper.write_image(folder / "mask" / (name + ".png"), mask.astype(np.uint8) * 255)
         matrices.append(datasets.shrink_intrinsics(intrinsics, downscale))
         looks.append(look(view.image.name, image, mask, matrices[-1], view.pose))
+    datasets.say_doubtful(doubtful)
     return looks, matrices
 
 
@@ -573,10 +624,12 @@ def prepare(args):
     """Make the scene args.output."""
     views, what = camera_files.read_views(args.input, args.images)
     root = Path(args.input) if Path(args.input).is_dir() else Path(args.input).parent
-    missing = [view.image for view in views if not view.image.is_file()]
+    missing = [view.image for view in views if not os.path.exists(str(view.image))]
     if missing:
-        raise UserError(f"{missing[0]}: no such photograph ({len(missing)} of {len(views)} are missing); say with "
-                        "--images where they are")
+        mend = "say with --images where they are" if 2 * len(missing) > len(views) else \
+            "restore what is missing, or remove its camera"
+        raise UserError(f"{missing[0]}: no such photograph ({len(missing)} of {len(views)} "
+                        f"{'is' if len(missing) == 1 else 'are'} missing); {mend}")
     sources = mask_files.mask_sources(views, args.masks, root)
     print(f"read {what}; masks: {sources[0] if isinstance(sources[0], str) else sources[0].parent}")
     with helper.new_folder(args.output) as folder:

@@ -2,7 +2,14 @@
 
 Imports nothing of the other scripts but helper.
 """
+import contextlib
+import io
+import logging
+import multiprocessing
+import os
 import re
+import signal
+import warnings
 from collections import namedtuple
 from pathlib import Path
 
@@ -17,6 +24,13 @@ SURFACE_SAMPLES = 200000    # points taken of a mesh
 DTU_SPACING = 0.2           # mm between the points of a mesh in DTU's protocol
 DTU_FARTHEST = 20.0         # mm; what is farther from its counterpart counts as an outlier, and not at all
 
+KINDS = ("ply", "obj", "stl", "glb", "off")     # of files of meshes; others hold archives, or name files to read
+LARGEST = 1e12              # of coordinates: beyond, lengths and areas overflow
+SMALL_FILE = 1 << 29        # bytes of memory that a reader may take, and GROWTH times the file's size
+GROWTH = 40
+PATIENCE = 8                # seconds that a reader may take, and one more for each of these bytes of the file:
+BYTES_PER_SECOND = 1 << 20
+
 Surface = namedtuple("Surface", "points normals")       # (N, 3) float64 each; the normals, of length 1, may be None
 Distances = namedtuple("Distances", "accuracy completeness chamfer")
 DtuScan = namedtuple("DtuScan", "points observed corner step ground")
@@ -25,19 +39,107 @@ DtuScan = namedtuple("DtuScan", "points observed corner step ground")
 # --- surfaces from files ----------------------------------------------------------------------------------------------
 
 def load_shape(path):
-    """What a file holds, as a trimesh.Trimesh with faces, else a trimesh.PointCloud; UserError where it is neither."""
-    if not Path(path).is_file():
-        raise helper.UserError(f"{path}: no such file")
+    """What a PLY, OBJ, STL, GLB or OFF file holds, as a trimesh.Trimesh with faces, else a trimesh.PointCloud.
+
+    A point cloud's metadata has the normals (N, 3) that a PLY file gives it, or None. No other file is read. Raises
+    UserError for what cannot be read, holds neither or coordinates that are not finite, or takes too much memory.
+    """
+    points, faces, normals = read_apart(read_shape, path)
+    if faces is None:
+        return trimesh.PointCloud(points, metadata={"normals": normals})
+    return trimesh.Trimesh(points, faces, process=False)
+
+
+def read_shape(path):
+    """The points (N, 3), faces (M, 3) or None, and normals (N, 3) or None, of a file of one of KINDS."""
+    kind = Path(path).suffix.lower()[1:]
+    if kind not in KINDS:
+        raise helper.UserError(f"{path}: meshes and point clouds are read from .{', .'.join(KINDS)} files; convert it")
+    # Bytes without a name: trimesh would look for the materials and textures that a file names, beside it.
+    scene = trimesh.load_scene(io.BytesIO(Path(path).read_bytes()), file_type=kind, process=False, skip_materials=True)
+    points, faces, count = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], 0
+    for node in scene.graph.nodes_geometry:
+        transform, name = scene.graph[node]
+        part = scene.geometry[name]
+        if isinstance(part, (trimesh.Trimesh, trimesh.PointCloud)):
+            corners = np.asarray(part.vertices, np.float64)
+            if has_faces(part):
+                if not 0 <= part.faces.min() <= part.faces.max() < len(corners):
+                    raise helper.UserError(f"{path}: a face names a point that is not there; replace this file")
+                faces.append(part.faces + count)
+            points.append(trimesh.transform_points(corners, transform))
+            count += len(corners)
+    points, faces = np.concatenate(points), np.concatenate(faces)
+    if len(points) == 0 or not np.isfinite(points).all() or np.abs(points).max() > LARGEST:
+        raise helper.UserError(f"{path}: holds no points, or points that are not finite, or huge")
+    if len(faces) == 0:
+        return points, None, ply_normals(scene, len(points))
+    if not trimesh.triangles.area(points[faces]).sum() > 0:
+        raise helper.UserError(f"{path}: its faces have no area; replace this file")
+    return points, faces, None
+
+
+def ply_normals(scene, count):
+    """The normals (N, 3), of length 1, of the `count` points of a PLY file; None where it gives none."""
+    for part in scene.geometry.values():
+        data = part.metadata.get("_ply_raw", {}).get("vertex", {}).get("data")
+        with contextlib.suppress(KeyError, ValueError, TypeError, IndexError):
+            normals = np.stack([np.asarray(data[name], np.float64).ravel() for name in ("nx", "ny", "nz")], axis=1)
+            lengths = np.linalg.norm(normals, axis=1, keepdims=True)
+            if len(normals) == count and np.isfinite(lengths).all():
+                return normals / np.maximum(lengths, 1e-12)
+    return None
+
+
+def read_apart(read, path, *arguments):
+    """read(path, *arguments) in a process of its own: what it returns; UserError where it fails.
+
+    A small file may say that it holds any number of points, and the libraries believe it. So the process ends where it
+    takes much more memory or time than files of that size do.
+    """
+    helper.check_is_file(path)
+    size = os.path.getsize(str(path))
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=answer, args=(sender, size, read, path, *arguments), daemon=True)
+    process.start()
+    sender.close()
     try:
-        shape = trimesh.load(str(path))
-        if isinstance(shape, trimesh.Scene):
-            shape = trimesh.util.concatenate(list(shape.geometry.values()))
-    except Exception as error:      # trimesh's readers raise whatever the bytes lead them to
-        raise helper.UserError(f"{path}: not a mesh or point cloud that can be read ({type(error).__name__})")
-    points = getattr(shape, "vertices", ())
-    if len(points) == 0 or not np.isfinite(points).all():
-        raise helper.UserError(f"{path}: holds no points, or points that are not finite")
-    return shape
+        if not receiver.poll(PATIENCE + size // BYTES_PER_SECOND):
+            raise helper.UserError(f"{path}: reading takes too long for a file of its size; replace it")
+        complaint, result = receiver.recv()
+    except EOFError as error:
+        raise helper.UserError(f"{path}: damaged, or takes too much memory to read; replace it") from error
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if complaint:
+        raise helper.UserError(complaint)
+    return result
+
+
+def answer(sender, size, read, path, *arguments):
+    """Send a complaint, or "" and read(path, *arguments), within the bounds for a file of `size` bytes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for who waits for the answer
+    logging.disable()
+    warnings.simplefilter("ignore")
+    with contextlib.suppress(ImportError, OSError, ValueError):     # not on every system
+        import resource
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        limit, hard = resource.getrlimit(resource.RLIMIT_AS)
+        most = used + SMALL_FILE + GROWTH * size
+        resource.setrlimit(resource.RLIMIT_AS, (most if limit < 0 else min(most, limit), hard))
+    try:
+        with np.errstate(all="ignore"):
+            message = "", read(path, *arguments)
+    except helper.UserError as error:
+        message = str(error), None
+    except Exception as error:  # trimesh's and SciPy's readers raise whatever the bytes lead them to
+        message = f"{path}: cannot be read ({type(error).__name__}); replace this file", None
+    with contextlib.suppress(MemoryError):
+        sender.send(message)
 
 
 def has_faces(shape):
@@ -52,13 +154,7 @@ def surface(shape, count=SURFACE_SAMPLES):
     if has_faces(shape):
         points, faces = trimesh.sample.sample_surface(shape, count, seed=0)
         return Surface(np.asarray(points, np.float64), np.asarray(shape.face_normals[faces], np.float64))
-    data = shape.metadata.get("_ply_raw", {}).get("vertex", {}).get("data")
-    names = getattr(getattr(data, "dtype", None), "names", None) or ()
-    normals = None
-    if {"nx", "ny", "nz"} <= set(names) and len(data) == len(shape.vertices):
-        normals = np.stack([np.asarray(data[name], np.float64) for name in ("nx", "ny", "nz")], axis=1)
-        normals /= np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
-    return Surface(np.asarray(shape.vertices, np.float64), normals)
+    return Surface(np.asarray(shape.vertices, np.float64), shape.metadata.get("normals"))
 
 
 # --- the measures -----------------------------------------------------------------------------------------------------
@@ -121,28 +217,42 @@ def load_dtu(folder, scene_name):
     (plane,) = read_mat(plane_file, "P")
     if mask.ndim != 3 or box.shape != (2, 3) or step.size != 1 or plane.size != 4:
         raise helper.UserError(f"{mask_file if plane.size == 4 else plane_file}: its arrays are not shaped as DTU's")
+    for file, numbers in ((mask_file, box), (mask_file, step), (plane_file, plane)):
+        if not np.isfinite(numbers).all() or np.abs(numbers.astype(float)).max() > LARGEST or step.min() <= 0:
+            raise helper.UserError(f"{file}: has numbers that are not finite, or huge, or a step of its grid that is "
+                                   "not more than 0; replace it")
     return DtuScan(points, mask > 0, box[0].astype(float), float(step.ravel()[0]), plane.ravel().astype(float))
 
 
 def below(folder, name):
-    """The path of the file of that name anywhere below a folder."""
-    found = sorted(Path(folder).rglob(name))
+    """The path of the file of that name anywhere below a folder, however deep; the first by name of several."""
+    found, pending = [], [str(folder)]
+    while pending:      # os.walk and rglob call themselves for each level, to Python's limit
+        with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    pending.append(entry.path)
+                elif entry.name == name:
+                    found.append(Path(entry.path))
     if not found:
         raise helper.UserError(f"{folder}: there is no {name} in it; DTU's SampleSet.zip has the masks and planes, "
                                "Points.zip the scans (stl)")
-    return found[0]
+    return min(found)
 
 
 def read_mat(path, *names):
-    """The arrays of those names in a MATLAB file."""
-    try:
-        arrays = loadmat(str(path))
-    except Exception as error:      # SciPy raises what the bytes lead it to
-        raise helper.UserError(f"{path}: not a MATLAB file that can be read ({type(error).__name__})")
+    """The arrays of those names in a MATLAB file, all of real numbers; UserError where it has none or cannot be read."""
+    return read_apart(read_arrays, path, *names)
+
+
+def read_arrays(path, *names):
+    arrays = loadmat(str(path), variable_names=names)
     for name in names:
         if name not in arrays:
             raise helper.UserError(f"{path}: has no array {name}, as DTU's has")
-    return [np.asarray(arrays[name]) for name in names]
+        if not isinstance(arrays[name], np.ndarray) or arrays[name].dtype.kind not in "buif":
+            raise helper.UserError(f"{path}: {name} is not an array of numbers, as DTU's is")
+    return [arrays[name] for name in names]
 
 
 def compare_dtu(shape, scan):

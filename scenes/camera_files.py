@@ -8,17 +8,24 @@ import json
 import os
 import re
 import struct
+from collections import ChainMap, Counter
 from pathlib import Path
 from typing import NamedTuple, Optional, Tuple
 
 import numpy as np
 
 import datasets
-from helper import UserError, decompose_projection
+from helper import SHORT, UserError, check_is_file, decompose_projection
 
 FORMATS = """a COLMAP model (cameras and images, .bin or .txt, in the folder itself, sparse/ or sparse/0/), \
 transforms.json, cameras.npz, a Middlebury *_par.txt, or cameras.json with K, R and t of each image"""
 MAX_NAME = 4096  # bytes; a longer name in a COLMAP file means a broken file
+MOST_TEXT = 20 * 10 ** 6    # bytes of a text file that is read whole: JSON may take forty times as much memory
+MOST_LINE = 10 ** 8         # characters of a line in a file that is not: COLMAP writes all keypoints of an image in one
+MOST_VIEWS = 20000
+MAX_PART, MAX_PATH = 255, 1000  # bytes of a name, as systems have it, and of a path that a file gives
+FARTHEST = 1e12             # of numbers that a camera may have: beyond, what is computed from them is noise
+LONGEST_SIDE = 10 ** 6      # pixels, of the image that a camera is for
 
 # COLMAP's camera models, by their numbers in cameras.bin: name and parameters. Those that OpenCV can undo say
 # where its k1, k2, p1, p2, k3 ... (or, for a fisheye, k1 to k4) come from; the others have None.
@@ -56,48 +63,70 @@ def read_views(source, images=None):
     text that says what was read. Raises UserError where nothing is recognised and where a file does not fit.
     """
     source = Path(source)
-    if not source.exists():
-        raise UserError(f"{source}: no such file or folder; name the folder of your photographs and cameras")
+    if not os.path.exists(str(source)):
+        raise UserError(f"{str(source)[:1000]}: no such file or folder; name the folder of your photographs and "
+                        "cameras")
+    if images is not None and not os.path.isdir(str(images)):
+        raise UserError(f"--images {str(images)[:1000]}: no such folder")
     reader, path = recognise(source)
     root = source if source.is_dir() else source.parent
-    views = reader(path, Path(images) if images else None)
-    for view in views:
-        check_camera(path, view)
+    with np.errstate(all="ignore"):     # what is not finite then is refused below
+        views = reader(path, Path(images) if images else None)
+        check_views(path, views)
     relative = os.path.relpath(str(path), str(root))
     return views, f"{len(views)} cameras of {path.name if relative == '.' else relative} ({TITLES[reader]})"
 
 
 def recognise(source):
     """Return the reader for a folder or a camera file, and the path that it reads; UserError where there is none."""
-    if source.is_file():
-        for fits, reader in ((source.suffix == ".json" and "transforms" in source.name, read_transforms),
-                             (source.suffix == ".json", read_krt),
-                             (source.suffix == ".npz", read_npz),
-                             (source.name.endswith("_par.txt"), read_middlebury)):
-            if fits:
-                return reader, source
-        raise UserError(f"{source}: not a camera file that is known here; name {FORMATS}")
-    for name, reader in (("transforms.json", read_transforms), ("transforms_train.json", read_transforms)):
-        if (source / name).is_file():
-            return reader, source / name
-    models = colmap_models(source)
+    if source.is_dir():
+        found = cameras_of_folder(source)
+        if found:
+            return found
+        near = [str(folder) for folder in datasets.neighbours(source) if cameras_of_folder(folder, False)]
+        if near:
+            raise UserError(f"{source}: no cameras found here, but in {datasets.listed(near, 3)}; name that folder")
+        raise UserError(f"{source}: no cameras found; wanted is {FORMATS}. From photographs alone COLMAP makes them: "
+                        "colmap automatic_reconstructor --dense 0 --workspace_path FOLDER --image_path FOLDER/images")
+    check_is_file(source)
+    for fits, reader in ((source.suffix == ".json" and "transforms" in source.name, read_transforms),
+                         (source.suffix == ".json", read_krt),
+                         (source.suffix == ".npz", read_npz),
+                         (source.name.endswith("_par.txt"), read_middlebury)):
+        if fits:
+            return reader, source
+    raise UserError(f"{source}: not a camera file that is known here; name {FORMATS}")
+
+
+def cameras_of_folder(folder, single=True):
+    """Return the reader for the cameras in a folder, and the path that it reads; None where there are none.
+
+    Raises UserError where there are several files and a `single` one is wanted.
+    """
+    for name in ("transforms.json", "transforms_train.json"):
+        if os.path.isfile(str(folder / name)):
+            return read_transforms, folder / name
+    models = colmap_models(folder)
     if models:
-        return read_colmap, largest_model(models)
+        return read_colmap, largest_model(models) if single else models[0]
     for pattern, reader in (("cameras.npz", read_npz), ("*_par.txt", read_middlebury), ("cameras.json", read_krt)):
-        found = sorted(source.glob(pattern))
-        if len(found) > 1:
-            raise UserError(f"{source}: has {len(found)} files {pattern}; name the one to read instead of the folder")
+        found = sorted(folder.glob(pattern))
+        if len(found) > 1 and single:
+            raise UserError(f"{folder}: has {len(found)} files {pattern}; name the one to read instead of the folder")
         if found:
             return reader, found[0]
-    raise UserError(f"{source}: no cameras found; wanted is {FORMATS}. From photographs alone COLMAP makes them: "
-                    "colmap automatic_reconstructor --dense 0 --workspace_path FOLDER --image_path FOLDER/images")
+    return None
 
 
 # --- what the readers share -------------------------------------------------------------------------------------------
 
 def natural(name):
     """Return a key that sorts names as people do: view_2 before view_10."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", str(name))]
+    parts = re.split(r"([0-9]+)", str(name))    # text, digits, text, ...; a number without zeros in front is larger
+    digits = [part.lstrip("0") for part in parts[1::2]]     # where it is longer, and int() has a limit
+    keys = [(-1, part) for part in parts]
+    keys[1::2] = [(len(part), part) for part in digits]
+    return keys
 
 
 def inside(folder, name, source):
@@ -109,24 +138,55 @@ def inside(folder, name, source):
     path = os.path.normpath(name)
     if "\0" in name or path in (".", "..") or path.startswith("../") or os.path.isabs(path) or name[1:2] == ":":
         raise UserError(f"{source}: the path {name[:200]!r} leads out of {folder}; only files inside it are read")
+    content = path.encode("utf-8", "replace")
+    if max(map(len, content.split(b"/"))) > MAX_PART or len(content) > MAX_PATH or content.decode() != path:
+        raise UserError(f"{source}: the path {name[:60]!a}... is too long for a file's, or no text; mend this name")
     return Path(folder) / path
 
 
 def read_text(path):
     """Return a text file whole; UserError where it cannot be read."""
+    check_is_file(path)
     try:
+        if os.path.getsize(str(path)) > MOST_TEXT:
+            raise UserError(f"{path}: has more than {MOST_TEXT // 10 ** 6} MB, too much for cameras; name another file")
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not a text file'})")
+        raise unreadable(path, error) from error
+
+
+def unreadable(path, error):
+    """Return the UserError for a text file that cannot be read."""
+    return UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not a text file'})")
+
+
+def text_lines(path):
+    """Yield (number from 1, line) of a text file that may be larger than the memory; UserError as read_text."""
+    check_is_file(path)
+    try:
+        with open(str(path), encoding="utf-8-sig") as file:
+            for index, line in enumerate(iter(lambda: file.readline(MOST_LINE), ""), 1):
+                if len(line) == MOST_LINE:
+                    raise UserError(f"{path}, line {index}: too long to be COLMAP's; copy the model again")
+                yield index, line
+    except (OSError, UnicodeDecodeError) as error:
+        raise unreadable(path, error) from error
 
 
 def read_json(path, wanted):
-    """Return a JSON file's mapping; UserError where it is broken or something else."""
-    try:
-        tree = json.loads(read_text(path))
+    """Return a JSON file's mapping, its numbers as floats; UserError where it is broken or something else."""
+    def mapping(pairs):
+        tree = dict(pairs)
+        if len(tree) < len(pairs):
+            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+            raise UserError(f"{path}: the key {twice[:200]!r} is given twice; remove one")
+        return tree
+
+    try:    # whole numbers as floats too: int() takes minutes for some, and refuses others
+        tree = json.loads(read_text(path), parse_int=float, object_pairs_hook=mapping)
     except (ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if hasattr(error, "lineno") else ""
-        raise UserError(f"{path}{where}: not valid JSON ({getattr(error, 'msg', 'it cannot be parsed')})")
+        raise UserError(f"{path}{where}: not valid JSON ({getattr(error, 'msg', 'it cannot be parsed')})") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must be a mapping with {wanted}")
     return tree
@@ -134,13 +194,9 @@ def read_json(path, wanted):
 
 def number(value, where):
     """Return `value` as a float if it is a finite number; UserError naming `where` otherwise."""
-    try:
-        fits = type(value) in (int, float) and abs(float(value)) < 1e15
-    except OverflowError:
-        fits = False
-    if not fits:
-        raise UserError(f"{where} must be a number, not {str(value)[:60]!r}")
-    return float(value)
+    if not (type(value) is float and abs(value) < FARTHEST):
+        raise UserError(f"{where} must be a finite number, not {SHORT.repr(value)}")
+    return value
 
 
 def matrix(value, shapes, where):
@@ -151,7 +207,8 @@ def matrix(value, shapes, where):
     except (TypeError, ValueError, OverflowError):
         fits = False
     if not fits:
-        raise UserError(f"{where} must be finite numbers of shape {' or '.join(str(shape) for shape in shapes)}")
+        raise UserError(f"{where} must be finite numbers of shape {' or '.join(str(shape) for shape in shapes)}") \
+            from None
     return array
 
 
@@ -167,26 +224,53 @@ def pose_from(rotation, translation):
     return pose
 
 
+def check_count(path, count):
+    """Raise UserError for more views than one can train on: to read them would take long."""
+    if count > MOST_VIEWS:
+        raise UserError(f"{path}: has more than {MOST_VIEWS} cameras; leave some out")
+
+
+def check_views(path, views):
+    """Raise UserError unless there are views, each of another photograph, with cameras that can be used."""
+    if not views:
+        raise UserError(f"{path}: has no cameras; name another file or folder")
+    seen = set()
+    for view in views:
+        if view.image in seen:
+            raise UserError(f"{path}: has two cameras of {view.image.name}; remove one")
+        seen.add(view.image)
+        check_camera(path, view)
+
+
 def check_camera(path, view):
-    """Raise UserError unless the view's pose is a rigid motion and its focal lengths are positive."""
+    """Raise UserError unless the view's pose is a rigid motion, its focal lengths are positive, its image has a size
+    and all numbers are such that one can compute with them."""
     where = f"{path}: the camera of {view.image.name}"
+    for values in (view.pose, view.intrinsics, view.distortion):
+        if not (np.isfinite(values).all() and np.abs(values).max(initial=0) < FARTHEST):
+            raise UserError(f"{where} has values that are not finite, or huge; mend or remove this view")
     rotation = view.pose[:3, :3]
-    if not (np.isfinite(view.pose).all() and np.isfinite(view.intrinsics).all()):
-        raise UserError(f"{where} has values that are not finite; mend or remove this view")
     if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-2 or np.linalg.det(rotation) < 0:
         raise UserError(f"{where}: its rotation is {'mirrored' if np.linalg.det(rotation) < 0 else 'not a rotation'}; "
                         "R R^T must be 1 and det R 1, without scale")
     if not (view.intrinsics[0, 0] > 0 and view.intrinsics[1, 1] > 0):
         raise UserError(f"{where}: its focal length must be more than 0")
+    if view.size and not all(1 <= side <= LONGEST_SIDE for side in view.size):
+        raise UserError(f"{where} is for an image of {SHORT.repr(view.size[0])}x{SHORT.repr(view.size[1])} pixels; "
+                        f"mend its width and height, which are from 1 to {LONGEST_SIDE}")
+    try:
+        decompose_projection(view.intrinsics @ np.linalg.inv(view.pose)[:3])
+    except (ValueError, np.linalg.LinAlgError) as error:
+        raise UserError(f"{where} cannot be used: {error}; mend or remove this view") from error
 
 
 def picture_folder(folders):
     """Return the first of the folders that holds pictures; UserError where none does."""
     for folder in folders:
-        if folder.is_dir() and datasets.picture_files(folder)[0]:
+        if os.path.isdir(str(folder)) and datasets.picture_files(folder, datasets.PHOTOGRAPHS)[0]:
             return folder
-    raise UserError(f"{' or '.join(str(f) for f in folders)}: no photographs ({', '.join(datasets.SUFFIXES)}) there; "
-                    "say with --images where they are")
+    raise UserError(f"{' or '.join(str(f) for f in folders)}: no photographs ({', '.join(datasets.PHOTOGRAPHS)}) "
+                    "there; say with --images where they are, and convert others to PNG or JPEG")
 
 
 # --- COLMAP -----------------------------------------------------------------------------------------------------------
@@ -199,7 +283,8 @@ def colmap_models(folder):
     places = [folder, folder / "sparse"] + sorted((folder / "sparse").glob("[0-9]*"), key=natural)
     places += sorted((folder / "colmap" / "sparse").glob("[0-9]*"), key=natural)
     return [place for place in places
-            if any((place / f"cameras{s}").is_file() and (place / f"images{s}").is_file() for s in (".bin", ".txt"))]
+            if any(all(os.path.isfile(str(place / f"{name}{suffix}")) for name in ("cameras", "images"))
+                   for suffix in (".bin", ".txt"))]
 
 
 def largest_model(models):
@@ -224,7 +309,8 @@ def read_colmap(model, images):
     views = []
     for name, rotation, translation, camera in sorted(posed, key=lambda entry: natural(entry[0])):
         if camera not in cameras:
-            raise UserError(f"{model}: image {name} has the camera {camera}, which the model's cameras lack")
+            raise UserError(f"{model}: image {name[:200]} has the camera {str(camera)[:20]}, which the model's cameras "
+                            "lack")
         image = inside(folder, name, model)
         views.append(View(image, None, pose=pose_from(rotation, translation), **cameras[camera]))
     return views
@@ -238,14 +324,14 @@ def colmap_cameras(model):
     else:
         path = model / "cameras.txt"
         rows = text_cameras(path)
-    return {camera: colmap_intrinsics(f"{path}: camera {camera}", *row) for camera, *row in rows}
+    return {camera: colmap_intrinsics(f"{path}: camera {str(camera)[:20]}", *row) for camera, *row in rows}
 
 
 def colmap_images(model):
     """Return (name, rotation (3, 3), translation (3,), camera's number) for each image of a COLMAP model."""
     path = model / "images.bin"
     rows = binary_images(path) if path.is_file() else text_images(model / "images.txt")
-    return [(name, quaternion_rotation(values[:4], f"{model}: image {name}"), np.array(values[4:7]), camera)
+    return [(name, quaternion_rotation(values[:4], f"{model}: image {name[:200]}"), np.array(values[4:7]), camera)
             for name, values, camera in rows]
 
 
@@ -292,17 +378,16 @@ def binary_rows(path, read_row):
     try:
         with open(str(path), "rb") as file:
             count, = unpack(file, "Q")
-            if count > os.path.getsize(str(path)):  # an entry is longer than a byte
-                raise ValueError(f"it says that it has {count} entries: not COLMAP's, or damaged")
+            check_count(path, count)
             rows = [read_row(file) for _ in range(count)]
             if file.read(1):
                 raise ValueError("it goes on after its last entry: not COLMAP's, or damaged")
             return rows
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})")
-    except (ValueError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
         reason = "a name is not text" if isinstance(error, UnicodeDecodeError) else error
-        raise UserError(f"{path}: {reason}; copy the model again")
+        raise UserError(f"{path}: {reason}; copy the model again") from error
 
 
 def binary_cameras(path):
@@ -335,33 +420,43 @@ def binary_images(path):
     return binary_rows(path, row)
 
 
+def whole(word):
+    """Return a word as an int; ValueError for what is none, or has so many digits that int() would take long."""
+    if len(word) > 20:
+        raise ValueError
+    return int(word)
+
+
 def text_cameras(path):
     """Return what binary_cameras does, of a cameras.txt."""
     rows = []
-    for index, line in enumerate(read_text(path).splitlines(), 1):
+    for index, line in text_lines(path):
         words = line.split()
         if words and not words[0].startswith("#"):
             try:
-                rows.append((int(words[0]), words[1], int(words[2]), int(words[3]), [float(w) for w in words[4:]]))
+                rows.append((whole(words[0]), words[1], whole(words[2]), whole(words[3]), list(map(float, words[4:]))))
             except (ValueError, IndexError):
-                raise UserError(f"{path}, line {index}: wanted are number, model, width, height and parameters")
+                raise UserError(f"{path}, line {index}: wanted are number, model, width, height and parameters") \
+                    from None
+            check_count(path, len(rows))
     return rows
 
 
 def text_images(path):
     """Return what binary_images does, of an images.txt: two lines per image, the second with its keypoints."""
     rows, keypoints_follow = [], False
-    for index, line in enumerate(read_text(path).splitlines(), 1):
+    for index, line in text_lines(path):
         if line.startswith("#") or not (line.strip() or keypoints_follow):
             continue
         if not keypoints_follow:
             words = line.split(None, 9)
             try:
-                int(words[0])
-                rows.append((words[9].strip(), [float(word) for word in words[1:8]], int(words[8])))
+                whole(words[0])
+                rows.append((words[9].strip(), [float(word) for word in words[1:8]], whole(words[8])))
             except (ValueError, IndexError):
                 raise UserError(f"{path}, line {index}: wanted are number, quaternion, translation, camera and name, "
-                                "and a line of keypoints, which may be empty")
+                                "and a line of keypoints, which may be empty") from None
+            check_count(path, len(rows))
         keypoints_follow = not keypoints_follow
     return rows
 
@@ -377,19 +472,21 @@ def read_transforms(path, images):
     frames = tree.get("frames")
     if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
         raise UserError(f"{path}: frames must be a list of frames, each with file_path and transform_matrix")
+    check_count(path, len(frames))
     views = []
     for index, frame in enumerate(frames):
         where = f"{path}: frames[{index}]"
         if not isinstance(frame.get("file_path"), str):
             raise UserError(f"{where}.file_path must name the image of this frame")
         image = inside(images or path.parent, Path(frame["file_path"]).name if images else frame["file_path"], where)
-        if image.suffix.lower() not in datasets.SUFFIXES and image.with_name(image.name + ".png").is_file():
-            image = image.with_name(image.name + ".png")  # Blender's names have no suffix
+        if image.suffix.lower() not in datasets.PHOTOGRAPHS:    # Blender's names have no suffix
+            named = [image.with_name(image.name + suffix) for suffix in datasets.PHOTOGRAPHS]
+            image = next((path for path in named if os.path.isfile(str(path))), image)
         mask = frame.get("mask_path")
         pose = matrix(frame.get("transform_matrix"), ((4, 4), (3, 4)), f"{where}.transform_matrix")
         pose = np.vstack([pose[:3], (0, 0, 0, 1)]) @ np.diag((1.0, -1.0, -1.0, 1.0))
         views.append(View(image, inside(path.parent, mask, where) if isinstance(mask, str) else None, pose=pose,
-                          **transforms_intrinsics(where, {**tree, **frame}, image)))
+                          **transforms_intrinsics(where, ChainMap(frame, tree), image)))
     return sorted(views, key=lambda view: natural(view.image))
 
 
@@ -405,6 +502,9 @@ def transforms_intrinsics(where, keys, image):
                         f"{', '.join(PERSPECTIVE)} or OPENCV_FISHEYE is")
     width, height = get("w"), get("h")
     if width is None or height is None:
+        if not os.path.exists(str(image)):
+            raise UserError(f"{image}: no such photograph; restore it or remove its frame, {where}; or say with "
+                            "--images where the photographs are")
         width, height = datasets.picture_size(image)
     fx, fy = get("fl_x"), get("fl_y")
     for axis, size in (("x", width), ("y", height)):
@@ -431,8 +531,9 @@ def read_middlebury(path, images):
     """Read a Middlebury *_par.txt: the count, then a line "name k11 ... k33 r11 ... r33 t1 t2 t3" per image."""
     lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
     folder, views = images or path.parent, []
-    if not lines or not lines[0][0].isdigit() or int(lines[0][0]) != len(lines) - 1:
+    if not lines or lines[0][0].lstrip("0") != str(len(lines) - 1) or len(lines) == 1:
         raise UserError(f"{path}: its first line must be the number of the lines that follow, here {len(lines) - 1}")
+    check_count(path, len(lines))
     for index, words in enumerate(lines[1:], 2):
         try:
             values = np.array([float(word) for word in words[1:]])
@@ -449,6 +550,7 @@ def read_middlebury(path, images):
 def read_krt(path, images):
     """Read a cameras.json: {"name of the image": {"K": 3x3, "R": 3x3, "t": 3}}, x_camera = R x_world + t."""
     tree = read_json(path, 'an entry "name of the image": {"K": 3x3, "R": 3x3, "t": 3} per view')
+    check_count(path, len(tree))
     folder = images or picture_folder([path.parent / "images", path.parent / "image", path.parent])
     views = []
     for name in sorted(tree, key=natural):
@@ -464,13 +566,13 @@ def read_krt(path, images):
 def read_npz(path, images):
     """Read the world_mat_i of a cameras.npz, without any scale_mat_i; camera i is of the i-th image by sorted name."""
     folder = images or picture_folder([path.parent / "image", path.parent / "images", path.parent])
-    files = datasets.picture_files(folder)[0]
+    files = datasets.picture_files(folder, datasets.PHOTOGRAPHS)[0]
     matrices, views = datasets.read_matrices(path, len(files), kinds=("world",)), []
     for index, file in enumerate(files):
         try:
             intrinsics, pose = decompose_projection(matrices[f"world_mat_{index}"])
         except ValueError as error:
-            raise UserError(f"{path}: world_mat_{index} cannot be used: {error}; mend this matrix")
+            raise UserError(f"{path}: world_mat_{index} cannot be used: {error}; mend this matrix") from error
         views.append(View(file, None, intrinsics, pose))
     return views
 

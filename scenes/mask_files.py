@@ -6,7 +6,6 @@ import cv2
 import numpy as np
 import skimage.measure
 import skimage.morphology
-from PIL import Image
 
 import datasets
 from scenes.camera_files import natural
@@ -27,7 +26,7 @@ def mask_sources(views, choice, root):
         return [view.mask for view in views]
     for parent in (root, views[0].image.parent, views[0].image.parent.parent):
         for folder in (parent / "masks", parent / "mask"):
-            if folder.is_dir():
+            if os.path.isdir(str(folder)):
                 return masks_in(folder, views)
     if has_alpha(views[0].image):
         return ["alpha"] * len(views)
@@ -37,17 +36,20 @@ def mask_sources(views, choice, root):
 
 def masks_in(folder, views):
     """Return each view's mask in a folder: by the photograph's name, else, where the counts are equal, in order."""
-    if not folder.is_dir():
-        raise UserError(f"--masks {folder}: no such folder; name one, or alpha or background")
+    if not os.path.isdir(str(folder)):
+        raise UserError(f"--masks {str(folder)[:1000]}: no such folder; name one, or alpha or background")
     found = [mask_named(folder, view.image) for view in views]
     if len(set(found) - {None}) < len(views):
-        files = datasets.picture_files(folder)[0]
+        files = datasets.picture_files(folder, datasets.PHOTOGRAPHS)[0]
         if not any(found) and len(files) == len(views):
             print(f"notice: {folder}: no names of photographs; the masks are taken in the order of their names")
             return sorted(files, key=natural)
-        name = next(v.image.name for i, v in enumerate(views) if found[i] is None or found[i] in found[:i])
-        raise UserError(f"{folder}: no mask for {name} ({len(views)} views, {len(files)} masks); name it like its "
-                        f"photograph: {Path(name).stem}.png or {name}.png")
+        image = next(v.image for i, v in enumerate(views) if found[i] is None or found[i] in found[:i])
+        wanted = " or ".join(dict.fromkeys((f"{image.stem}.png", f"{image.name}.png")))
+        if image.suffix.lower() == ".png":
+            wanted = image.name
+        raise UserError(f"{folder}: no mask for {image.name} ({len(views)} views, {len(files)} masks); name it like "
+                        f"its photograph: {wanted}")
     return found
 
 
@@ -57,18 +59,17 @@ def mask_named(folder, image):
     for parts in (3, 2, 1):
         tail = Path(*known[-parts:])
         names = [tail.name + ".png"] + [tail.stem + end + suffix for end in ("", "_mask") for suffix in
-                                        datasets.SUFFIXES + tuple(s.upper() for s in datasets.SUFFIXES)]
+                                        datasets.PHOTOGRAPHS + tuple(s.upper() for s in datasets.PHOTOGRAPHS)]
         for name in names:
-            if (folder / tail.parent / name).is_file():
+            if os.path.exists(str(folder / tail.parent / name)):    # not is_file: that fails for a name too long
                 return folder / tail.parent / name
     return None
 
 
 def has_alpha(path):
     """Tell whether a picture has transparent colours."""
-    datasets.picture_size(path)
-    with Image.open(str(path)) as picture:
-        return "A" in picture.mode or "transparency" in picture.info
+    with datasets.opened(path) as (picture, _):
+        return datasets.has_alpha(picture)
 
 
 def background_mask(image, threshold=None):

@@ -1,10 +1,14 @@
 """Scenes on disk: what is read and what is refused, cameras against pixels, the training feed."""
+import io
+import os
 import shutil
+import socket
+import struct
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 import datasets
 import helper
@@ -192,6 +196,96 @@ def test_stray_files_are_ignored_with_one_notice(folder, capsys):
         assert name in notice
 
 
+# --- formats and orientations ---------------------------------------------------------------------------
+
+def smooth(height=HEIGHT, width=WIDTH):
+    """A photograph (height, width, 3) uint8 that loses little in JPEG, and whose corners differ."""
+    v, u = np.mgrid[:height, :width]
+    return np.stack([200 * u // width, 200 * v // height, 20 + 0 * u], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("suffix, mode, options", [
+    (".tif", "RGB", {}), (".tif", "RGB", {"compression": "tiff_lzw"}), (".tiff", "RGB", {"compression": "jpeg"}),
+    (".tif", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (5, 5))]}), (".tif", "RGB", {"big_tiff": True}),
+    (".webp", "RGB", {"lossless": True}), (".webp", "RGB", {"save_all": True, "lossless": True, "append_images":
+                                                            [Image.new("RGB", (WIDTH, HEIGHT))]}),
+    (".bmp", "RGB", {}), (".jpg", "CMYK", {"quality": 98}), (".tif", "CMYK", {}), (".png", "RGBA", {}),
+    (".mpo", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (WIDTH, HEIGHT))], "quality": 98})])
+def test_every_format_and_kind_is_read(tmp_path, suffix, mode, options):
+    path = tmp_path / f"picture{suffix}"
+    Image.fromarray(smooth()).convert(mode).save(path, **options)
+    found = datasets.read_image(path)
+    assert found.shape == (HEIGHT, WIDTH, 3) and np.abs(found.astype(int) - smooth()).max() < 16
+    assert datasets.picture_size(path) == (WIDTH, HEIGHT)
+    assert datasets.read_mask(path).shape == (HEIGHT, WIDTH)
+
+
+def test_sixteen_bit_tiff_and_palettes(tmp_path):
+    grey = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 150
+    Image.fromarray(grey).save(tmp_path / "grey.tif")
+    assert np.abs(datasets.read_image(tmp_path / "grey.tif")[..., 0] - grey / 257).max() <= 0.5001
+    cv2.imwrite(str(tmp_path / "colours.tif"), np.stack([grey] * 3, axis=2))
+    assert np.abs(datasets.read_image(tmp_path / "colours.tif")[..., 0] - grey / 257).max() <= 1
+    flat = Image.fromarray(smooth()).convert("P")
+    flat.save(tmp_path / "flat.png")
+    np.testing.assert_array_equal(datasets.read_image(tmp_path / "flat.png"), np.asarray(flat.convert("RGB")))
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    assert "convert it to PNG" in refusal(datasets.read_image, tmp_path / "float.tif")
+
+
+def test_heic_is_named(tmp_path):
+    path = tmp_path / "phone.jpg"   # as some programs name what a phone made
+    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
+    assert "HEIC" in refusal(datasets.read_image, path) and "PNG or JPEG" in refusal(datasets.picture_size, path)
+
+
+def save_turned(path, stored, orientation):
+    exif = Image.Exif()
+    exif[datasets.ORIENTATION] = orientation
+    options = {"tiffinfo": {datasets.ORIENTATION: orientation}} if path.suffix == ".tif" else {"exif": exif}
+    Image.fromarray(stored).save(path, quality=98, **({"lossless": True} if path.suffix == ".webp" else {}), **options)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pixels_are_as_stored_and_turn_as_viewers_turn_them(tmp_path, suffix, orientation):
+    path = tmp_path / f"turned{suffix}"
+    save_turned(path, smooth(), orientation)
+    found = datasets.read_picture(path, datasets.colours)
+    assert found.orientation == orientation
+    assert datasets.picture_size(path) == (WIDTH, HEIGHT)
+    assert np.abs(found.pixels.astype(int) - smooth()).max() < 12
+    with Image.open(path) as picture:
+        viewed = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
+    turned = datasets.turn(found.pixels, orientation)
+    assert turned.shape == viewed.shape and np.abs(turned.astype(int) - viewed).max() < 4
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8])
+def test_masks_tell_how_sideways_photographs_are_meant(folder, capsys, orientation):
+    turned = datasets.turn(smooth(), orientation)
+    for view in range(VIEWS):
+        save_turned(folder / f"image/00{view}.png", smooth(), orientation)
+    scene = datasets.load_scene(folder)     # masks of the stored pixels
+    np.testing.assert_array_equal(scene.images[1], smooth())
+    notice = capsys.readouterr().err
+    if orientation == 3:    # both would fit
+        assert notice.count("\n") == 1 and "000.png" in notice and "not turned" in notice
+    else:
+        assert notice == ""
+    for view in range(VIEWS):
+        mask = np.asarray(Image.open(folder / f"mask/00{view}.png"))
+        save(folder / f"mask/00{view}.png", np.ascontiguousarray(datasets.turn(mask, orientation)))
+    if orientation in (6, 8):
+        scene = datasets.load_scene(folder)
+        np.testing.assert_array_equal(scene.images[2], turned)
+        assert scene.masks.shape == (VIEWS, WIDTH, HEIGHT)
+        for view in range(VIEWS):   # a mask that is marked itself, as programs copy the mark
+            save_turned(folder / f"mask/00{view}.png", np.full((HEIGHT, WIDTH), 255, np.uint8), orientation)
+        np.testing.assert_array_equal(datasets.load_scene(folder).images[2], smooth())
+    assert capsys.readouterr().err == ""
+
+
 # --- shrinking --------------------------------------------------------------------------------------------
 
 def test_downscale_averages_areas(folder):
@@ -280,6 +374,55 @@ def test_refuses_a_truncated_jpeg(folder):
     save(path, np.random.default_rng(3).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8))
     path.write_bytes(path.read_bytes()[:-100])
     refused(folder, path, "truncated")
+
+
+def test_refuses_what_is_no_regular_file(folder, monkeypatch):
+    path = folder / "image/001.png"
+    path.unlink()
+    os.mkfifo(str(path))
+    refused(folder, path, "not a regular file")
+    path.unlink()
+    path.symlink_to("nowhere")
+    refused(folder, path, "no such file")
+    path.unlink()
+    path.symlink_to("/dev/zero")
+    refused(folder, path, "not a regular file")
+    path.unlink()
+    with socket.socket(socket.AF_UNIX) as listener:
+        monkeypatch.chdir(path.parent)  # the name of a socket is short
+        listener.bind(path.name)
+        refused(folder, path, "not a regular file")
+    assert "too long" in refusal(datasets.read_image, folder / ("x" * 300 + ".png"))
+    assert "no file name" in refusal(datasets.read_image, folder / "x\0.png")
+
+
+def test_refuses_a_tiff_whose_tags_share_their_bytes(tmp_path):
+    """A megabyte that 2000 tags name would take 2 GB, in the first directory or in the one of EXIF's tags."""
+    def entries(count, first):
+        return b"".join(struct.pack("<HHII", first + tag, 7, 1 << 20, 8) for tag in range(count))
+    picture = io.BytesIO()
+    Image.fromarray(smooth()).save(picture, "TIFF")
+    whole = bytearray(b"II*\0" + struct.pack("<I", 8 + (1 << 20)) + bytes(1 << 20))
+    for bomb in (struct.pack("<H", 2001) + struct.pack("<HHII", 256, 3, 1, 8) + entries(2000, 40000) + bytes(4),
+                 struct.pack("<H", 1) + struct.pack("<HHII", datasets.FURTHER_TAGS[0], 4, 1, len(whole) + 18) + bytes(4)
+                 + struct.pack("<H", 2000) + entries(2000, 40000) + bytes(4)):
+        (tmp_path / "bomb.tif").write_bytes(whole + bomb)
+        assert "more than the file has" in refusal(datasets.read_image, tmp_path / "bomb.tif")
+    assert datasets.directory(picture)
+
+
+def test_refuses_a_jpeg_of_endless_scans(tmp_path):
+    content = io.BytesIO()
+    Image.fromarray(smooth()).save(content, "JPEG", progressive=True)
+    whole = content.getvalue()
+    scan = whole[whole.rindex(b"\xff\xda"):-2]
+    (tmp_path / "bomb.jpg").write_bytes(whole[:-2] + 60 * scan + whole[-2:])
+    assert "scans" in refusal(datasets.read_image, tmp_path / "bomb.jpg")
+
+
+def test_names_the_folder_that_is_meant(folder):
+    refused(folder.parent, "no such folder", folder)
+    refused(folder / "mask", "no such folder", folder)
 
 
 @pytest.mark.parametrize("key", ["world_mat_1", "scale_mat_2"])
