@@ -30,11 +30,14 @@ import nnabla as nn
 import numpy as np
 from nnabla.logger import logger
 
-from training import checkpoints
 import helper
 import network
-from training.checkpoints import POSE, check_parameters, check_pose
+from backends import architecture
+from config import settings
+from files import writing
 from helper import UserError
+from training import checkpoints
+from training.checkpoints import POSE, check_parameters, check_pose
 
 MOST_BYTES = 3 << 27    # of a checkpoint, which is read whole; the paper's networks take 12 MB
 MOST_FILES = 10000      # in a zip
@@ -92,7 +95,7 @@ def to_theirs(path, output, old_form):
         for target, key, state in ((output, "model_state_dict", models), (beside, "pose_vecs_state_dict", cameras)):
             if state:
                 tree = {"epoch": int(number.group(1)) if number else 0, key: state}
-                write_checkpoint(both.enter_context(helper.replacing(target)), tree, old_form)
+                write_checkpoint(both.enter_context(writing.replacing(target)), tree, old_form)
     print(f"{output}: {in_words(ours)}" + (f"; the cameras are in {beside}" if models and cameras else ""))
 
 
@@ -156,10 +159,10 @@ def wanted_shapes(path, shapes):
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"{path}: holds no networks of IDR's, or not all of their layers") from error
     for key, value in found.items():
-        kind, (allowed, says) = helper.SETTINGS["network"][key]
-        helper.check_value(f"{path}: the network's {key}", value, kind, allowed, says)
-    helper.check_products(path, helper.flat({"network": found}))
-    return network.parameter_shapes(**found)
+        kind, (allowed, says) = settings.SETTINGS["network"][key]
+        settings.check_value(f"{path}: the network's {key}", value, kind, allowed, says)
+    settings.check_products(path, settings.flat({"network": found}))
+    return architecture.parameter_shapes(**found)
 
 
 def check_shapes(path, found, wanted):

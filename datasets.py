@@ -6,40 +6,27 @@ projection K [R | t] to pixels (x right, y down, z into the scene), and `scale_m
 unit sphere to the object's region of the world. Here everything is in the coordinates of that unit sphere,
 and pixel centres are at integers (u, v).
 """
-import contextlib
 import io
 import itertools
 import os
-import struct
 import sys
-import warnings
 import zipfile
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import Iterator, List, NamedTuple
 
 import cv2
 import numpy as np
-# Pillow opens what is imported; it does not look for the others where it is told the formats.
-from PIL import BmpImagePlugin, Image, JpegImagePlugin, PngImagePlugin, PpmImagePlugin  # noqa: F401
-from PIL import TiffImagePlugin, UnidentifiedImageError, WebPImagePlugin  # noqa: F401
 from tqdm import tqdm
 
+from files import pictures
 from helper import ORDER, PIXELS, UserError, check_is_file, decompose_projection, pixel_rays, random_numbers
 
 SUFFIXES = (".png", ".jpg", ".jpeg")                            # of a scene's pictures
 PHOTOGRAPHS = SUFFIXES + (".tif", ".tiff", ".webp", ".bmp")     # of what a scene is made from
-MOST_PIXELS = 80 * 10 ** 6  # of a picture: a small file may unpack to more than the memory
-MOST_BYTES = 10 ** 9        # of a picture's file: so many pixels of 16 bits, four channels, need less
-MOST_SCANS = 50             # of a JPEG, each of which goes through all pixels; progressive ones have about ten
 OUTLINE_BAND = 1 / 40       # of an image's shorter side: the pixels that count as near the outline of its mask
 OBJECT_SHARE = 3 / 4        # on the object, of the rays that are not drawn near the outline
 MOST_CAMERAS = 1 << 24      # bytes of a cameras.npz; 1,000 views of IDR's authors take 3 million
 LARGEST_MATRIX = 4096       # bytes of an entry of it, as unpacked
-FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")  # by content; for others Pillow may run programs
-COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's 8-bit modes
-WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # the numbers of TIFF's tags, which are EXIF's too
-FURTHER_TAGS = (34665, 34853, 40965)        # those that lead to further directories of tags
-TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 
 class Scene(NamedTuple):
@@ -78,7 +65,7 @@ def scene_files(path):
     mask_files, more = scene_pictures(path, "mask")
     if strays + more:
         names = [f"{file.parent.name}/{file.name}" for file in strays + more]
-        print(f"notice: {path}: ignored {listed(names)} (not {', '.join(SUFFIXES)})", file=sys.stderr)
+        print(f"notice: {path}: ignored {pictures.listed(names)} (not {', '.join(SUFFIXES)})", file=sys.stderr)
     for folder, files in ((path / "image", image_files), (path / "mask", mask_files)):
         if not files:
             raise UserError(f"{folder}: no images here; put one per view, as {', '.join(SUFFIXES)}")
@@ -107,11 +94,6 @@ def neighbours(folder):
     return [path.parent, *inner]
 
 
-def listed(names, most=8):
-    """Return names for a line of text: the first ones, and how many more there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
 def picture_files(folder, suffixes=SUFFIXES):
     """Return the pictures in a folder, by sorted name, and the strays: everything else that lies there."""
     if not os.path.isdir(str(folder)):
@@ -131,7 +113,7 @@ def load_pictures(image_files, mask_files, downscale):
     count, size, images, masks, doubtful = len(image_files), None, None, None, []
     hidden = None if count >= 10 else True  # None: hidden unless stderr is a terminal
     for view in tqdm(range(count), desc="loading images", unit="view", leave=False, disable=hidden):
-        image, mask, doubts = read_pair(image_files[view], mask_files[view])
+        image, mask, doubts = pictures.read_pair(image_files[view], mask_files[view])
         doubtful += doubts
         if size is None:
             size = image.shape[:2]
@@ -145,7 +127,7 @@ def load_pictures(image_files, mask_files, downscale):
             raise UserError(f"{mask_files[view]}: the mask of view {view} is empty"
                             + (f" at a downscale of {downscale}" if mask.any() else "")
                             + "; the object must be white, more than half of 255")
-    say_doubtful(doubtful)
+    pictures.say_doubtful(doubtful)
     return images, masks
 
 
@@ -166,224 +148,6 @@ def check_mask_size(mask_file, mask_size, image_file, size):
 def says_size(size):
     """Return the words for an array's shape (H, W, ...), such as "1600x1200 pixels"."""
     return f"{size[1]}x{size[0]} pixels"
-
-
-# --- pictures ---------------------------------------------------------------------------------------------
-
-class Picture(NamedTuple):
-    """A picture as its file stores it, which is how COLMAP and most libraries see it; viewers turn it."""
-    pixels: np.ndarray      # (H, W, ...)
-    orientation: int        # EXIF's, 1 to 8; 1: not to be turned
-    kind: str               # Pillow's name of the format, such as "PNG"
-
-
-def read_image(path):
-    """Read a picture of any kind as (H, W, 3) uint8, RGB; an alpha channel is left out."""
-    return read_picture(path, colours).pixels
-
-
-def read_mask(path):
-    """Read a picture of any kind as (H, W) bool: set where its grey value, and any alpha, exceeds half."""
-    return read_picture(path, on_object).pixels
-
-
-def read_pair(image_file, mask_file):
-    """Read an image (H, W, 3) uint8 and its mask (H, W) bool; returns both and the paths of which as_meant is unsure.
-
-    Each is turned by its EXIF orientation where only so it has the other's proportions.
-    """
-    image, mask = read_picture(image_file, colours), read_picture(mask_file, on_object)
-    pixels, image_doubt = as_meant(image, mask.pixels.shape)
-    mask_pixels, mask_doubt = as_meant(mask, pixels.shape)
-    return pixels, mask_pixels, [image_file] * image_doubt + [mask_file] * mask_doubt
-
-
-def as_meant(picture, shape):
-    """Return a Picture's pixels as stored, or turned by its orientation where only so they have the proportions of
-    `shape`, (h, w, ...) or None for unknown; and whether that was left open by an orientation and sizes that fit both.
-    """
-    turned = turn(picture.pixels, picture.orientation)
-    as_stored, as_turned = (shape is not None and alike(pixels.shape, shape) for pixels in (picture.pixels, turned))
-    if as_turned and not as_stored:
-        return np.ascontiguousarray(turned), False
-    return picture.pixels, picture.orientation != 1 and not (as_stored and not as_turned)
-
-
-def alike(shape, other):
-    """Tell whether two shapes (h, w, ...) have the same proportions, up to the rounding of a shrunk image's sides."""
-    return abs(shape[1] * other[0] / (shape[0] * other[1]) - 1) <= 0.02
-
-
-def turn(pixels, orientation):
-    """Return pixels (H, W, ...) turned and mirrored as an EXIF orientation, 1 to 8, says; a view of them."""
-    if orientation >= 5:
-        pixels = pixels.swapaxes(0, 1)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return pixels[::-1] if orientation in (3, 4, 7, 8) else pixels
-
-
-def say_doubtful(files):
-    """Print a notice on pictures with an EXIF orientation that were taken as stored for want of a sign."""
-    if files:
-        print(f"notice: {listed([str(file) for file in files], 3)}: marked as turned (EXIF orientation), and no size "
-              "tells whether cameras and masks are for the turned picture; taken as stored, not turned. If they are "
-              "for the turned one, save the pictures turned, without the mark", file=sys.stderr)
-
-
-@contextlib.contextmanager
-def opened(path):
-    """Yield a picture as Pillow opens it, and its file; within, whatever fails becomes a UserError that it cannot be read.
-
-    Raises UserError for what is no regular file, too large, or no picture.
-    """
-    check_is_file(path)
-    try:
-        with warnings.catch_warnings(), open(str(path), "rb") as file:
-            warnings.simplefilter("ignore")     # on large pictures, whose bound is ours, and on odd metadata
-            if os.path.getsize(str(path)) > MOST_BYTES:
-                raise UserError(f"{path}: is larger than {MOST_BYTES // 10 ** 6} MB; shrink it")
-            check_tags(path, file)
-            file.seek(0)
-            check_scans(path, file)
-            file.seek(0)
-            with Image.open(file, formats=FORMATS) as picture:
-                if picture.width * picture.height > MOST_PIXELS:
-                    raise too_large(path)
-                yield picture, file
-    except UserError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise too_large(path) from error
-    except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise unreadable(path, error) from error
-
-
-def too_large(path):
-    return UserError(f"{path}: has more than {MOST_PIXELS // 10 ** 6} million pixels; shrink it")
-
-
-def unreadable(path, error):
-    """Return the UserError for a picture at which a reader of Pillow's failed with `error`."""
-    reason = getattr(error, "strerror", None) or "truncated, or not of the format that its name says"
-    if isinstance(error, MemoryError):
-        reason = "not enough memory"
-    elif isinstance(error, UnidentifiedImageError):
-        with open(str(path), "rb") as file:
-            if file.read(8)[4:] == b"ftyp":
-                return UserError(f"{path}: HEIC, AVIF or a video, which are not read here; convert it to PNG or JPEG")
-        reason = "it is not PNG, JPEG, TIFF, WebP or BMP, or is truncated"
-    return UserError(f"{path}: cannot be read as an image ({reason}); replace this file")
-
-
-def read_picture(path, convert):
-    """Read a picture (grey, palette, RGB, CMYK, any with alpha; 1, 8 or 16 bits; the first frame) as a Picture.
-
-    convert: from Pillow's picture of 8 bits to the pixels. Raises UserError where it is unreadable or too large.
-    """
-    with opened(path) as (picture, file):
-        kind, is_tiff = picture.format, picture.format == "TIFF"
-        orientation = stored_orientation(file) if is_tiff else 1
-        picture.load()
-        if not is_tiff:     # PNG's is known only now
-            exif = picture.info.get("exif", b"")
-            orientation = stored_orientation(io.BytesIO(exif[6:] if exif.startswith(b"Exif\0\0") else exif))
-        pixels = convert(eight_bits(path, picture))
-        if is_tiff:         # of these alone Pillow turns the pixels; back
-            pixels = np.ascontiguousarray(turn(pixels, {6: 8, 8: 6}.get(orientation, orientation)))
-        return Picture(pixels, orientation, kind)
-
-
-def eight_bits(path, picture):
-    """Return Pillow's picture with 8 bits per channel; UserError for other numbers than 1, 8 or 16 bits."""
-    if picture.mode.startswith("I"):    # 16-bit grey, which Pillow would clip at 255
-        grey = np.asarray(picture)
-        if grey.min() >= 0 and grey.max() < 1 << 16:
-            scaled = (np.arange(1 << 16) / 257.0 + 0.5).astype(np.uint8)
-            return Image.fromarray(scaled[grey.astype(np.uint16)])
-    if picture.mode not in COLOURS:
-        raise UserError(f"{path}: its pixels ({picture.mode}) are not colours of 8 or 16 bits; convert it to PNG or "
-                        "JPEG")
-    return picture
-
-
-def has_alpha(picture):
-    """Tell whether Pillow's picture has transparent colours."""
-    return "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info
-
-
-def colours(picture):
-    """Return the colours (H, W, 3) uint8 of Pillow's picture."""
-    return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
-
-
-def alpha(picture):
-    """Return where Pillow's picture is more than half opaque, (H, W) bool."""
-    return np.asarray(picture.convert("RGBA").getchannel("A")) > 127    # RGBA: a palette may have transparent colours
-
-
-def on_object(picture):
-    """Return where Pillow's picture, as a mask, is set, (H, W) bool."""
-    if has_alpha(picture):
-        return alpha(picture) & (np.asarray(picture.convert("RGB").convert("L")) > 127)
-    return np.asarray(picture.convert("L")) > 127
-
-
-def check_scans(path, file):
-    """Raise UserError for a JPEG of so many scans that it takes minutes to read."""
-    chunks = iter(lambda: file.read(1 << 24), b"")
-    if file.read(2) == b"\xff\xd8" and sum(chunk.count(b"\xff\xda") for chunk in chunks) > MOST_SCANS:
-        raise UserError(f"{path}: a JPEG of more than {MOST_SCANS} scans; save it anew")
-
-
-def check_tags(path, file):
-    """Raise UserError for a TIFF whose tags take more bytes than the file has: they name the same ones many times."""
-    claimed, offsets = 0, [None]
-    while offsets:
-        for tag, kind, count, value in directory(file, offsets.pop()):
-            claimed += count * TAG_SIZES.get(kind, 1)
-            if tag in FURTHER_TAGS and len(offsets) < 9:
-                offsets.append(value)
-    if claimed > os.path.getsize(str(path)) + 1000:
-        raise UserError(f"{path}: its tags say that they take {claimed} bytes, more than the file has; replace it")
-
-
-def stored_orientation(file):
-    """Return the orientation, 1 to 8, that the first directory of a TIFF or of EXIF data says; 1 where it says none."""
-    found = [value for tag, _, _, value in directory(file) if tag == ORIENTATION]
-    return found[0] if found and 1 <= found[0] <= 8 else 1
-
-
-def directory(file, offset=None):
-    """Return (tag, kind, count, value or offset of the values) for the entries of a directory of a TIFF, or of EXIF
-    data, whose form is the same; the first directory, or that at `offset`. Nothing of what is no TIFF."""
-    file.seek(0)
-    head = file.read(16)
-    order, big = {b"II": "<", b"MM": ">"}.get(head[:2]), head[2:4] in (b"+\0", b"\0+")
-    try:
-        if order is None or not (big or head[2:4] in (b"*\0", b"\0*")):
-            return []
-        file.seek(struct.unpack_from(order + ("Q" if big else "I"), head, 8 if big else 4)[0]
-                  if offset is None else offset)
-        count, = struct.unpack(order + ("Q" if big else "H"), file.read(8 if big else 2))
-        entry = struct.Struct(order + ("HHQ8s" if big else "HHI4s"))
-        content = file.read(entry.size * min(count, 1 << 16))
-    except (struct.error, OverflowError, OSError, ValueError):
-        return []
-    whole = content[:len(content) // entry.size * entry.size]
-    return [(tag, kind, number, struct.unpack_from(order + {3: "H"}.get(kind, "Q" if big and kind > 12 else "I"),
-                                                   value)[0])
-            for tag, kind, number, value in entry.iter_unpack(whole)]
-
-
-def picture_size(path):
-    """Return the width and height of a picture as stored; UserError where it is unreadable or too large."""
-    with opened(path) as (picture, file):
-        width, height = picture.size
-        if picture.format == "TIFF":    # Pillow may have turned the size already
-            stored = {tag: value for tag, _, _, value in directory(file)}
-            width, height = stored.get(WIDTH, width), stored.get(HEIGHT, height)
-        return width, height
 
 
 # --- cameras ----------------------------------------------------------------------------------------------
@@ -564,35 +328,49 @@ class Batch(NamedTuple):
     weights: np.ndarray     # (R,) float32, of the rays in the losses; 1 on average
 
 
-def epoch_steps(views, ranks=1):
-    """Return the steps of an epoch in which `ranks` processes take one of `views` views each and every view comes."""
-    return -(-views // ranks)
+def epoch_steps(num_views: int, num_processes=1) -> int:
+    """Return the number of steps of an epoch, in which every view comes; each process takes one view per step."""
+    return -(-num_views // num_processes)
 
 
-def training_batches(scene, views, rays, seed, start=0, rank=0, ranks=1, outline_rays=0.0):
-    """Yield Batches for ever, from that of the step `start` on: each is one view and `rays` random pixels of it.
+class Draw(NamedTuple):
+    """How the rays of a batch are drawn."""
+    num_rays: int
+    seed: int = 0
+    outline_fraction: float = 0.0   # of the rays near the mask's outline, from 0 to less than 1
 
-    Each of `views` comes once in every epoch (len(views) steps), in an order shuffled anew for each. The pixels
-    are uniform over the whole image, object or not, and differ from one another unless the image has fewer; with
-    `outline_rays`, from 0 to less than 1, they are drawn as by draw_pixels.
-    Of several processes, `ranks`, each takes the batches of its `rank`: an epoch has 1/ranks as many steps, and
-    its last step takes the epoch's first views again where `ranks` does not divide them. A batch is a function
-    of the seed, the step, the rank and the ranks.
+
+class Process(NamedTuple):
+    """One of the processes that train together; a parallel.World serves as well."""
+    rank: int = 0
+    size: int = 1
+
+
+def training_batches(scene, views, draw: Draw, first_step=0, process=Process()) -> Iterator[Batch]:
+    """Yield Batches for ever, from that of first_step on: each is one view and num_rays random pixels of it.
+
+    Each of `views` comes once in every epoch, in an order that is shuffled anew for each. The pixels are uniform over
+    the whole image, object or not, and differ from one another unless the image has fewer. With an outline_fraction
+    they are drawn by draw_pixels.
+    Each of several processes takes batches of its own: an epoch has 1 / size as many steps, and its last step takes the
+    epoch's first views again where size does not divide them. A batch is a function of the seed, the step, the rank and
+    the size.
     """
+    num_rays, (rank, size) = draw.num_rays, (process.rank, process.size)
     height, width = scene.masks.shape[1:]
     regions = {}
-    for step in itertools.count(start):
-        epoch, position = divmod(step, epoch_steps(len(views), ranks))
-        view = random_numbers(seed, ORDER, epoch).permutation(views)[(position * ranks + rank) % len(views)]
-        # No shuffle: the order of the rays is of no use.
-        rng = random_numbers(seed, PIXELS, step * ranks + rank)
-        if outline_rays:
+    for step in itertools.count(first_step):
+        epoch, position = divmod(step, epoch_steps(len(views), size))
+        view = random_numbers(draw.seed, ORDER, epoch).permutation(views)[(position * size + rank) % len(views)]
+        # No shuffle: the order of the rays does not matter.
+        rng = random_numbers(draw.seed, PIXELS, step * size + rank)
+        if draw.outline_fraction:
             if view not in regions:
                 regions[view] = mask_regions(scene.masks[view])
-            pixels, weights = draw_pixels(regions[view], rays, outline_rays, rng)
+            pixels, weights = draw_pixels(regions[view], num_rays, draw.outline_fraction, rng)
         else:
-            pixels = rng.choice(height * width, rays, replace=rays > height * width, shuffle=False)
-            weights = np.ones(rays, np.float32)
+            pixels = rng.choice(height * width, num_rays, replace=num_rays > height * width, shuffle=False)
+            weights = np.ones(num_rays, np.float32)
         yield Batch(int(view), *view_rays(scene, view, np.stack([pixels % width, pixels // width], axis=1)), weights)
 
 
@@ -605,19 +383,20 @@ def mask_regions(mask):
     return [np.flatnonzero(region).astype(np.int32) for region in (near, mask & ~near, ~mask & ~near)]
 
 
-def draw_pixels(regions, rays, outline_rays, rng):
-    """Draw `rays` pixels, the share `outline_rays` of them near the outline, and of the others most on the object.
+def draw_pixels(regions, num_rays, outline_fraction, rng):
+    """Draw pixels, a fraction of them near the outline, and most of the others on the object (stratified sampling).
 
-    regions: what mask_regions gives. Returns the pixels' numbers (rays,), and weights (rays,) float32 with which a sum
-    over them is on average what it is for uniform pixels: the loss is the same, but it varies less from step to step
-    where the pixels are that decide the shape (stratified sampling).
+    regions: what mask_regions gives. Returns the pixels' numbers (num_rays,) and weights (num_rays,) float32. With these
+    weights a sum over the pixels has the mean that it has over uniform pixels: the loss is the same, but it varies less
+    from step to step at the pixels that decide the shape.
     """
     sizes = np.array([len(region) for region in regions])
-    shares = np.array([outline_rays, (1 - outline_rays) * OBJECT_SHARE, (1 - outline_rays) * (1 - OBJECT_SHARE)])
+    shares = np.array([outline_fraction, (1 - outline_fraction) * OBJECT_SHARE,
+                       (1 - outline_fraction) * (1 - OBJECT_SHARE)])
     shares = np.where(sizes > 0, shares, 0.0)
     shares /= shares.sum()
-    ends = np.floor(np.cumsum(shares[:-1]) * rays + rng.random()).astype(int)   # by chance up or down: right on average
-    counts = np.diff(ends, prepend=0, append=rays)
+    ends = np.floor(np.cumsum(shares[:-1]) * num_rays + rng.random()).astype(int)   # random rounding: right on average
+    counts = np.diff(ends, prepend=0, append=num_rays)
     pixels = [rng.choice(region, count, replace=count > len(region), shuffle=False)
               for region, count in zip(regions, counts) if count]
     weights = np.divide(sizes / sizes.sum(), shares, out=np.zeros(3), where=shares > 0)

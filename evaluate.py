@@ -8,18 +8,14 @@ from pathlib import Path
 
 import numpy as np
 from nnabla.monitor import Monitor, MonitorSeries
-from skimage.metrics import structural_similarity
 from tqdm import tqdm
 
-from training import cameras
-from training import checkpoints
 import datasets
 import helper
-from metrics import meshes
 import network
 import synthesize
-
-SSIM_WINDOW = 11        # pixels: a Gaussian of 1.5, cut at 3.5 times that (Wang et al., 2004)
+from metrics import images, meshes
+from training import cameras, checkpoints
 
 
 def main():
@@ -36,7 +32,7 @@ def main():
                                "the other")
     mesh = meshes.load_shape(args.mesh) if args.mesh else None
     truth = meshes.load_shape(args.ground_truth) if args.ground_truth else None
-    conf, folder = checkpoints.open_run(args, network.parameter_shapes)
+    conf, folder = checkpoints.open_run(args)
     scan = meshes.load_dtu(args.dtu, Path(conf.data.path).resolve().name) if args.dtu else None
     monitor = Monitor(str(folder))
     if args.views != ["none"]:
@@ -83,59 +79,36 @@ def measure_views(words, conf, model, monitor):
     scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
     scene = scene._replace(poses=cameras.trained_poses(scene.poses, model))
     views = datasets.chosen_views(words, len(scene.images), "--views")
-    if min(scene.images.shape[1:3]) < SSIM_WINDOW:
+    if min(scene.images.shape[1:3]) < images.SSIM_WINDOW:
         raise helper.UserError(f"{conf.data.path}: images of {datasets.says_size(scene.images.shape[1:])} are too "
-                               f"small to measure; SSIM needs {SSIM_WINDOW} a side, so lower data.downscale")
+                               f"small to measure; SSIM needs {images.SSIM_WINDOW} a side, so lower data.downscale")
     errors, likeness = {}, {}
-    sdf = network.sdf_evaluator()
+    sdf, shade = network.sdf_evaluator(), network.shader(conf.network)
     for view in tqdm(views, unit="view", dynamic_ncols=True):
         truth, mask = scene.images[view] / np.float32(255), scene.masks[view]
-        render = synthesize.render_view(sdf, scene.intrinsics[view], scene.poses[view], mask.shape, conf.tracer,
-                                        mask, conf.network.without)
-        errors[view] = squared_error(render.rgb, truth, mask)
-        likeness[view] = similarity(render.rgb, truth, mask)
+        camera = helper.Camera(scene.intrinsics[view], scene.poses[view], mask.shape)
+        render = synthesize.render_view(sdf, shade, camera, conf.tracer, wanted=mask)
+        errors[view] = images.squared_error(render.rgb, truth, mask)
+        likeness[view] = images.similarity(render.rgb, truth, mask)
 
+    held_out = conf.data.held_out_views
     series = {name: MonitorSeries(f"{name}_per_view", monitor, interval=1, verbose=False) for name in ("psnr", "ssim")}
     for view in views:
-        held_out = "  held out" if view in conf.data.held_out_views else ""
-        print(f"view {view:3d}  {scene.names[view]:<16} {psnr(errors[view]):6.2f} dB  "
-              f"SSIM {ssim(likeness[view]):.3f}{held_out}")
-        series["psnr"].add(view, psnr(errors[view]))
-        series["ssim"].add(view, ssim(likeness[view]))
-    held_out = [v for v in views if v in conf.data.held_out_views]
-    for name, group in (("all", views), ("trained", [v for v in views if v not in held_out]), ("held_out", held_out)):
-        if group and (held_out or name == "all"):
-            over = {"psnr": psnr(sum(errors[v] for v in group)), "ssim": ssim(sum(likeness[v] for v in group))}
+        psnr, ssim = images.psnr(errors[view]), images.ssim(likeness[view])
+        print(f"view {view:3d}  {scene.names[view]:<16} {psnr:6.2f} dB  SSIM {ssim:.3f}"
+              + ("  held out" if view in held_out else ""))
+        series["psnr"].add(view, psnr)
+        series["ssim"].add(view, ssim)
+    groups = {"all": views}
+    if set(views) & set(held_out):
+        groups.update(trained=[v for v in views if v not in held_out], held_out=[v for v in views if v in held_out])
+    for name, group in groups.items():
+        if group:
+            over = {"psnr": images.psnr(sum(errors[v] for v in group)),
+                    "ssim": images.ssim(sum(likeness[v] for v in group))}
             print(f"{name.replace('_', ' ')} views ({len(group)}): {over['psnr']:.2f} dB, SSIM {over['ssim']:.3f}")
             for measure, value in over.items():
                 MonitorSeries(f"{measure}_{name}_views", monitor, interval=1, verbose=False).add(0, value)
-
-
-def squared_error(image, truth, mask):
-    """(sum, count) as an array of 2: of (image - truth)^2 over the masked pixels and 3 channels; images in [0, 1]."""
-    difference = (image[mask].astype(np.float64) - truth[mask]) ** 2
-    return np.array([difference.sum(), difference.size])
-
-
-def psnr(error):
-    """PSNR in dB of one squared_error, or of the sum of several."""
-    return -10.0 * np.log10(max(error[0] / error[1], 1e-12))
-
-
-def similarity(image, truth, mask):
-    """(sum, count) as an array of 2: of SSIM's map over the masked pixels, the mean of the channels; images in [0, 1].
-
-    Outside the mask the photograph stands in both images: what a window sees there is alike, and makes no edge.
-    """
-    pasted = np.where(mask[..., None], image, truth)
-    similar = structural_similarity(truth, pasted, data_range=1.0, channel_axis=-1, gaussian_weights=True, sigma=1.5,
-                                    use_sample_covariance=False, full=True)[1]
-    return np.array([similar.mean(axis=-1)[mask].sum(dtype=np.float64), mask.sum()])
-
-
-def ssim(likeness):
-    """The mean SSIM of one `similarity`, or of the sum of several."""
-    return likeness[0] / likeness[1]
 
 
 if __name__ == "__main__":

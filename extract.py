@@ -19,11 +19,12 @@ from scipy.ndimage import label
 from skimage.measure import marching_cubes
 from tqdm import tqdm
 
-from training import cameras
-from training import checkpoints
 import datasets
 import helper
 import network
+from backends import architecture
+from files import writing
+from training import cameras, checkpoints
 
 SLACK = 1.5         # how much steeper than 1 the sdf may be before a block with surface in it is passed over
 APART = 1e-3        # of a cell: where the sdf at a point of the grid is nearer to 0, it is moved away to that
@@ -49,7 +50,7 @@ def main():
     for path in args.output or []:
         if Path(path).suffix.lower() not in SUFFIXES:
             raise helper.UserError(f"--output {path}: the name must end in {', '.join(SUFFIXES)}")
-    conf, folder = checkpoints.open_run(args, network.parameter_shapes)
+    conf, folder = checkpoints.open_run(args, architecture.parameter_shapes)
     paths = [Path(path) for path in args.output or [folder / "mesh.ply"]]
     poses = scale_mat = None
     if args.world or any(path.suffix.lower() == ".html" for path in paths):
@@ -67,7 +68,7 @@ def main():
               "that reaches beyond it)")
     mesh = with_colors(mesh, conf.network.without, cut)
     for path in paths:
-        with helper.replacing(path) as temporary:
+        with writing.replacing(path) as temporary:
             if path.suffix.lower() == ".html":
                 temporary.write_bytes(page(mesh, path.stem, poses, conf.train.validation_view).encode(errors="replace"))
             else:

@@ -19,6 +19,7 @@ from scipy.spatial.transform import Rotation
 
 import helper
 import ray_tracer
+from files import folders
 
 # --- the object: balls swept along discs, a circle and lines; z is up ---------------------------------------
 
@@ -288,7 +289,7 @@ def main():
     if made_already(output, settings):
         print(f"{output}: is there already, made with these settings")
         return
-    with helper.new_folder(output) as scene:
+    with folders.new_folder(output) as scene:
         covered = write_scene(scene, args.views, args.held_out, args.size, args.camera_noise)
         (scene / "scene.json").write_text(json.dumps(settings) + "\n")
     print(f"{output}: {args.views} views to train on and {args.held_out} held out, {args.size}x{args.size} "

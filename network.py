@@ -10,9 +10,12 @@ import nnabla as nn
 import nnabla.functions as F
 import numpy as np
 
-from backends import architecture, cpu, gpu
+import helper
+from backends import architecture, context, cpu, gpu
 from backends.architecture import OPTIONAL_INPUTS, POSITION_BANDS, VIEW_BANDS, has_skip
 from backends.gpu import positional_encoding, row_sums
+from config import settings
+from files import writing
 
 # --- parameters -------------------------------------------------------------------------------------------------------
 
@@ -143,34 +146,29 @@ def shade(points: np.ndarray, directions=None, without=(), chunk=4096) -> Tuple[
 
 # --- the initial sdf as a picture -------------------------------------------------------------------------------------
 
-def check_sizes(width, layers, radius):
-    """Raise UserError for sizes on the command line that make no network."""
-    import helper
-    if width < 64 or layers < 2 or not 0 < radius < 1:
-        raise helper.UserError(f"the width must be 64 or more (not {width}), -L 2 or more (not {layers}) and -R between "
-                               f"0 and 1 (not {radius})")
+def network_of(width, layers, radius):
+    """Return the network of these sizes; UserError where they are none that a configuration may have."""
+    return settings.check_network("the command line", {"width": width, "layers": layers, "radius": radius})
 
 
 def main():
-    import helper
     parser = helper.argument_parser("Draw the zero contour of the initial sdf and measure it against the exact sphere; "
                                     "with several widths, plot the error over the width.", config=False)
     parser.add_argument("-Ds", type=int, nargs="+", default=[512], metavar="D", help="layer widths")
     parser.add_argument("-L", type=int, default=9, help="affine layers")
     parser.add_argument("-R", type=float, default=0.6, help="radius of the sphere")
     args = parser.parse_args()
-    for width in args.Ds:
-        check_sizes(width, args.L, args.R)
-    helper.set_context(args.context, args.device_id)
+    nets = [network_of(width, args.L, args.R) for width in args.Ds]
+    context.set_context(args.context, args.device_id)
     errors = []
-    for width in args.Ds:
-        initialize(Network(width, 256, args.L, args.R), np.random.default_rng(0))
+    for net in nets:
+        initialize(net, np.random.default_rng(0))
         sdf = sdf_evaluator()
         points = np.random.default_rng(1).uniform(-1, 1, (100000, 3)).astype(np.float32)
         errors.append(np.abs(sdf(points) - (np.linalg.norm(points, axis=1) - args.R)).mean())
-        path = f"sdf_contour_D{width:03d}_L{args.L:03d}.png"
-        draw_contour(sdf, args.R, f"initial sdf, width {width}, {args.L} layers", path)
-        print(f"width {width}: mean absolute error {errors[-1]:.4f} against the sphere of radius {args.R} in [-1, 1]^3, "
+        path = f"sdf_contour_D{net.width:03d}_L{args.L:03d}.png"
+        draw_contour(sdf, args.R, f"initial sdf, width {net.width}, {args.L} layers", path)
+        print(f"width {net.width}: mean absolute error {errors[-1]:.4f} against the sphere of radius {args.R} in [-1, 1]^3, "
               f"{path}")
     if len(args.Ds) > 1:
         path = f"sdf_error_L{args.L:03d}.png"
@@ -180,7 +178,6 @@ def main():
 
 def draw_contour(sdf, radius, title, path):
     """Draw the sdf on the plane z = 0 with its zero contour, and the exact circle of `radius`, to `path`."""
-    import helper
     from matplotlib.figure import Figure
     line = np.linspace(-1, 1, 201, dtype=np.float32)
     grid = np.stack(np.broadcast_arrays(line[None], line[:, None], np.float32(0)), axis=-1)
@@ -195,13 +192,12 @@ def draw_contour(sdf, radius, title, path):
     axes.plot([], [], color="black", linewidth=2, label="sdf = 0")
     figure.legend(loc="outside lower center", ncols=2)
     figure.colorbar(filled, label="sdf")
-    with helper.replacing(path) as temporary:
+    with writing.replacing(path) as temporary:
         figure.savefig(temporary)
 
 
 def draw_errors(widths, errors, path):
     """Plot the mean absolute error over the layer width to `path`."""
-    import helper
     from matplotlib.figure import Figure
     figure = Figure(figsize=(5, 3.6), dpi=120, layout="constrained")
     axes = figure.add_subplot(title="initial sdf against the exact sphere", xlabel="layer width",
@@ -210,10 +206,9 @@ def draw_errors(widths, errors, path):
     axes.set_xticks(widths, [str(width) for width in widths])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
-    with helper.replacing(path) as temporary:
+    with writing.replacing(path) as temporary:
         figure.savefig(temporary)
 
 
 if __name__ == "__main__":
-    import helper
     helper.run(main)

@@ -19,11 +19,11 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from scenes import camera_files
 import datasets
 import helper
-from scenes import mask_files
+from files import folders, pictures, writing
 from helper import UserError
+from scenes import camera_files, mask_files
 
 SMALL = 256         # pixels: hull and picture are made from views shrunk until their longer side is no longer
 COARSE, FINE = 50, 80  # cells along the sides of the two grids in which the hull is carved
@@ -50,33 +50,33 @@ class Finding(NamedTuple):
 # --- photographs and masks --------------------------------------------------------------------------------------------
 
 def read_view(view, mask_source, threshold):
-    """Read a view: the photograph as a datasets.Picture, its image (H, W, 3) uint8, mask (H, W) bool and intrinsics
-    (3, 3), with distortion undone, and the paths of the pictures of which datasets.as_meant is unsure.
+    """Read a view: the photograph as a pictures.Picture, its image (H, W, 3) uint8, mask (H, W) bool and intrinsics
+    (3, 3), with distortion undone, and the paths of the pictures of which pictures.as_meant is unsure.
 
     The photograph is turned by its EXIF orientation where only so it fits its camera, or its mask.
     """
-    photograph, shape, mask_doubt = datasets.read_picture(view.image, datasets.colours), None, False
+    photograph, shape, mask_doubt = pictures.read_picture(view.image, pictures.colours), None, False
     drawn = mask_source in ("alpha", "background")
-    mask = None if drawn else datasets.read_picture(mask_source, datasets.on_object)
+    mask = None if drawn else pictures.read_picture(mask_source, pictures.on_object)
     if view.size:
         shape = view.size[::-1]
     elif mask:
         shape = mask.pixels.shape
-    image, doubt = datasets.as_meant(photograph, shape)
+    image, doubt = pictures.as_meant(photograph, shape)
     if mask_source == "background":
         mask = mask_files.background_mask(image, threshold)
     elif mask_source == "alpha":
         if not mask_files.has_alpha(view.image):
             raise UserError(f"{view.image}: has no alpha channel; put masks into a folder and name it with --masks")
-        mask = datasets.as_meant(datasets.read_picture(view.image, datasets.alpha), shape)[0]
+        mask = pictures.as_meant(pictures.read_picture(view.image, pictures.alpha), shape)[0]
     else:
-        mask, mask_doubt = datasets.as_meant(mask, image.shape)
+        mask, mask_doubt = pictures.as_meant(mask, image.shape)
     if mask.shape != image.shape[:2]:
         raise UserError(f"{mask_source}: {datasets.says_size(mask.shape)}, but its photograph {view.image.name} is "
                         f"{datasets.says_size(image.shape)}; a mask has its photograph's size")
     intrinsics = view.intrinsics
     if view.size and view.size != image.shape[1::-1]:
-        if not datasets.alike(image.shape, view.size[::-1]):
+        if not pictures.alike(image.shape, view.size[::-1]):
             raise UserError(f"{view.image}: {datasets.says_size(image.shape)}, but its camera is for "
                             f"{view.size[0]}x{view.size[1]}; give the photographs that the cameras were made from")
         scale = np.divide(image.shape[1::-1], view.size)
@@ -464,7 +464,7 @@ def draw(path, title, views, points, spacing, findings, most=35):
     axes = figure.add_axes((0.35, 0.005, 0.645, height - 0.01))
     axes.imshow(sheet, interpolation="lanczos")
     axes.set_axis_off()
-    with helper.replacing(path) as temporary:
+    with writing.replacing(path) as temporary:
         figure.savefig(temporary)
 
 
@@ -612,11 +612,11 @@ def write_scene(folder, views, sources, threshold, downscale):
         if downscale == 1 and not view.distortion and photograph.orientation == 1 and photograph.kind in KEPT:
             shutil.copyfile(str(view.image), str(folder / "image" / (name + KEPT[photograph.kind])))
         else:
-            helper.write_image(folder / "image" / (name + ".png"), image)
-        helper.write_image(folder / "mask" / (name + ".png"), mask.astype(np.uint8) * 255)
+            writing.write_image(folder / "image" / (name + ".png"), image)
+        writing.write_image(folder / "mask" / (name + ".png"), mask.astype(np.uint8) * 255)
         matrices.append(datasets.shrink_intrinsics(intrinsics, downscale))
         looks.append(look(view.image.name, image, mask, matrices[-1], view.pose))
-    datasets.say_doubtful(doubtful)
+    pictures.say_doubtful(doubtful)
     return looks, matrices
 
 
@@ -632,7 +632,7 @@ def prepare(args):
                         f"{'is' if len(missing) == 1 else 'are'} missing); {mend}")
     sources = mask_files.mask_sources(views, args.masks, root)
     print(f"read {what}; masks: {sources[0] if isinstance(sources[0], str) else sources[0].parent}")
-    with helper.new_folder(args.output) as folder:
+    with folders.new_folder(args.output) as folder:
         looks, intrinsics = write_scene(folder, views, sources, args.threshold, args.downscale)
         picture = picture_path(args.output)
         centre, radius, findings = understand(looks, picture)
@@ -663,7 +663,7 @@ def check(scene):
             k, pose = helper.decompose_projection(matrices[f"world_mat_{index}"] @ matrices[f"scale_mat_{index}"])
         except ValueError as error:
             raise UserError(f"{path / 'cameras.npz'}: the camera of view {index} cannot be used: {error}")
-        image, mask = datasets.read_image(image_file), datasets.read_mask(mask_file)
+        image, mask = pictures.read_image(image_file), pictures.read_mask(mask_file)
         datasets.check_mask_size(mask_file, mask.shape, image_file, image.shape[:2])
         shape = shape or image.shape[:2]
         datasets.check_one_size(image_file, image.shape[:2], image_files[0], shape)

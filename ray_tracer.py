@@ -28,11 +28,18 @@ rounding (some 2e-7 at a distance of 3) comes in nowhere after that.
 
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Tuple
 
 import numba
 import numpy as np
 
-second_thread = ThreadPoolExecutor(1)
+
+@lru_cache(maxsize=None)
+def second_thread():
+    """Return the thread in which a GPU's second search runs."""
+    return ThreadPoolExecutor(1)
+
 
 # What is said ray by ray below is compiled when first called, and kept beside this file. Without fastmath: products and
 # sums are to be rounded as NumPy rounds them.
@@ -143,7 +150,7 @@ def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, samples
     rays = np.flatnonzero(meets)
     if rough_sdf:
         # In a thread of its own: while the GPU computes for one of the searches, the other one chooses its next points.
-        least = second_thread.submit(search, rough_sdf, rays[~seeks[rays]])
+        least = second_thread().submit(search, rough_sdf, rays[~seeks[rays]])
         search(sdf, rays[seeks[rays]])
         least.result()
     else:
@@ -462,16 +469,19 @@ def _between(near, far, near_value, far_value, reach, secant):
 
 def main():
     import time
+
     import helper
-    import network      # here: the tracer itself knows no network
+    import network  # here: the tracer itself knows no network
+    from backends import context
+    from files import writing
     parser = helper.argument_parser("Trace and shade the initial surface, a sphere; tell hits and time.", config=False)
     parser.add_argument("-D", type=int, default=512, help="layer width")
     parser.add_argument("-L", type=int, default=9, help="affine layers")
     parser.add_argument("-R", type=float, default=0.6, help="radius of the sphere")
     args = parser.parse_args()
-    network.check_sizes(args.D, args.L, args.R)
-    helper.set_context(args.context, args.device_id)
-    network.initialize(args.D, 256, args.L, args.R, np.random.default_rng(0))
+    net = network.network_of(args.D, args.L, args.R)
+    context.set_context(args.context, args.device_id)
+    network.initialize(net, np.random.default_rng(0))
     sdf = network.sdf_evaluator()
     size, focal = 256, 300.0
     intrinsics = np.array([[focal, 0, (size - 1) / 2], [0, focal, (size - 1) / 2], [0, 0, 1]])
@@ -486,7 +496,7 @@ def main():
     image = np.ones((size * size, 3), np.float32)
     image[hit] = 0.15 + 0.85 * np.maximum(normals @ light / np.linalg.norm(normals, axis=1), 0)[:, None]
     path = f"sphere_D{args.D:03d}_L{args.L:03d}.png"
-    helper.write_image(path, image.reshape(size, size, 3))
+    writing.write_image(path, image.reshape(size, size, 3))
     print(f"{hit.sum()} of {len(hit)} rays hit, in {seconds:.2f} s, {path}")
 
 

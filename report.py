@@ -18,9 +18,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from training import checkpoints
-import datasets
 import helper
+from config import settings
+from files import folders, pictures, writing
+from training import checkpoints
 
 PAGE = "report.html"
 REFRESH = 30        # seconds after which the browser loads the page of a run that is on again
@@ -53,7 +54,7 @@ def main():
     folder = Path(parser.parse_args().folder)
     if not folder.is_dir():
         raise helper.UserError(f"{folder}: no such folder; name that of a training run")
-    helper.remove_unfinished(folder)
+    folders.remove_unfinished(folder)
     write(folder, running=is_held(folder))
     print(folder / PAGE)
 
@@ -79,7 +80,7 @@ def attempt(folder, running, tell):
 
     Raises UserError where the training's folder is no longer at its place.
     """
-    helper.check_held(folder)
+    folders.check_held(folder)
     try:
         write(folder, running)
     except Exception as error:
@@ -91,13 +92,13 @@ def attempt(folder, running, tell):
 
 def write(folder, running):
     """Write the page of the run in `folder`, replacing it whole. Raises UserError where there is no run."""
-    helper.write_bytes(folder / PAGE, page(read_run(folder), running).encode(errors="replace"))
+    writing.write_bytes(folder / PAGE, page(read_run(folder), running).encode(errors="replace"))
 
 
 def is_held(folder):
     """Whether a training writes to that folder now."""
     try:
-        with helper.held(folder):
+        with folders.held(folder):
             return False
     except helper.UserError:
         return True
@@ -119,7 +120,7 @@ def read_run(folder):
     timer = read_series(folder / "time.timer.txt", columns=4)
     ends = series.get("loss", np.zeros((0, 2)))[:, 0] + 1       # the steps done after each epoch
     steps = int(ends[0]) if len(ends) else 1
-    return {"folder": folder, "config": configs[-1], "conf": helper.load_config(configs[-1]), "series": series,
+    return {"folder": folder, "config": configs[-1], "conf": settings.load_config(configs[-1]), "series": series,
             "steps": steps, "epochs": int(ends[-1]) // steps if len(ends) else 0,
             "laps": timer[:, [0, 1]], "elapsed": timer[-1, 3] if len(timer) else 0.0}
 
@@ -164,7 +165,7 @@ def plot(words, lines, log=False, step=False, from_zero=False):
     several; log: a logarithmic axis, on which what is not positive is left out; step: values that hold for an epoch;
     from_zero: the axis begins at 0.
     """
-    import matplotlib       # here: a training starts without waiting for it
+    import matplotlib  # here: a training starts without waiting for it
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
@@ -319,7 +320,7 @@ def renders(run):
     view, psnr = validation_view(run["conf"]), dict(run["series"].get("psnr", []))
     captions = ("photograph", f"render, {psnr[epoch]:.2f} dB" if epoch in psnr else "render", "normals",
                 "depth, white is near")
-    panels = np.split(datasets.read_image(path), len(captions), axis=1)
+    panels = np.split(pictures.read_image(path), len(captions), axis=1)
     return f'<p class="muted">{view.capitalize()}, after {epochs(epoch + 1)}.</p>' + \
         figures([(picture(panel, caption), caption) for panel, caption in zip(panels, captions)], "four")
 
@@ -330,8 +331,8 @@ def shape(run):
     panels = validations(run["folder"])
     if found:
         epoch, path = list(found.items())[-1]
-        image = datasets.read_image(path)
-        height, width = datasets.read_image(panels[epoch]).shape[:2] if epoch in panels else (1, 4)
+        image = pictures.read_image(path)
+        height, width = pictures.read_image(panels[epoch]).shape[:2] if epoch in panels else (1, 4)
         count = max(round(image.shape[1] / image.shape[0] / (width / 4 / height)), 1)     # of the same proportions
         items = [(picture(part, "the surface from another side"), "") for part in np.array_split(image, count, axis=1)]
         content = f'<p class="muted">The surface, as extract.py would mesh it, from cameras that lie far apart; ' \
@@ -349,7 +350,7 @@ def thumbnails(run):
     psnr, items = dict(run["series"].get("psnr", [])), []
     for index in np.unique(np.linspace(0, len(found) - 1, THUMBNAILS).round().astype(int)):
         epoch, path = found[index]
-        image = np.split(datasets.read_image(path), 4, axis=1)[1]
+        image = np.split(pictures.read_image(path), 4, axis=1)[1]
         items.append((picture(image, f"render after {epochs(epoch + 1)}", SMALL), epochs(epoch + 1) + (f"<br>{psnr[epoch]:.1f} dB" if epoch in psnr else "")))
     return figures(items, "eight")
 

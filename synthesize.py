@@ -12,12 +12,13 @@ import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
 from tqdm import tqdm
 
-from training import cameras
-from training import checkpoints
 import datasets
 import helper
 import network
 import ray_tracer
+from backends import architecture
+from files import writing
+from training import cameras, checkpoints
 
 CHUNK = 1 << 15     # rays traced together; the memory of a render is that of a chunk, whatever the image's size
 SHAPE_VIEWS, SHAPE_SIDE = 4, 96        # of shape_picture: how many views, and the most pixels of their longer side
@@ -42,42 +43,46 @@ def main():
                         help="another run's model_*.h5, or its folder, whose renderer colours this model's shape")
     args = parser.parse_args()
     check_arguments(args)
-    conf, folder = checkpoints.open_run(args, network.parameter_shapes)
+    conf, folder = checkpoints.open_run(args)
     if args.appearance_model_path:
-        take_appearance(checkpoints.model_file(args.appearance_model_path), conf.network.feature, conf.network.without)
+        take_appearance(checkpoints.model_file(args.appearance_model_path), conf.network)
     scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
     scene = scene._replace(poses=cameras.trained_poses(scene.poses, args.model_load_path))
     words = args.views or (["all"] if args.path == "cameras" else [conf.train.validation_view])
     views = datasets.chosen_views(words, len(scene.images), "--views")
     if args.path == "cameras" and len(views) < 2:
         raise helper.UserError("--path cameras goes between cameras; --views must name two or more")
-    size = scene.images.shape[1:3]
-    intrinsics, shape = resized(scene.intrinsics, size, args.height or size[0])
-
-    ending = "_appearance" if args.appearance_model_path else ""
-    sdf = network.sdf_evaluator()
+    height, width = scene.images.shape[1:3]
+    intrinsics, shape = resized(scene.intrinsics, (height, width), args.height or height)
+    views_cameras = [helper.Camera(*view, shape) for view in zip(intrinsics, scene.poses)]
+    sdf, shade = network.sdf_evaluator(), network.shader(conf.network)
     if args.path:
-        path = Path(args.output or folder / "renders" / f"{args.path}{ending}.mp4")
-        if args.path == "turntable":
-            along = [intrinsics[views[0]]] * args.frames, turntable(scene.poses, views[0], args.frames)
-        else:
-            along = between_cameras(intrinsics[views], scene.poses[views], args.frames)
-        renders = (render_view(sdf, *camera, shape, conf.tracer, without=conf.network.without)
-                   for camera in zip(*along))
+        path = Path(args.output or folder / "renders" / f"{args.path}{ending(args)}.mp4")
+        along = path_of(args, views_cameras, views)
+        renders = (render_view(sdf, shade, camera, conf.tracer) for camera in along)
         write_video(path, tqdm(renders, total=args.frames, unit="frame", dynamic_ncols=True), args.normals)
         print(f"rendered {args.frames} frames: {path}")
         return
     for view in tqdm(views, unit="view", dynamic_ncols=True):
-        render = render_view(sdf, intrinsics[view], scene.poses[view], shape, conf.tracer, without=conf.network.without)
-        stem = folder / "renders" / f"view_{view:03d}{ending}"
-        helper.write_image(f"{stem}.png", render.rgb)
-        if args.normals:
-            helper.write_image(f"{stem}_normals.png", normal_colors(render))
-        if args.depth:
-            helper.write_image(f"{stem}_depth.png", depth_grey(render))
-            with helper.replacing(f"{stem}_depth.npy") as temporary:
-                np.save(temporary, render.depth)
+        write_view(folder / "renders" / f"view_{view:03d}{ending(args)}",
+                   render_view(sdf, shade, views_cameras[view], conf.tracer), args)
     print(f"rendered {len(views)} view{'s' if len(views) > 1 else ''}: {folder / 'renders'}")
+
+
+def ending(args):
+    """Return what the names of renders end in."""
+    return "_appearance" if args.appearance_model_path else ""
+
+
+def write_view(stem, render, args):
+    """Write a Render's pictures under names that begin with `stem`, those that the command line asks for."""
+    writing.write_image(f"{stem}.png", render.rgb)
+    if args.normals:
+        writing.write_image(f"{stem}_normals.png", normal_colors(render))
+    if args.depth:
+        writing.write_image(f"{stem}_depth.png", depth_grey(render))
+        with writing.replacing(f"{stem}_depth.npy") as temporary:
+            np.save(temporary, render.depth)
 
 
 def check_arguments(args):
@@ -104,12 +109,12 @@ def take_appearance(path, feature, without=()):
     first = arrays.get("rendering/0/v")
     if first is None or first.ndim != 2:
         raise helper.UserError(f"{path}: has no rendering network; it was saved by another program")
-    takes = first.shape[0] - network.layer_sizes(64, 0, 9, without)["rendering/0"][0]
+    takes = first.shape[0] - architecture.layer_sizes(64, 0, 9, without)["rendering/0"][0]
     feature = 0 if "feature" in without else feature
     if takes != feature:
         raise helper.UserError(f"{path}: its renderer takes {takes} features, the shape's model gives {feature}; train "
                                "both with the same network.feature")
-    shapes = {name: shape for name, shape in network.parameter_shapes(first.shape[1], feature, 9).items()
+    shapes = {name: shape for name, shape in architecture.parameter_shapes(first.shape[1], feature, 9).items()
               if name.startswith("rendering/")}
     checkpoints.check_parameters(path, arrays, shapes)
     checkpoints.set_parameters({name: arrays[name] for name in shapes})
@@ -121,6 +126,16 @@ def resized(intrinsics, shape, height):
     """The intrinsics and the shape (height, width) of images resized from `shape` to that height."""
     factor = shape[0] / height
     return datasets.shrink_intrinsics(intrinsics, factor), (height, max(round(shape[1] / factor), 1))
+
+
+def path_of(args, views_cameras, views):
+    """Return the helper.Cameras along the path that the command line asks for."""
+    intrinsics, poses, shapes = zip(*views_cameras)
+    if args.path == "turntable":
+        along = [intrinsics[views[0]]] * args.frames, turntable(np.stack(poses), views[0], args.frames)
+    else:
+        along = between_cameras(np.stack(intrinsics)[views], np.stack(poses)[views], args.frames)
+    return [helper.Camera(*camera, shapes[0]) for camera in zip(*along)]
 
 
 def turntable(poses, view, frames):
@@ -155,10 +170,10 @@ def between_cameras(intrinsics, poses, frames):
 def write_video(path, renders, normals):
     """Write Renders as the frames of a video at `path`, and with `normals` a second one of these beside it."""
     with ExitStack() as stack:
-        append = stack.enter_context(helper.video_writer(path))
+        append = stack.enter_context(writing.video_writer(path))
         if normals:
             beside = path.with_name(f"{path.stem}_normals{path.suffix}")
-            append_normals = stack.enter_context(helper.video_writer(beside))
+            append_normals = stack.enter_context(writing.video_writer(beside))
         for render in renders:
             append(render.rgb)
             if normals:
@@ -167,18 +182,19 @@ def write_video(path, renders, normals):
 
 # --- a view -----------------------------------------------------------------------------------------------------------
 
-def render_view(sdf, intrinsics, pose, shape, tracer, wanted=None, without=()):
-    """Render a view with the current parameters.
+def render_view(sdf, shade, camera, tracer, wanted=None):
+    """Render what a camera sees.
 
-    sdf: the callable of those parameters; intrinsics (3, 3), pose (4, 4), shape (height, width); tracer: the
-    configuration's section; wanted: (H, W) bool, the pixels to render (all by default); without: what the renderer is
-    not given, as network.rendering.
-    Returns a Render: rgb (H, W, 3) in [0, 1], white where nothing is hit, normals (H, W, 3), the gradient of the sdf,
-    depth (H, W), along the camera's axis in radii of the unit sphere, both 0 where nothing is hit, and hit (H, W) bool.
+    sdf: points to sdf, as network.sdf_evaluator gives it; shade: points and directions to rgb and normals, as
+    network.shader gives it; camera: a helper.Camera; tracer: the configuration's section; wanted: (H, W) bool, the
+    pixels to render, by default all.
+    Returns a Render: rgb (H, W, 3) in [0, 1], white where nothing is hit; normals (H, W, 3), the sdf's gradient, and
+    depth (H, W), along the camera's axis in radii of the unit sphere, both 0 where nothing is hit; and hit (H, W) bool.
     """
-    height, width = shape
+    height, width = camera.shape
     pixels = np.arange(height * width) if wanted is None else np.flatnonzero(wanted)
-    origin, directions = helper.pixel_rays(helper.pixel_grid(height, width)[pixels], intrinsics, pose)
+    uv = helper.pixel_grid(height, width)[pixels]
+    origin, directions = helper.pixel_rays(uv, camera.intrinsics, camera.pose)
     rgb, normals = np.ones((height * width, 3), np.float32), np.zeros((height * width, 3), np.float32)
     depth, hits = np.zeros(height * width, np.float32), np.zeros(height * width, bool)
     for start in range(0, len(pixels), CHUNK):
@@ -186,8 +202,8 @@ def render_view(sdf, intrinsics, pose, shape, tracer, wanted=None, without=()):
         t, hit = ray_tracer.trace(sdf, origin, rays, **vars(tracer))
         shown = pixels[start:start + CHUNK][hit]
         t, rays = t[hit], rays[hit]
-        rgb[shown], normals[shown] = network.shade(origin + t[:, None] * rays, rays, without)
-        depth[shown] = t * (rays @ pose[:3, 2].astype(np.float32))
+        rgb[shown], normals[shown] = shade(origin + t[:, None] * rays, rays)
+        depth[shown] = t * (rays @ camera.pose[:3, 2].astype(np.float32))
         hits[shown] = True
     return Render(rgb.reshape(height, width, 3), normals.reshape(height, width, 3), depth.reshape(height, width),
                   hits.reshape(height, width))
@@ -222,18 +238,17 @@ def clay(normals, pose):
     return np.where((normals != 0).any(axis=-1, keepdims=True), grey[..., None] * np.array([0.98, 0.96, 0.92]), 1.0)
 
 
-def shape_picture(sdf, scene, view, tracer, without=()):
-    """The surface as clay (H, W, 3), seen small from `view` and from the views of the scene that lie farthest apart.
+def shape_picture(sdf, shade, scene, view, tracer):
+    """Return the surface as clay (H, W, 3), seen small from `view` and from the scene's views that lie farthest apart.
 
-    sdf: the callable of the current parameters; tracer: the configuration's section; without: as render_view.
+    sdf, shade and tracer as in render_view.
     """
     factor = max(max(scene.images.shape[1:3]) / SHAPE_SIDE, 1.0)
     shape = tuple(max(round(side / factor), 1) for side in scene.images.shape[1:3])
     pictures = []
-    for view in datasets.spread_views(scene.poses, view, SHAPE_VIEWS):
-        intrinsics = datasets.shrink_intrinsics(scene.intrinsics[view], factor)
-        render = render_view(sdf, intrinsics, scene.poses[view], shape, tracer, without=without)
-        pictures.append(clay(render.normals, scene.poses[view]))
+    for index in datasets.spread_views(scene.poses, view, SHAPE_VIEWS):
+        camera = helper.Camera(datasets.shrink_intrinsics(scene.intrinsics[index], factor), scene.poses[index], shape)
+        pictures.append(clay(render_view(sdf, shade, camera, tracer).normals, camera.pose))
     return np.concatenate(pictures, axis=1)
 
 

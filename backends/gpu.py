@@ -13,7 +13,6 @@ from nnabla.ext_utils import get_extension_context
 
 from backends.architecture import POSITION_BANDS, SKIP_LAYER, SOFTPLUS_BETA, encoded_columns, has_skip, inverse_slope
 
-
 # --- the graph --------------------------------------------------------------------------------------------------------
 
 def constant(array):

@@ -20,17 +20,23 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from training import checkpoints  # noqa: E402
-from backends import cpu_kernels  # noqa: E402
 import datasets  # noqa: E402
 import extract  # noqa: E402
 import helper  # noqa: E402
 import make_scene  # noqa: E402
 import network  # noqa: E402
-from training import parallel  # noqa: E402
 import ray_tracer  # noqa: E402
 import synthesize  # noqa: E402
-import train  # noqa: E402
+from backends import (
+    architecture,
+    cpu_kernels,  # noqa: E402
+)
+from config import settings
+from training import (
+    checkpoints,  # noqa: E402
+    parallel,  # noqa: E402
+    step,
+)
 
 # Width, feature, layers, rays.
 SETTINGS = {"dtu": (512, 256, 9, 2048), "small": (128, 64, 9, 512), "demo": (96, 32, 6, 128)}
@@ -50,12 +56,12 @@ def main():
     scene = datasets.load_scene(args.scene) if args.scene else embedded_scene()
     yardstick, rate = measure_yardstick(), measure_rate()
     print(f"yardstick {yardstick * 1e3:.1f} ms; matrix products at {rate / 1e9:.0f} GFLOP/s")
-    conf = helper.load_config(Path(__file__).resolve().parent.parent / "config" / "default.yaml")
+    conf = settings.load_config(Path(__file__).resolve().parent.parent / "config" / "default.yaml")
     for setting in args.settings:
         width, feature, layers, rays = SETTINGS[setting]
         network.initialize(width, feature, layers, 0.6, np.random.default_rng(0))
         if args.model_load_path:
-            checkpoints.load_model(args.model_load_path, network.parameter_shapes(width, feature, layers))
+            checkpoints.load_model(args.model_load_path, architecture.parameter_shapes(width, feature, layers))
         state = "trained" if args.model_load_path else "initial sphere"
         print(f"\n{setting} (width {width}, feature {feature}, {layers} layers, {rays} rays), {state}")
         bench_step(scene, conf.tracer, rays, args.steps, rate, yardstick, world)
@@ -143,7 +149,7 @@ def bench_step(scene, tracer, rays, steps, rate, yardstick, world):
     rng = np.random.default_rng(world.rank)
     solver = S.Adam(1e-30)      # the state that is measured stays as it is
     solver.set_parameters(nn.get_parameters())
-    sdf, step = network.sdf_evaluator(), train.TrainingStep(rays, 100.0, 0.1)
+    sdf, step = network.sdf_evaluator(), step.TrainingStep(rays, 100.0, 0.1)
     batches = datasets.training_batches(scene, list(range(len(scene.images))), rays, 0, 0, world.rank, world.size)
     seconds, counts, evaluations, surface = defaultdict(list), {}, defaultdict(int), []
 
@@ -169,7 +175,7 @@ def bench_step(scene, tracer, rays, steps, rate, yardstick, world):
         batch = part("batch", next, batches)
         part("refresh", sdf.refresh)
         with counted_stages(counts):
-            points, colored = part("trace", train.place_points, counting, batch.origin, batch.directions, batch.mask,
+            points, colored = part("trace", step.place_points, counting, batch.origin, batch.directions, batch.mask,
                                    tracer, rng)
         g = part("inputs", step.filled, points, colored, batch.directions, batch.rgb, batch.mask,
                  batch.weights, ALPHA, rng)

@@ -23,15 +23,18 @@ from PIL import Image
 DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
-from training import checkpoints          # noqa: E402
-import datasets             # noqa: E402
-import helper               # noqa: E402
-import make_scene           # noqa: E402
-import network              # noqa: E402
-import prepare              # noqa: E402
-import ray_tracer           # noqa: E402
-import report               # noqa: E402
-import synthesize           # noqa: E402
+import datasets  # noqa: E402
+import helper  # noqa: E402
+import make_scene  # noqa: E402
+import network  # noqa: E402
+import prepare  # noqa: E402
+import ray_tracer  # noqa: E402
+import report  # noqa: E402
+import synthesize  # noqa: E402
+from backends import architecture, context
+from config import settings
+from files import folders, pictures, writing
+from training import checkpoints  # noqa: E402
 
 OVERSAMPLING = 2    # rendered larger by this factor and averaged, for smooth edges
 INK, GREY, BLUE, ORANGE, GREEN = "#1d2b3a", "#7b8794", "#1f77b4", "#d9730d", "#2a8c55"
@@ -109,9 +112,9 @@ def draw_cameras(path, table):
 
 def load_run(folder):
     """Load a run's newest model; returns its configuration, its cameras (K, pose) and its mesh."""
-    conf = helper.load_config(next(folder.glob("*.yaml")))
-    helper.set_context("auto", "0")
-    shapes = network.parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers)
+    conf = settings.load_config(next(folder.glob("*.yaml")))
+    context.set_context("auto", "0")
+    shapes = architecture.parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers)
     checkpoints.load_model(checkpoints.model_file(folder), shapes)
     cameras = datasets.load_scene_cameras(conf.data.path)[:2]
     return conf, list(zip(*cameras)), trimesh.load(folder / "mesh.ply")
@@ -132,18 +135,18 @@ def turn(folder, size=160, frames=36):
                 images.append(pictures.convert("RGB"))
     palette = Image.fromarray(np.concatenate([np.asarray(image) for image in images])).quantize(160)
     first, *rest = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
-    with helper.replacing(DOCS / "turntable.gif") as temporary:
+    with writing.replacing(DOCS / "turntable.gif") as temporary:
         first.save(str(temporary), save_all=True, append_images=rest, duration=80, loop=0)
 
 
 def swap_red_and_blue(scene, target):
     """Copy a scene to `target` with red and blue swapped in its images."""
-    with helper.new_folder(target) as folder:
+    with folders.new_folder(target) as folder:
         for name in ("mask", "image"):
             shutil.copytree(str(scene / name), str(folder / name))
         shutil.copyfile(str(scene / "cameras.npz"), str(folder / "cameras.npz"))
         for path in datasets.picture_files(folder / "image")[0]:
-            helper.write_image(path, datasets.read_image(path)[..., ::-1])
+            writing.write_image(path, pictures.read_image(path)[..., ::-1])
 
 
 def appearance_picture(folders, view=36, size=288):
@@ -216,7 +219,7 @@ def write_labelled(path, image, columns, rows=()):
     for i, words in enumerate(rows):
         y = height * (1 - (i + 0.5) / len(rows)) / (height + above)
         figure.text(8 / (width + beside), y, words, va="center", rotation=90, fontsize=12, color=INK)
-    with helper.replacing(path) as temporary:
+    with writing.replacing(path) as temporary:
         figure.savefig(temporary)
 
 
@@ -289,7 +292,7 @@ def photograph_report(page, path):
         subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
                         f"--user-data-dir={folder}/profile", "--window-size=1180,1930", "--virtual-time-budget=2000",
                         f"--screenshot={picture}", page.resolve().as_uri()], check=True, stderr=subprocess.DEVNULL)
-        with Image.open(str(picture)) as image, helper.replacing(path) as temporary:
+        with Image.open(str(picture)) as image, writing.replacing(path) as temporary:
             image.convert("RGB").resize((900, round(image.height * 900 / image.width)), Image.LANCZOS).save(
                 str(temporary), quality=85, optimize=True)
 
@@ -302,7 +305,7 @@ def draw_method(path):
     figure.patch.set_facecolor("white")
     draw_rays(figure.add_axes([0.0, 0.0, 0.36, 1.0]))
     draw_parts(figure.add_axes([0.37, 0.0, 0.63, 1.0]))
-    with helper.replacing(path) as temporary:
+    with writing.replacing(path) as temporary:
         figure.savefig(temporary)
 
 

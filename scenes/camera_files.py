@@ -15,6 +15,7 @@ from typing import NamedTuple, Optional, Tuple
 import numpy as np
 
 import datasets
+from files import pictures
 from helper import SHORT, UserError, check_is_file, decompose_projection
 
 FORMATS = """a COLMAP model (cameras and images, .bin or .txt, in the folder itself, sparse/ or sparse/0/), \
@@ -85,7 +86,7 @@ def recognise(source):
             return found
         near = [str(folder) for folder in datasets.neighbours(source) if cameras_of_folder(folder, False)]
         if near:
-            raise UserError(f"{source}: no cameras found here, but in {datasets.listed(near, 3)}; name that folder")
+            raise UserError(f"{source}: no cameras found here, but in {pictures.listed(near, 3)}; name that folder")
         raise UserError(f"{source}: no cameras found; wanted is {FORMATS}. From photographs alone COLMAP makes them: "
                         "colmap automatic_reconstructor --dense 0 --workspace_path FOLDER --image_path FOLDER/images")
     check_is_file(source)
@@ -505,7 +506,7 @@ def transforms_intrinsics(where, keys, image):
         if not os.path.exists(str(image)):
             raise UserError(f"{image}: no such photograph; restore it or remove its frame, {where}; or say with "
                             "--images where the photographs are")
-        width, height = datasets.picture_size(image)
+        width, height = pictures.picture_size(image)
     fx, fy = get("fl_x"), get("fl_y")
     for axis, size in (("x", width), ("y", height)):
         angle = get(f"camera_angle_{axis}")

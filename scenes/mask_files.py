@@ -8,8 +8,9 @@ import skimage.measure
 import skimage.morphology
 
 import datasets
-from scenes.camera_files import natural
+from files import pictures
 from helper import UserError
+from scenes.camera_files import natural
 
 
 def mask_sources(views, choice, root):
@@ -68,8 +69,8 @@ def mask_named(folder, image):
 
 def has_alpha(path):
     """Tell whether a picture has transparent colours."""
-    with datasets.opened(path) as (picture, _):
-        return datasets.has_alpha(picture)
+    with pictures.opened(path) as (picture, _):
+        return pictures.has_alpha(picture)
 
 
 def background_mask(image, threshold=None):

@@ -5,17 +5,17 @@ import nnabla as nn
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
+from test_network import BACKENDS, relative_error
+from test_scripts import refused, run, series
 
-from training import cameras
-from training import checkpoints
 import datasets
 import helper
 import make_scene
 import network
 import ray_tracer
+from backends import architecture
 from conftest import write_demo_config
-from test_network import BACKENDS, relative_error
-from test_scripts import refused, run, series
+from training import cameras, checkpoints
 
 
 def some_poses(count, seed=0):
@@ -301,7 +301,7 @@ def test_cameras_that_no_model_may_have(tmp_path, pose, word):
     checkpoints.save_model(tmp_path / "model.h5")
     nn.clear_parameters()
     with pytest.raises(helper.UserError, match="cameras/pose") as refusal:
-        checkpoints.load_model(tmp_path / "model.h5", network.parameter_shapes(64, 8, 4))
+        checkpoints.load_model(tmp_path / "model.h5", architecture.parameter_shapes(64, 8, 4))
     assert word in str(refusal.value)
 
 

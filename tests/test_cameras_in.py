@@ -7,13 +7,13 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+from test_datasets import refusal, save_turned, smooth
 
-from scenes import camera_files
 import datasets
 import helper
-from scenes import mask_files
 import prepare
-from test_datasets import refusal, save_turned, smooth
+from files import pictures
+from scenes import camera_files, mask_files
 
 WIDTH, HEIGHT, VIEWS = 24, 18, 4
 
@@ -90,7 +90,7 @@ def written(source, target, downscale=1):
     target.mkdir()
     prepare.write_scene(target, views, mask_files.mask_sources(views, None, source), None, downscale)
     files = sorted((target / "image").iterdir())
-    return files, [datasets.read_image(file) for file in files]
+    return files, [pictures.read_image(file) for file in files]
 
 
 # --- formats and orientations -----------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_photographs_are_copied_under_their_format(tmp_path):
 @pytest.mark.parametrize("orientation", [3, 6, 8])
 @pytest.mark.parametrize("meant", ["stored", "turned"])
 def test_the_cameras_size_tells_how_a_photograph_is_meant(suffix, orientation, meant, tmp_path, capsys):
-    shape = datasets.turn(smooth(), orientation if meant == "turned" else 1).shape
+    shape = pictures.turn(smooth(), orientation if meant == "turned" else 1).shape
     source = colmap(tmp_path / "input", names(suffix), size=(2 * shape[1], 2 * shape[0]))   # since shrunk to a half
     (source / "images").mkdir()
     for name in names(suffix):
@@ -132,7 +132,7 @@ def test_the_cameras_size_tells_how_a_photograph_is_meant(suffix, orientation, m
     save_masks(source / "masks", names(), shape[:2])
     files, images = written(source, tmp_path / "scene")
     told = orientation != 3
-    expected = datasets.turn(smooth(), orientation if meant == "turned" and told else 1)
+    expected = pictures.turn(smooth(), orientation if meant == "turned" and told else 1)
     np.testing.assert_array_equal(images, [expected] * VIEWS)
     for file in files:
         with Image.open(file) as picture:   # no mark is left by which another program would turn it
@@ -147,7 +147,7 @@ def test_the_mask_tells_where_the_camera_does_not(tmp_path, capsys):
     for name in names():
         save_turned(source / "images" / name, smooth(), 6)
     save_masks(source / "masks", names(), (WIDTH, HEIGHT))
-    np.testing.assert_array_equal(written(source, tmp_path / "scene")[1], [datasets.turn(smooth(), 6)] * VIEWS)
+    np.testing.assert_array_equal(written(source, tmp_path / "scene")[1], [pictures.turn(smooth(), 6)] * VIEWS)
     assert "notice" not in capsys.readouterr().err
     save_masks(source / "masks", names())
     np.testing.assert_array_equal(written(source, tmp_path / "other")[1], [smooth()] * VIEWS)

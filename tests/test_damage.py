@@ -14,12 +14,13 @@ import pytest
 import yaml
 from PIL import EpsImagePlugin, Image
 
-from training import checkpoints
 import helper
 import make_scene
 import network
 import train
+from backends import context
 from conftest import ROOT
+from training import checkpoints
 
 
 class Accepted(Exception):
@@ -48,7 +49,7 @@ def outcome(home, capfd, monkeypatch):
     def compute(*_):
         raise Accepted
 
-    monkeypatch.setattr(helper, "set_context", compute)
+    monkeypatch.setattr(context, "set_context", compute)
     monkeypatch.setattr(sys, "argv", ["train.py", "--config", str(home / "tiny.yaml"), "--monitor-path",
                                       str(home / "results")])
     before = sorted(home.rglob("*"))
@@ -114,7 +115,7 @@ import checkpoints, helper, network
 from pathlib import Path
 from test_damage import damaged
 path, rng, counts = Path(sys.argv[2]), np.random.default_rng(0), {True: 0, False: 0}
-whole, shapes = path.read_bytes(), network.parameter_shapes(64, 8, 4)
+whole, shapes = path.read_bytes(), architecture.parameter_shapes(64, 8, 4)
 
 
 def load(path, shapes):

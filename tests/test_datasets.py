@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 import datasets
 import helper
 from conftest import link_scan65
+from files import pictures
 
 WIDTH, HEIGHT, VIEWS = 24, 18, 3
 SCALE_MAT = np.array([[5.0, 0, 0, 1], [0, 5, 0, 2], [0, 0, 5, 3], [0, 0, 0, 1]])
@@ -214,29 +215,29 @@ def smooth(height=HEIGHT, width=WIDTH):
 def test_every_format_and_kind_is_read(tmp_path, suffix, mode, options):
     path = tmp_path / f"picture{suffix}"
     Image.fromarray(smooth()).convert(mode).save(path, **options)
-    found = datasets.read_image(path)
+    found = pictures.read_image(path)
     assert found.shape == (HEIGHT, WIDTH, 3) and np.abs(found.astype(int) - smooth()).max() < 16
-    assert datasets.picture_size(path) == (WIDTH, HEIGHT)
-    assert datasets.read_mask(path).shape == (HEIGHT, WIDTH)
+    assert pictures.picture_size(path) == (WIDTH, HEIGHT)
+    assert pictures.read_mask(path).shape == (HEIGHT, WIDTH)
 
 
 def test_sixteen_bit_tiff_and_palettes(tmp_path):
     grey = np.arange(HEIGHT * WIDTH, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 150
     Image.fromarray(grey).save(tmp_path / "grey.tif")
-    assert np.abs(datasets.read_image(tmp_path / "grey.tif")[..., 0] - grey / 257).max() <= 0.5001
+    assert np.abs(pictures.read_image(tmp_path / "grey.tif")[..., 0] - grey / 257).max() <= 0.5001
     cv2.imwrite(str(tmp_path / "colours.tif"), np.stack([grey] * 3, axis=2))
-    assert np.abs(datasets.read_image(tmp_path / "colours.tif")[..., 0] - grey / 257).max() <= 1
+    assert np.abs(pictures.read_image(tmp_path / "colours.tif")[..., 0] - grey / 257).max() <= 1
     flat = Image.fromarray(smooth()).convert("P")
     flat.save(tmp_path / "flat.png")
-    np.testing.assert_array_equal(datasets.read_image(tmp_path / "flat.png"), np.asarray(flat.convert("RGB")))
+    np.testing.assert_array_equal(pictures.read_image(tmp_path / "flat.png"), np.asarray(flat.convert("RGB")))
     Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
-    assert "convert it to PNG" in refusal(datasets.read_image, tmp_path / "float.tif")
+    assert "convert it to PNG" in refusal(pictures.read_image, tmp_path / "float.tif")
 
 
 def test_heic_is_named(tmp_path):
     path = tmp_path / "phone.jpg"   # as some programs name what a phone made
     path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
-    assert "HEIC" in refusal(datasets.read_image, path) and "PNG or JPEG" in refusal(datasets.picture_size, path)
+    assert "HEIC" in refusal(pictures.read_image, path) and "PNG or JPEG" in refusal(pictures.picture_size, path)
 
 
 def save_turned(path, stored, orientation):
@@ -251,19 +252,19 @@ def save_turned(path, stored, orientation):
 def test_pixels_are_as_stored_and_turn_as_viewers_turn_them(tmp_path, suffix, orientation):
     path = tmp_path / f"turned{suffix}"
     save_turned(path, smooth(), orientation)
-    found = datasets.read_picture(path, datasets.colours)
+    found = pictures.read_picture(path, pictures.colours)
     assert found.orientation == orientation
-    assert datasets.picture_size(path) == (WIDTH, HEIGHT)
+    assert pictures.picture_size(path) == (WIDTH, HEIGHT)
     assert np.abs(found.pixels.astype(int) - smooth()).max() < 12
     with Image.open(path) as picture:
         viewed = np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
-    turned = datasets.turn(found.pixels, orientation)
+    turned = pictures.turn(found.pixels, orientation)
     assert turned.shape == viewed.shape and np.abs(turned.astype(int) - viewed).max() < 4
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_masks_tell_how_sideways_photographs_are_meant(folder, capsys, orientation):
-    turned = datasets.turn(smooth(), orientation)
+    turned = pictures.turn(smooth(), orientation)
     for view in range(VIEWS):
         save_turned(folder / f"image/00{view}.png", smooth(), orientation)
     scene = datasets.load_scene(folder)     # masks of the stored pixels
@@ -275,7 +276,7 @@ def test_masks_tell_how_sideways_photographs_are_meant(folder, capsys, orientati
         assert notice == ""
     for view in range(VIEWS):
         mask = np.asarray(Image.open(folder / f"mask/00{view}.png"))
-        save(folder / f"mask/00{view}.png", np.ascontiguousarray(datasets.turn(mask, orientation)))
+        save(folder / f"mask/00{view}.png", np.ascontiguousarray(pictures.turn(mask, orientation)))
     if orientation in (6, 8):
         scene = datasets.load_scene(folder)
         np.testing.assert_array_equal(scene.images[2], turned)
@@ -392,8 +393,8 @@ def test_refuses_what_is_no_regular_file(folder, monkeypatch):
         monkeypatch.chdir(path.parent)  # the name of a socket is short
         listener.bind(path.name)
         refused(folder, path, "not a regular file")
-    assert "too long" in refusal(datasets.read_image, folder / ("x" * 300 + ".png"))
-    assert "no file name" in refusal(datasets.read_image, folder / "x\0.png")
+    assert "too long" in refusal(pictures.read_image, folder / ("x" * 300 + ".png"))
+    assert "no file name" in refusal(pictures.read_image, folder / "x\0.png")
 
 
 def test_refuses_a_tiff_whose_tags_share_their_bytes(tmp_path):
@@ -407,8 +408,8 @@ def test_refuses_a_tiff_whose_tags_share_their_bytes(tmp_path):
                  struct.pack("<H", 1) + struct.pack("<HHII", datasets.FURTHER_TAGS[0], 4, 1, len(whole) + 18) + bytes(4)
                  + struct.pack("<H", 2000) + entries(2000, 40000) + bytes(4)):
         (tmp_path / "bomb.tif").write_bytes(whole + bomb)
-        assert "more than the file has" in refusal(datasets.read_image, tmp_path / "bomb.tif")
-    assert datasets.directory(picture)
+        assert "more than the file has" in refusal(pictures.read_image, tmp_path / "bomb.tif")
+    assert pictures.directory(picture)
 
 
 def test_refuses_a_jpeg_of_endless_scans(tmp_path):
@@ -417,7 +418,7 @@ def test_refuses_a_jpeg_of_endless_scans(tmp_path):
     whole = content.getvalue()
     scan = whole[whole.rindex(b"\xff\xda"):-2]
     (tmp_path / "bomb.jpg").write_bytes(whole[:-2] + 60 * scan + whole[-2:])
-    assert "scans" in refusal(datasets.read_image, tmp_path / "bomb.jpg")
+    assert "scans" in refusal(pictures.read_image, tmp_path / "bomb.jpg")
 
 
 def test_names_the_folder_that_is_meant(folder):

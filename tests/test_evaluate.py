@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-import evaluate
+from metrics import images
 
 
 def test_psnr_counts_the_masked_pixels_alone():
@@ -11,20 +11,20 @@ def test_psnr_counts_the_masked_pixels_alone():
     mask[1, 2:4] = True
     image[1, 2] = 0.1           # half of the masked pixels are off by 0.1
     image[0, 0] = 1.0           # outside the mask
-    error = evaluate.squared_error(image, truth, mask)
-    assert evaluate.psnr(error) == pytest.approx(-10 * np.log10(0.01 / 2))
+    error = images.squared_error(image, truth, mask)
+    assert images.psnr(error) == pytest.approx(-10 * np.log10(0.01 / 2))
 
 
 def test_psnr_over_views_is_over_their_pixels():
     few = np.array([3 * 10 * 0.01, 3 * 10])
     many = np.array([0.0, 3 * 990])
-    assert evaluate.psnr(few + many) == pytest.approx(-10 * np.log10(0.01 * 10 / 1000))
+    assert images.psnr(few + many) == pytest.approx(-10 * np.log10(0.01 * 10 / 1000))
 
 
 def test_ssim_of_flat_images_is_what_their_means_make_it():
     image, truth = np.full((16, 20, 3), 0.5), np.full((16, 20, 3), 0.25)
-    likeness = evaluate.similarity(image, truth, np.ones((16, 20), bool))
-    assert evaluate.ssim(likeness) == pytest.approx((2 * 0.5 * 0.25 + 0.01 ** 2) / (0.5 ** 2 + 0.25 ** 2 + 0.01 ** 2))
+    likeness = images.similarity(image, truth, np.ones((16, 20), bool))
+    assert images.ssim(likeness) == pytest.approx((2 * 0.5 * 0.25 + 0.01 ** 2) / (0.5 ** 2 + 0.25 ** 2 + 0.01 ** 2))
 
 
 def test_ssim_counts_the_masked_pixels_alone():
@@ -33,9 +33,9 @@ def test_ssim_counts_the_masked_pixels_alone():
     mask = np.zeros((24, 24), bool)
     mask[8:16, 6:20] = True
     image = np.where(mask[..., None], truth, 1.0)       # right within the mask, white without
-    assert evaluate.ssim(evaluate.similarity(image, truth, mask)) == pytest.approx(1.0)
+    assert images.ssim(images.similarity(image, truth, mask)) == pytest.approx(1.0)
     image[mask] = image[mask][::-1]
-    wrong = evaluate.similarity(image, truth, mask)
-    assert evaluate.ssim(wrong) < 0.5 and wrong[1] == mask.sum()
+    wrong = images.similarity(image, truth, mask)
+    assert images.ssim(wrong) < 0.5 and wrong[1] == mask.sum()
     image[~mask] = 0.0
-    assert evaluate.similarity(image, truth, mask) == pytest.approx(wrong)
+    assert images.similarity(image, truth, mask) == pytest.approx(wrong)

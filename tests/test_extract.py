@@ -11,6 +11,7 @@ from scipy.spatial.transform import Rotation
 import extract
 import helper
 import network
+from backends import context
 
 
 def torus(points):
@@ -109,7 +110,7 @@ def painted_ball():
 
 
 def test_vertices_get_the_networks_normals_and_the_colours_seen_along_them():
-    helper.set_context("cpu", "0")
+    context.set_context("cpu", "0")
     network.initialize(64, 8, 9, 0.6, np.random.default_rng(0))
     mesh = extract.extract(network.sdf_evaluator(), 24, 32)
     painted = extract.with_colors(mesh)

@@ -14,12 +14,13 @@ import trimesh
 from hypothesis import given
 from PIL import Image
 
-from scenes import camera_files
 import datasets
 import helper
-from metrics import meshes
 import prepare
+from files import pictures
 from fuzzing import damaged, keeps_its_promise
+from metrics import meshes
+from scenes import camera_files
 
 WIDTH, HEIGHT = 24, 18
 EXTREME = [0, -1, 1, 7, 1e-320, 1e-12, 1e9, -1e15, 1e30, 1e300, 1.7e308, float("nan"), float("inf"), -float("inf"),
@@ -72,12 +73,12 @@ def pictures():
 def test_any_picture(folder, content):
     path = folder / "any"
     path.write_bytes(content)
-    image = keeps_its_promise(lambda: datasets.read_image(path))
+    image = keeps_its_promise(lambda: pictures.read_image(path))
     if not isinstance(image, helper.UserError):
         assert image.dtype == np.uint8 and image.shape[2:] == (3,)
-        mask = keeps_its_promise(lambda: datasets.read_mask(path))
+        mask = keeps_its_promise(lambda: pictures.read_mask(path))
         assert mask.shape == image.shape[:2] and mask.dtype == bool
-    size = keeps_its_promise(lambda: datasets.picture_size(path))
+    size = keeps_its_promise(lambda: pictures.picture_size(path))
     assert isinstance(image, helper.UserError) or size == image.shape[1::-1]
 
 

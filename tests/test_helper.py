@@ -13,10 +13,13 @@ import pytest
 import yaml
 
 import helper
+from backends import context
+from config import settings
 from conftest import ROOT
+from files import writing
 
 DEFAULT = ROOT / "config" / "default.yaml"
-KEYS = [(section, key) for section, settings in helper.SETTINGS.items() for key in settings]
+KEYS = [(section, key) for section, settings in settings.SETTINGS.items() for key in settings]
 
 
 # --- configuration ----------------------------------------------------------------------------------------
@@ -24,12 +27,12 @@ KEYS = [(section, key) for section, settings in helper.SETTINGS.items() for key 
 @pytest.fixture
 def tree():
     """The default configuration as plain dicts; a test spoils one thing in it."""
-    return copy.deepcopy(yaml.load(DEFAULT.read_text(encoding="utf-8"), Loader=helper.ConfigLoader))
+    return copy.deepcopy(yaml.load(DEFAULT.read_text(encoding="utf-8"), Loader=settings.ConfigLoader))
 
 
 @pytest.mark.parametrize("path", sorted(DEFAULT.parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_each_configuration_here_is_a_right_one(path):
-    conf = helper.load_config(path)
+    conf = settings.load_config(path)
     steps = conf.train.learning_rate_halved_after + conf.train.alpha_doubled_after
     assert max(steps) < conf.train.epochs and conf.train.save_every <= conf.train.epochs
 
@@ -39,7 +42,7 @@ def refusal_of_text(tmp_path, text):
     path = tmp_path / "spoilt.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
     with pytest.raises(helper.UserError) as raised:
-        helper.load_config(path)
+        settings.load_config(path)
     message = str(raised.value)
     assert message.startswith(str(path)) and "\n" not in message
     return message[len(str(path)):]
@@ -51,7 +54,7 @@ def refusal(tmp_path, tree):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("*.yaml")), ids=lambda path: path.name)
 def test_our_configurations_are_accepted(path):
-    conf = helper.load_config(path)
+    conf = settings.load_config(path)
     assert type(conf.train.rays) is int and type(conf.train.alpha) is float
 
 
@@ -60,7 +63,7 @@ def test_values_arrive_as_written(tmp_path, tree):
     tree["data"]["path"] = "a scene"
     path = tmp_path / "fine.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    conf = helper.load_config(path)
+    conf = settings.load_config(path)
     assert conf.train.alpha == 7.0 and type(conf.train.alpha) is float
     assert conf.train.learning_rate_halved_after == [] and conf.train.seed == 12
     assert conf.data.path == "a scene"
@@ -72,10 +75,10 @@ def test_every_way_to_write_a_number(tmp_path, tree, written, value):
     tree["train"]["learning_rate"] = "NUMBER"
     path = tmp_path / "fine.yaml"
     path.write_text(yaml.safe_dump(tree).replace("NUMBER", written), encoding="utf-8")
-    assert helper.load_config(path).train.learning_rate == value
+    assert settings.load_config(path).train.learning_rate == value
 
 
-@pytest.mark.parametrize("section", helper.SETTINGS)
+@pytest.mark.parametrize("section", settings.SETTINGS)
 def test_refuses_unknown_keys(tmp_path, tree, section):
     tree[section]["lerning_rate"] = 1
     assert f"unknown key {section}.lerning_rate" in refusal(tmp_path, tree)
@@ -89,15 +92,15 @@ def test_refuses_an_unknown_section(tmp_path, tree):
 @pytest.mark.parametrize("section, key", KEYS)
 def test_refuses_missing_keys_that_are_not_optional(tmp_path, tree, section, key):
     del tree[section][key]
-    if key in helper.OPTIONAL.get(section, {}):
+    if key in settings.OPTIONAL.get(section, {}):
         (tmp_path / "some.yaml").write_text(yaml.safe_dump(tree))
-        conf = helper.load_config(tmp_path / "some.yaml")
-        assert getattr(getattr(conf, section), key) == helper.OPTIONAL[section][key]
+        conf = settings.load_config(tmp_path / "some.yaml")
+        assert getattr(getattr(conf, section), key) == settings.OPTIONAL[section][key]
     else:
         assert f"{section}.{key} is missing" in refusal(tmp_path, tree)
 
 
-@pytest.mark.parametrize("section", helper.SETTINGS)
+@pytest.mark.parametrize("section", settings.SETTINGS)
 def test_refuses_missing_or_misshapen_sections(tmp_path, tree, section):
     for value in (None, 3, [1], "text"):
         assert f"{section} must be a mapping" in refusal(tmp_path, {**tree, section: value})
@@ -107,7 +110,7 @@ def test_refuses_missing_or_misshapen_sections(tmp_path, tree, section):
 
 @pytest.mark.parametrize("section, key", KEYS)
 def test_refuses_wrong_types(tmp_path, tree, section, key):
-    kind = helper.SETTINGS[section][key][0]
+    kind = settings.SETTINGS[section][key][0]
     wrong = [None, True, {"a": 1}]
     if kind is str:
         wrong += [5, ["text"]]
@@ -170,7 +173,7 @@ def test_refuses_broken_yaml(tmp_path):
 def test_refuses_a_configuration_that_is_not_there(tmp_path):
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(helper.UserError) as raised:
-            helper.load_config(path)
+            settings.load_config(path)
         assert str(path) in str(raised.value)
 
 
@@ -235,14 +238,14 @@ def test_pixel_grid_is_row_by_row():
 
 def test_replacing_writes_beside_and_renames(tmp_path):
     path = tmp_path / "new" / "result.txt"
-    with helper.replacing(path) as temporary:
+    with writing.replacing(path) as temporary:
         temporary.write_text("whole")
         assert temporary.parent == path.parent and temporary.suffix == ".txt" and not path.exists()
     assert path.read_text() == "whole"
     assert os.listdir(str(path.parent)) == ["result.txt"]
     umask = os.umask(0o022)
     try:
-        with helper.replacing(path) as temporary:
+        with writing.replacing(path) as temporary:
             temporary.write_text("again")
     finally:
         os.umask(umask)
@@ -254,7 +257,7 @@ def test_replacing_keeps_the_old_file_when_it_fails(tmp_path, error):
     path = tmp_path / "result.txt"
     path.write_text("old")
     with pytest.raises(error):
-        with helper.replacing(path) as temporary:
+        with writing.replacing(path) as temporary:
             temporary.write_text("half")
             raise error()
     assert path.read_text() == "old" and os.listdir(str(tmp_path)) == ["result.txt"]
@@ -265,7 +268,7 @@ def test_replacing_refuses_where_nothing_can_be_written(tmp_path):
     (tmp_path / "folder.txt").mkdir()
     for path in (tmp_path / "file" / "result.txt", tmp_path / "folder.txt"):
         with pytest.raises(helper.UserError) as raised:
-            with helper.replacing(path) as temporary:
+            with writing.replacing(path) as temporary:
                 temporary.write_text("")
         assert str(path) in str(raised.value) and "\n" not in str(raised.value)
     assert sorted(os.listdir(str(tmp_path))) == ["file", "folder.txt"]
@@ -306,18 +309,18 @@ def test_cuda_is_found_in_the_packages(tmp_path):
     needs = {"libcublas.so.12": ["libcublasLt.so.12"], "libcusparse.so.12": ["libnvJitLink.so.12"],
              "libcusolver.so.11": ["libcublas.so.12", "libcublasLt.so.12", "libcusparse.so.12", "libnvJitLink.so.12"]}
     packages, code, driver = tmp_path / "packages", tmp_path / "code" / "nnabla_ext" / "cudnn", tmp_path / "driver"
-    path = {name: packages / "nvidia" / str(i) / "lib" / name for i, name in enumerate(helper.CUDA_LIBRARIES)}
-    for name in helper.CUDA_LIBRARIES:      # a library before what it needs would fail here already
+    path = {name: packages / "nvidia" / str(i) / "lib" / name for i, name in enumerate(context.CUDA_LIBRARIES)}
+    for name in context.CUDA_LIBRARIES:      # a library before what it needs would fail here already
         make_library(path[name], "int x;", *[path[other] for other in needs.get(name, [])])
     make_library(code / "libnnabla_cuda.so", "int x;", *path.values())
     (code / "__init__.py").write_text(f"import ctypes\nctypes.CDLL({str(code / 'libnnabla_cuda.so')!r})\n"
                                       "get_device_count = lambda: 1\ncontext = str\n")
     make_library(driver / "libcuda.so.1", "int cuInit(unsigned flags) { return 0; }")
 
-    script = "import sys, helper; sys.path[:0] = sys.argv[1:]; print(helper.gpu_or_reason('0'))"
+    script = "import sys, helper; sys.path[:0] = sys.argv[1:]; print(context.gpu_or_reason('0'))"
     driver = {"LD_LIBRARY_PATH": str(driver)}
     assert python(script, code.parents[1], packages, **driver) == (0, "('cudnn', '')\n", "")
-    if python("import ctypes, helper; helper.load_cuda_libraries(); ctypes.CDLL('libcudart.so.12')")[0] != 0:
+    if python("import ctypes, helper; context.load_cuda_libraries(); ctypes.CDLL('libcudart.so.12')")[0] != 0:
         status, said, _ = python(script, code.parents[1], **driver)     # no CUDA here but for that of this test
         assert status == 0 and "does not load: libcudart.so.12: cannot open" in said
 
@@ -340,11 +343,11 @@ def test_cuda_libraries_that_are_not_in_packages_are_left_alone(tmp_path, monkey
 
     monkeypatch.setattr(ctypes, "CDLL", load)
     monkeypatch.setattr(sys, "path", [str(tmp_path / "none"), str(first), str(second)])
-    helper.load_cuda_libraries()
+    context.load_cuda_libraries()
     assert tried == [str(there[2]), str(there[3]), str(there[0])]
     tried.clear()
     sys.path[:] = [str(tmp_path / "none"), str(tmp_path)]
-    helper.load_cuda_libraries()
+    context.load_cuda_libraries()
     assert tried == []
 
 
@@ -353,7 +356,7 @@ def test_a_machine_without_the_driver(monkeypatch):
         raise OSError(f"{name}: cannot open shared object file: No such file or directory")
 
     monkeypatch.setattr(ctypes, "CDLL", load)
-    chosen, why = helper.gpu_or_reason("0")
+    chosen, why = context.gpu_or_reason("0")
     assert chosen == "cpu" and "no NVIDIA driver, libcuda.so.1 (install it" in why and "\n" not in why
 
 
@@ -367,7 +370,7 @@ int cuGetErrorString(int status, const char **said)
 @needs_gcc
 def test_a_driver_without_a_device(tmp_path):
     make_library(tmp_path / "libcuda.so.1", NO_DEVICE)
-    script = "import sys, helper; helper.run(lambda: helper.set_context(sys.argv[1], '0'))"
+    script = "import sys, helper; helper.run(lambda: context.set_context(sys.argv[1], '0'))"
     pytest.importorskip("nnabla")
     status, output, errors = python(script, "cudnn", LD_LIBRARY_PATH=str(tmp_path))
     said = [line for line in (output + errors).splitlines() if "[nnabla][INFO]" not in line]
@@ -415,10 +418,10 @@ TWO_DEVICES = "get_device_count = lambda: 2\n"
 ])
 def test_why_the_gpu_is_not_used(extension, text, device, said):
     extension(text)
-    chosen, why = helper.gpu_or_reason(device)
+    chosen, why = context.gpu_or_reason(device)
     assert chosen == "cpu" and said in why and "\n" not in why
 
 
 def test_the_gpu_is_used_where_it_is_there(extension):
     extension(TWO_DEVICES + "def context(device_id):\n    assert device_id == '1'")
-    assert helper.gpu_or_reason(1) == ("cudnn", "")
+    assert context.gpu_or_reason(1) == ("cudnn", "")

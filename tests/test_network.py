@@ -4,9 +4,8 @@ import nnabla.functions as F
 import numpy as np
 import pytest
 
-from backends import cpu_kernels
-from backends import gpu
 import network
+from backends import cpu_kernels, gpu
 
 
 def relative_error(found, wanted):

@@ -13,16 +13,16 @@ import nnabla as nn
 import nnabla.solvers as S
 import numpy as np
 import pytest
+from test_resume import EPOCHS, VIEWS, call, contents, same_as_straight, write_config
 
-from training import checkpoints
 import datasets
 import helper
 import make_scene
 import network
-from training import parallel
 import train
+from backends import context
 from conftest import ROOT
-from test_resume import VIEWS, EPOCHS, call, contents, same_as_straight, write_config
+from training import checkpoints, parallel, step
 
 RANKS = 3       # which does not divide the 4 views
 STEPS = 2       # so this is an epoch
@@ -68,7 +68,7 @@ class Sockets:
             array.data = mean
 
 
-filled, count, set_context = train.TrainingStep.filled, [0], helper.set_context
+filled, count, set_context = step.TrainingStep.filled, [0], context.set_context
 
 
 def failing(self, *inputs):
@@ -91,12 +91,12 @@ def trained(*arguments, train=train.train):
     return finished
 
 
-train.TrainingStep.filled, train.train = failing, trained
+step.TrainingStep.filled, train.train = failing, trained
 if parallel.launched().rank:
-    helper.replacing = written
+    writing.replacing = written
 parallel.nccl_communicator = lambda here: Sockets(here.rank, here.size)
-helper.gpu_or_reason = lambda device_id: ("cudnn", "")
-helper.set_context = lambda context, device_id: set_context("cpu", "0")
+context.gpu_or_reason = lambda device_id: ("cudnn", "")
+context.set_context = lambda context, device_id: set_context("cpu", "0")
 parallel.PATIENCE = 0.2      # no mpirun ends them
 parallel.run(train.main)
 """
@@ -178,7 +178,7 @@ def test_the_mean_of_two_gradients_is_that_of_one_step_over_both(monkeypatch):
     solver.set_parameters(nn.get_parameters())
 
     def gradients(batch, uniform):
-        losses = train.TrainingStep(len(batch[0]), 100.0, 0.1)(solver, *batch, 50.0, Given(uniform))
+        losses = step.TrainingStep(len(batch[0]), 100.0, 0.1)(solver, *batch, 50.0, Given(uniform))
         return ([p.g.copy() for _, p in sorted(nn.get_parameters().items())],
                 {name: float(value.d) for name, value in losses.items()})
 
@@ -273,7 +273,7 @@ def test_a_run_of_other_processes_is_not_resumed(home, capfd):
     ({"OMPI_COMM_WORLD_SIZE": None, "PMI_SIZE": "4"}, [], "PMI_SIZE says that there are 4 processes"),
 ])
 def test_what_several_processes_are_refused(home, monkeypatch, capfd, variables, arguments, says):
-    monkeypatch.setattr(helper, "driver_complaint", lambda: "there is no NVIDIA driver")
+    monkeypatch.setattr(context, "driver_complaint", lambda: "there is no NVIDIA driver")
     for name, value in {**environment(1, 4), **variables}.items():
         monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
     assert call(train.main, "--config", write_config(home), "--monitor-path", home / "refused", *arguments) == 2
@@ -283,7 +283,7 @@ def test_what_several_processes_are_refused(home, monkeypatch, capfd, variables,
 
 
 def test_more_processes_than_gpus(monkeypatch):
-    monkeypatch.setattr(helper, "gpu_or_reason", lambda device_id: (
+    monkeypatch.setattr(context, "gpu_or_reason", lambda device_id: (
         ("cudnn", "") if int(device_id) < 2 else ("cpu", f"there is no CUDA device {device_id} (found 2)")))
     for name, value in environment(0, 3).items():
         monkeypatch.setenv(name, value)

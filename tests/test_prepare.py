@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scenes import camera_files
 import datasets
 import helper
 import make_scene
-from scenes import mask_files
 import prepare
 from conftest import SHARED, link_scan65
+from files import pictures
+from scenes import camera_files, mask_files
 
 SIZE, VIEWS = 64, 8
 NAMES = [f"view_{index + 5}.png" for index in range(VIEWS)]  # view_10 comes after view_9, not before view_5
@@ -306,7 +306,7 @@ def test_check_of_a_right_scene_and_the_picture(truth, run, tmp_path):
     assert run(source, "--output", "mine")[0] == 0
     status, out, error = run("mine", "--check", drawn=True)
     assert (status, error) == (0, "") and "nothing wrong" in out
-    picture = datasets.read_image(tmp_path / "prepare_mine.png")
+    picture = pictures.read_image(tmp_path / "prepare_mine.png")
     orange = np.abs(picture.astype(int) - prepare.ORANGE).max(axis=2) < 60
     assert orange.mean() > 0.002 and picture.shape[1] > 800
     assert not (np.abs(picture.astype(int) - prepare.RED).max(axis=2) < 20).mean() > 0.001
@@ -330,7 +330,7 @@ def test_wrong_cameras_are_named_and_nothing_is_written(words, change, truth, re
 def test_a_picture_is_drawn_of_wrong_cameras(truth, run, tmp_path):
     source = plain(tmp_path / "input", wrong_cameras(truth, lambda poses: [p @ np.diag((1, -1, -1, 1)) for p in poses]))
     assert run(source, "--output", "mine", drawn=True)[0] == 2
-    picture = datasets.read_image(tmp_path / "prepare_mine.png")
+    picture = pictures.read_image(tmp_path / "prepare_mine.png")
     assert (np.abs(picture.astype(int) - prepare.RED).max(axis=2) < 20).mean() > 0.002
     assert not (tmp_path / "mine").exists()
 
@@ -492,7 +492,7 @@ def test_no_path_leads_out_of_the_folder(name, truth, refused, tmp_path):
 
 def test_sizes_are_bounded(truth, refused, tmp_path, monkeypatch):
     source = colmap(tmp_path / "input", truth)
-    monkeypatch.setattr(datasets, "MOST_PIXELS", SIZE * SIZE - 1)
+    monkeypatch.setattr(pictures, "MOST_PIXELS", SIZE * SIZE - 1)
     refused(source, "view_5.png", "million pixels")
 
 

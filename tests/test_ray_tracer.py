@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import ray_tracer
+from training import step
 
 TOLERANCE = 5e-5
 # A ray that only just touches or clears a surface is neither hit nor miss. The tests leave out the rays whose
@@ -653,7 +654,7 @@ def test_every_ray_without_a_colour_carries_its_true_least_sample(reference_netw
     r, sdf = reference_network, network.sdf_evaluator()
     origin, directions = r["camera_location"], r["ray_directions"]
     tracer = SimpleNamespace(tolerance=TOLERANCE, samples=100, refinement="secant", refinement_steps=8)
-    points, hit = train.place_points(sdf, origin, directions, r["object_mask"], tracer, np.random.default_rng(0))
+    points, hit = step.place_points(sdf, origin, directions, r["object_mask"], tracer, np.random.default_rng(0))
     near, far, meets = ray_tracer.intersect_unit_sphere(origin, directions)
     fractions = ((np.arange(100) + np.random.default_rng(0).random(100)) / 100).astype(np.float32)
     t = near[:, None] + (far - near)[:, None] * fractions

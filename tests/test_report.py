@@ -11,9 +11,9 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 
-import helper
 import report
 from conftest import ROOT, write_demo_config
+from files import folders, writing
 
 STEPS, PANEL = 4, (24, 32)      # steps of an epoch; height and width of a render
 
@@ -33,9 +33,9 @@ def run(tmp_path):
     write_series(folder, "psnr", [34, 69, 104], [15.5, 16.5, 22.25])
     for epoch, level in ((34, 60), (69, 120), (104, 180)):
         panels = [np.full(PANEL + (3,), value, np.uint8) for value in (10, level, 200, 250)]
-        helper.write_image(folder / "validation" / f"epoch_{epoch:05d}.png", np.concatenate(panels, axis=1))
+        writing.write_image(folder / "validation" / f"epoch_{epoch:05d}.png", np.concatenate(panels, axis=1))
         shape = np.full((2 * PANEL[0], 4 * 2 * PANEL[1], 3), 90, np.uint8)
-        helper.write_image(folder / "validation" / f"epoch_{epoch:05d}_shape.png", shape)
+        writing.write_image(folder / "validation" / f"epoch_{epoch:05d}_shape.png", shape)
     (folder / "model_00104.h5").write_bytes(b"")
     (folder / "state.h5").write_bytes(b"")
     return folder
@@ -132,7 +132,7 @@ def test_by_hand(run):
 
     done = by_hand(run)
     assert done.returncode == 0 and done.stdout.strip() == str(run / "report.html")
-    with helper.held(run):
+    with folders.held(run):
         assert by_hand(run).returncode == 0
     assert "running" in text_of((run / "report.html").read_text(encoding="utf-8"))
     for folder in (run / "validation", run / "nowhere"):

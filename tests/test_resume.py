@@ -11,12 +11,13 @@ import nnabla as nn
 import numpy as np
 import pytest
 
-from training import checkpoints
 import helper
 import make_scene
 import report
 import train
 from conftest import ROOT, write_demo_config
+from files import folders
+from training import checkpoints, log, step
 
 VIEWS, EPOCHS = 4, 5
 
@@ -67,7 +68,7 @@ def start(folder, name, *more, **changes):
 
 def at_step(monkeypatch, step, action):
     """Have `action()` called in the midst of the `step`-th step from now on."""
-    place, count = train.place_points, [0]
+    place, count = step.place_points, [0]
 
     def place_points(*arguments):
         count[0] += 1
@@ -75,7 +76,7 @@ def at_step(monkeypatch, step, action):
             action()
         return place(*arguments)
 
-    monkeypatch.setattr(train, "place_points", place_points)
+    monkeypatch.setattr(step, "place_points", place_points)
 
 
 def contents(folder):
@@ -217,7 +218,7 @@ def test_a_disk_that_is_full(home, monkeypatch, capfd):
 
 
 def test_a_series_that_cannot_be_written(tmp_path):
-    log = train.EpochLog(tmp_path, 1, 0, 0, None)
+    log = log.EpochLog(tmp_path, 1, 0, 0, None)
     (tmp_path / "mask.series.txt").mkdir()
     with pytest.raises(helper.UserError, match="series.txt: cannot be written"):
         log.add(0, {"loss": 1.0, "mask": 2.0}, hits=1)
@@ -225,7 +226,7 @@ def test_a_series_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("spoilt, named", [("rgb", "color"), ("points", "mask")])
 def test_a_loss_that_is_not_finite(home, monkeypatch, capfd, spoilt, named):
-    filled, count = train.TrainingStep.filled, [0]
+    filled, count = step.TrainingStep.filled, [0]
 
     def spoil(self, points, colored, directions, rgb, *others):
         count[0] += 1
@@ -239,7 +240,7 @@ def test_a_loss_that_is_not_finite(home, monkeypatch, capfd, spoilt, named):
         assert start(home, "before") == 143     # the parameters that the failing step finds
     before = checkpoints.load_state(home / "before_tiny", {}).arrays
     with monkeypatch.context() as patch:
-        patch.setattr(train.TrainingStep, "filled", spoil)
+        patch.setattr(step.TrainingStep, "filled", spoil)
         assert start(home, f"spoilt_{spoilt}") == 2
     said = capfd.readouterr().err.splitlines()[-1]
     assert f"step {2 * VIEWS + 1} (epoch 2)" in said and f"the {named} loss is " in said
@@ -264,8 +265,8 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
 
 
 def test_a_surface_that_is_gone_is_told_once(home, monkeypatch, capfd):
-    place = train.place_points
-    monkeypatch.setattr(train, "place_points", lambda *a: (place(*a)[0], np.zeros(64, bool)))
+    place = step.place_points
+    monkeypatch.setattr(step, "place_points", lambda *a: (place(*a)[0], np.zeros(64, bool)))
     assert start(home, "gone") == 0
     said = capfd.readouterr()
     assert (said.out + said.err).count("no ray has met the surface") == 1
@@ -359,7 +360,7 @@ def test_a_run_that_a_newer_one_has_moved(home, monkeypatch):
 
 
 def test_a_folder_in_which_another_training_writes(home, capfd):
-    with helper.held(home / "straight_tiny"):
+    with folders.held(home / "straight_tiny"):
         for more in ([], ["--resume"]):
             assert start(home, "straight", *more, train__epochs=9) == 2
             assert "straight_tiny: another training writes there" in capfd.readouterr().err
@@ -369,9 +370,9 @@ def test_a_folder_in_which_another_training_writes(home, capfd):
 def test_a_line_that_was_half_written_is_cut_off(tmp_path):
     path = tmp_path / "loss.series.txt"
     path.write_text("3 0.5\n7 0.25\n11 0.125\n15 0.0")
-    train.keep_lines(path, 16)
+    log.keep_lines(path, 16)
     assert path.read_text() == "3 0.5\n7 0.25\n11 0.125\n"
-    train.keep_lines(path, 8)
+    log.keep_lines(path, 8)
     assert path.read_text() == "3 0.5\n7 0.25\n"
-    train.keep_lines(tmp_path / "none.txt", 8)
+    log.keep_lines(tmp_path / "none.txt", 8)
     assert not (tmp_path / "none.txt").exists()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import trimesh
 
-import helper
+from backends import context
 from conftest import ROOT, write_demo_config
 
 
@@ -198,6 +198,6 @@ def test_what_the_other_scripts_refuse(folder, script):
 def test_the_gpu_where_there_is_none(folder):
     write_config(folder)
     pytest.importorskip("nnabla")
-    if helper.gpu_or_reason("0")[0] == "cudnn":
+    if context.gpu_or_reason("0")[0] == "cudnn":
         pytest.skip("there is one here")
     assert "--context cudnn" in refused("train.py", "--config", "tiny.yaml", "--context", "cudnn", cwd=folder)

@@ -4,11 +4,13 @@ import nnabla as nn
 import numpy as np
 import pytest
 
-from training import checkpoints
 import helper
 import make_scene
 import network
 import synthesize
+from backends import architecture, context
+from files import writing
+from training import checkpoints
 
 
 def ring(*degrees):
@@ -37,7 +39,7 @@ def test_the_way_between_opposite_cameras_does_not_lead_through_the_object():
 @pytest.mark.parametrize("suffix", [".mp4", ".gif"])
 def test_a_video_holds_its_frames(tmp_path, suffix):
     path = tmp_path / f"video{suffix}"
-    with helper.video_writer(path) as append:
+    with writing.video_writer(path) as append:
         for level in (0.1, 0.5, 0.9):
             append(np.full((33, 46, 3), (level, 0.5, 0.2)))
     with imageio.get_reader(path) as reader:
@@ -50,14 +52,14 @@ def test_a_video_holds_its_frames(tmp_path, suffix):
 
 def test_an_interrupted_video_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        with helper.video_writer(tmp_path / "video.mp4") as append:
+        with writing.video_writer(tmp_path / "video.mp4") as append:
             append(np.zeros((16, 16, 3)))
             raise KeyboardInterrupt
     assert not list(tmp_path.iterdir())
 
 
 def test_another_models_renderer_colours_this_models_shape(tmp_path):
-    helper.set_context("cpu", "0")
+    context.set_context("cpu", "0")
 
     def parameters(part):
         return [p.d.copy() for layer in network.layer_parameters(part) for p in layer]
@@ -74,7 +76,7 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
     points = np.random.default_rng(3).normal(size=(50, 3)).astype(np.float32)
     rgb, normals = network.shade(points, -points)
     nn.clear_parameters()
-    checkpoints.load_model(tmp_path / "ours.h5", network.parameter_shapes(64, 8, 9))
+    checkpoints.load_model(tmp_path / "ours.h5", architecture.parameter_shapes(64, 8, 9))
     own_rgb, own_normals = network.shade(points, -points)
     assert np.array_equal(normals, own_normals) and np.abs(rgb - own_rgb).max() > 0.01
     with pytest.raises(helper.UserError, match="unfit.h5.* 5 features.* 8"):

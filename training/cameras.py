@@ -13,9 +13,9 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 from skimage.transform import SimilarityTransform
 
-from training import checkpoints
 import datasets
 import helper
+from training import checkpoints
 
 # Of N cameras: rotation (N,) in degrees and translation (N,) in the true cameras' units, after the best alignment.
 Errors = namedtuple("Errors", "rotation translation")
@@ -82,22 +82,22 @@ def moved(vector, step):
     return np.concatenate([turned, centre + step[4:]])
 
 
-def by_step(vector, in_camera, points, by_points, by_directions):
+def grad_step(vector, in_camera, points, grad_points, grad_directions):
     """Carry a loss's derivatives back to the step (7,) with which a pose vector (7,) is moved: returns (7,) float64.
 
     vector and in_camera as for `rays`; points (R, 3): one on each ray, moved by the camera at a constant distance from
-    its centre; by_points (R, 3): the derivatives by these; by_directions (R, 3): what the directions have beside.
+    its centre; grad_points (R, 3): the derivatives by these; grad_directions (R, 3): what the directions have beside.
     """
     centre, directions = rays(vector, in_camera)
     distances = ((points - centre) * directions).sum(axis=1, keepdims=True)
-    by_rotation = (by_directions + distances * by_points).astype(np.float64).T @ in_camera
+    grad_rotation = (grad_directions + distances * grad_points).astype(np.float64).T @ in_camera
     unit, length = unit_quaternion(vector[:4])
-    by_unit = np.tensordot(rotation_slopes(unit), by_rotation, 2)
-    by_quaternion = (by_unit - unit * (unit @ by_unit)) / length       # its length has no effect
-    by_turn = 0.5 * (vector[0] * by_quaternion[1:] - by_quaternion[0] * vector[1:4]
-                     + np.cross(vector[1:4], by_quaternion[1:]))
-    by_centre = by_points.sum(axis=0, dtype=np.float64) + np.cross(by_turn, vector[4:]) / (vector[4:] @ vector[4:])
-    return np.concatenate([by_quaternion, by_centre])
+    grad_unit = np.tensordot(rotation_slopes(unit), grad_rotation, 2)
+    grad_quaternion = (grad_unit - unit * (unit @ grad_unit)) / length       # its length has no effect
+    grad_turn = 0.5 * (vector[0] * grad_quaternion[1:] - grad_quaternion[0] * vector[1:4]
+                     + np.cross(vector[1:4], grad_quaternion[1:]))
+    grad_centre = grad_points.sum(axis=0, dtype=np.float64) + np.cross(grad_turn, vector[4:]) / (vector[4:] @ vector[4:])
+    return np.concatenate([grad_quaternion, grad_centre])
 
 
 # --- among nnabla's parameters ----------------------------------------------------------------------------------------

@@ -9,6 +9,9 @@ from types import SimpleNamespace
 import numpy as np
 
 import helper
+from backends import context
+from config import settings
+from files import folders, writing
 
 POSE = "cameras/pose"       # cameras.py says what it holds
 STATE_FILE = "state.h5"
@@ -24,7 +27,7 @@ def save_model(path):
     import nnabla as nn
     file = io.BytesIO()     # and not to the disk: HDF5 is at a loss when that is full
     nn.save_parameters(file, extension=".h5")
-    helper.write_bytes(path, file.getvalue())
+    writing.write_bytes(path, file.getvalue())
 
 
 def model_file(path):
@@ -52,18 +55,17 @@ def load_model(path, shapes):
     set_parameters({name: array for name, array in arrays.items() if name in (*shapes, POSE)})
 
 
-def open_run(args, parameter_shapes):
+def open_run(args):
     """Load the configuration and the model that a script's `args` name; returns (conf, the folder for its results).
 
-    parameter_shapes: network.parameter_shapes. Sets the context. Raises UserError as the functions that it calls do.
+    Sets the context. Raises UserError as the functions that it calls do.
     """
-    conf = helper.load_config(args.config)
+    conf = settings.load_config(args.config)
     model = model_file(args.model_load_path)
-    helper.set_context(args.context, args.device_id)
-    load_model(model, parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers,
-                                       conf.network.without))
-    folder = helper.run_folder(conf, args.monitor_path) if args.monitor_path else model.parent
-    helper.remove_unfinished(folder)
+    context.set_context(args.context, args.device_id)
+    load_model(model, architecture.parameter_shapes(conf.network))
+    folder = folders.run_folder(conf, args.monitor_path) if args.monitor_path else model.parent
+    folders.remove_unfinished(folder)
     return conf, folder
 
 
@@ -191,7 +193,7 @@ def save_state(folder, solvers, progress, series):
         for name, array in arrays.items():
             h5[name] = array
         h5.attrs["about"] = about
-    helper.write_bytes(Path(folder) / STATE_FILE, file.getvalue())
+    writing.write_bytes(Path(folder) / STATE_FILE, file.getvalue())
 
 
 def checksum(arrays):

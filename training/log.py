@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from nnabla.monitor import MonitorSeries, MonitorTimeElapsed
 
-import helper
+from files import writing
 
 STEP_SERIES = ("loss", "color", "mask", "eikonal", "hits", "learning_rate", "alpha")
 VALIDATION_SERIES = ("psnr", "camera_rotation", "camera_translation")
@@ -38,7 +38,7 @@ class EpochLog:
 
     def add(self, step, **values):
         """Take up a step's values, one for each of STEP_SERIES."""
-        with helper.writing(f"{self.folder}/*.series.txt"):
+        with writing.writing(f"{self.folder}/*.series.txt"):
             self.num_hits = sum(self.series["hits"].buf) + values["hits"]
             for name, value in values.items():
                 self.series[name].add(step, value)
@@ -46,7 +46,7 @@ class EpochLog:
 
     def add_validation(self, epoch, **values):
         """Write down an epoch's measures, of VALIDATION_SERIES."""
-        with helper.writing(self.folder / "*.series.txt"):
+        with writing.writing(self.folder / "*.series.txt"):
             for name, value in values.items():
                 self.validations[name].add(epoch, value)
 
@@ -69,8 +69,8 @@ def keep_lines(path, until):
     """Cut a monitor's file down to its whole lines whose first number is below `until`; no file is no error."""
     if not Path(path).exists():
         return
-    with helper.writing(path):
+    with writing.writing(path):
         lines = Path(path).read_text().splitlines(keepends=True)
         kept = [line for line in lines if re.match(r"\d+ .*\n", line) and int(line.split()[0]) < until]
     if kept != lines:
-        helper.write_bytes(path, "".join(kept).encode())
+        writing.write_bytes(path, "".join(kept).encode())

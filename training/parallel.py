@@ -38,6 +38,7 @@ class World:
 
     def __init__(self, rank=0, size=1, communicator=None):
         self.rank, self.size, self.communicator = rank, size, communicator
+        self.writes = rank == 0     # only the first process writes and prints
 
     def mean_gradients(self):
         """Replace the gradients of nnabla's parameters by their means over the processes.
@@ -78,7 +79,7 @@ class World:
 
 
 def connect(context, device_id):
-    """Set nnabla's context as helper.set_context does, and return the World that this process is in.
+    """Set nnabla's context as context.set_context does, and return the World that this process is in.
 
     Of several processes each takes the GPU of its number on its machine. Raises UserError where the processes were
     started by another MPI, where one has no GPU, and where NCCL or Open MPI's library is missing.
@@ -89,7 +90,7 @@ def connect(context, device_id):
             if "OMPI_COMM_WORLD_SIZE" not in os.environ and os.environ.get(name, "1") not in ("", "1"):
                 raise helper.UserError(f"{name} says that there are {os.environ[name]} processes, but they were not "
                                        "started by Open MPI's mpirun, which nnabla's communicator needs (see README.md)")
-        helper.set_context(context, device_id)
+        context.set_context(context, device_id)
         return World()
     if context == "cpu":
         raise helper.UserError(f"--context cpu with {here.size} processes: nnabla joins processes on GPUs only; on the "
@@ -98,11 +99,11 @@ def connect(context, device_id):
         raise helper.UserError(f"--device-id {device_id} with {here.size} processes: each takes the GPU of its number "
                                "on its machine; leave it out, and choose GPUs with CUDA_VISIBLE_DEVICES")
     point_to_libraries()
-    chosen, why = helper.gpu_or_reason(here.local_size - 1)
+    chosen, why = context.gpu_or_reason(here.local_size - 1)
     if chosen == "cpu":
         raise helper.UserError(f"mpirun started {here.local_size} processes on {socket.gethostname()}, one per GPU: "
                                f"{why}; start fewer (mpirun -n) or mend that")
-    helper.set_context("cudnn", here.local_rank)
+    context.set_context("cudnn", here.local_rank)
     communicator = nccl_communicator(here)
     print(f"{here.size} processes, this one of {here.local_size} on {socket.gethostname()}")
     if hasattr(os, "sched_getaffinity") and len(os.sched_getaffinity(0)) < min(2, os.cpu_count()):

@@ -1,0 +1,1 @@
+"""Files: how results are written whole, which folder belongs to which process, and how strangers' pictures are read."""
