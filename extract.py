@@ -49,6 +49,7 @@ def main():
     for path in args.output or []:
         if Path(path).suffix.lower() not in SUFFIXES:
             raise helper.UserError(f"--output {path}: the name must end in {', '.join(SUFFIXES)}")
+        helper.check_target(path)
     conf, folder = checkpoints.open_run(args, network.parameter_shapes)
     paths = [Path(path) for path in args.output or [folder / "mesh.ply"]]
     poses = scale_mat = None
@@ -62,9 +63,9 @@ def main():
     cut = cut_by_sphere(mesh.vertices, sdf)
     if cut.any():
         share = mesh.area_faces[cut[mesh.faces].all(axis=1)].sum() / mesh.area
-        print(f"notice: the surface leaves the unit sphere, outside of which nothing is learnt; the sphere closes the mesh "
-              f"there, with {share:.1%} of its area (prepare.py {shlex.quote(conf.data.path)} --check tells of an object "
-              "that reaches beyond it)")
+        print("notice: the surface leaves the unit sphere, outside of which nothing is learnt; the sphere closes the "
+              f"mesh there, with {share:.1%} of its area (prepare.py {shlex.quote(conf.data.path)} --check tells of an "
+              "object that reaches beyond it)")
     mesh = with_colors(mesh, conf.network.without, cut)
     for path in paths:
         with helper.replacing(path) as temporary:

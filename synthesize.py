@@ -86,6 +86,8 @@ def check_arguments(args):
         raise helper.UserError("--output names a video, which --path turntable or --path cameras makes")
     if args.output and Path(args.output).suffix.lower() not in (".mp4", ".gif"):
         raise helper.UserError(f"--output {args.output}: the name must end in .mp4 or .gif")
+    if args.output:
+        helper.check_target(args.output)
     if args.path and args.depth:
         raise helper.UserError("--depth writes numbers for single views; leave it or --path out")
     if args.frames < 2:
@@ -97,20 +99,20 @@ def check_arguments(args):
 def take_appearance(path, feature, without=()):
     """Put another model's rendering network in the place of the current one: its colours on our shape.
 
-    feature: the length of our feature vectors, which that renderer must take; without: what ours is not given, as
-    network.rendering. Raises UserError where it does not take that.
+    feature: the length of our feature vectors; without: what our renderer is not given, as network.rendering. Raises
+    UserError where the other renderer does not take the same inputs.
     """
     arrays, _ = checkpoints.read_arrays(path)
     first = arrays.get("rendering/0/v")
     if first is None or first.ndim != 2:
         raise helper.UserError(f"{path}: has no rendering network; it was saved by another program")
-    takes = first.shape[0] - network.layer_sizes(64, 0, 9, without)["rendering/0"][0]
-    feature = 0 if "feature" in without else feature
-    if takes != feature:
-        raise helper.UserError(f"{path}: its renderer takes {takes} features, the shape's model gives {feature}; train "
-                               "both with the same network.feature")
-    shapes = {name: shape for name, shape in network.parameter_shapes(first.shape[1], feature, 9).items()
+    shapes = {name: shape for name, shape in network.parameter_shapes(first.shape[1], feature, 9, without).items()
               if name.startswith("rendering/")}
+    given = shapes["rendering/0/v"][0]
+    if first.shape[0] != given:
+        raise helper.UserError(f"{path}: its renderer takes {first.shape[0]} numbers of a point, and the shape's model "
+                               f"gives {given}, with network.feature {feature} and network.without {list(without)}; "
+                               "train both with the same")
     checkpoints.check_parameters(path, arrays, shapes)
     checkpoints.set_parameters({name: arrays[name] for name in shapes})
 

@@ -58,6 +58,7 @@ def main():
         if is_complete(state, conf.train.epochs, len(views), ranks):
             print(f"{folder} is trained: {state.progress['step'] // state.progress['steps']} epochs, where "
                   f"{args.config} wants {conf.train.epochs}; raise train.epochs there to train on")
+            helper.remove_unfinished(folder)
             return
     world = parallel.connect(args.context, args.device_id)
     writes = world.rank == 0        # the first process, or the only one; the others wait for it where they meet next
