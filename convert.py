@@ -31,7 +31,6 @@ import numpy as np
 from nnabla.logger import logger
 
 import helper
-import network
 from backends import architecture
 from config import settings
 from files import writing
@@ -126,9 +125,9 @@ def sizes(shapes):
 def left_out(feature, shape):
     """Return which inputs a renderer whose first layer has this shape is not given, as a list; [] where none or several
     choices would explain the shape."""
-    given = {"view": 3 + 6 * network.VIEW_BANDS, "normal": 3, "feature": feature}
-    subsets = [names for count in range(4) for names in itertools.combinations(network.OPTIONAL_INPUTS, count)
-               if len(shape) == 2 and 3 + sum(given.values()) - sum(given[name] for name in names) == shape[0]]
+    inputs = architecture.renderer_inputs(settings.Network(feature=feature))
+    subsets = [names for count in range(4) for names in itertools.combinations(architecture.OPTIONAL_INPUTS, count)
+               if len(shape) == 2 and sum(inputs.values()) - sum(inputs[name] for name in names) == shape[0]]
     return list(subsets[0]) if len(subsets) == 1 else []
 
 
@@ -158,11 +157,7 @@ def wanted_shapes(path, shapes):
         found = sizes(shapes)
     except (ValueError, KeyError, IndexError) as error:
         raise UserError(f"{path}: holds no networks of IDR's, or not all of their layers") from error
-    for key, value in found.items():
-        kind, (allowed, says) = settings.SETTINGS["network"][key]
-        settings.check_value(f"{path}: the network's {key}", value, kind, allowed, says)
-    settings.check_products(path, settings.flat({"network": found}))
-    return architecture.parameter_shapes(**found)
+    return architecture.parameter_shapes(settings.check_network(path, found))
 
 
 def check_shapes(path, found, wanted):
@@ -182,7 +177,7 @@ def why_inputs_differ(name, found, wanted):
     """Return a guess at the option behind a first layer's wrong number of inputs, or ""."""
     if len(found) != 2 or found[0] != wanted[0]:
         return ""
-    encoded = 6 * network.POSITION_BANDS if name.startswith("implicit") else 6 * network.VIEW_BANDS
+    encoded = 6 * (architecture.POSITION_BANDS if name.startswith("implicit") else architecture.VIEW_BANDS)
     return " (no positional encoding)" if wanted[1] - found[1] == encoded else ""
 
 

@@ -22,7 +22,6 @@ from tqdm import tqdm
 import datasets
 import helper
 import network
-from backends import architecture
 from files import writing
 from training import cameras, checkpoints
 
@@ -50,7 +49,8 @@ def main():
     for path in args.output or []:
         if Path(path).suffix.lower() not in SUFFIXES:
             raise helper.UserError(f"--output {path}: the name must end in {', '.join(SUFFIXES)}")
-    conf, folder = checkpoints.open_run(args, architecture.parameter_shapes)
+        writing.check_target(path)
+    conf, folder = checkpoints.open_run(args)
     paths = [Path(path) for path in args.output or [folder / "mesh.ply"]]
     poses = scale_mat = None
     if args.world or any(path.suffix.lower() == ".html" for path in paths):
@@ -63,10 +63,10 @@ def main():
     cut = cut_by_sphere(mesh.vertices, sdf)
     if cut.any():
         share = mesh.area_faces[cut[mesh.faces].all(axis=1)].sum() / mesh.area
-        print(f"notice: the surface leaves the unit sphere, outside of which nothing is learnt; the sphere closes the mesh "
-              f"there, with {share:.1%} of its area (prepare.py {shlex.quote(conf.data.path)} --check tells of an object "
-              "that reaches beyond it)")
-    mesh = with_colors(mesh, conf.network.without, cut)
+        print("notice: the surface leaves the unit sphere, outside of which nothing is learnt; the sphere closes the "
+              f"mesh there, with {share:.1%} of its area (prepare.py {shlex.quote(conf.data.path)} --check tells of an "
+              "object that reaches beyond it)")
+    mesh = with_colors(mesh, network.shader(conf.network), cut)
     for path in paths:
         with writing.replacing(path) as temporary:
             if path.suffix.lower() == ".html":
@@ -232,8 +232,8 @@ def largest_component(mesh):
 
 # --- normals, colours, files ------------------------------------------------------------------------------------------
 
-def with_colors(mesh, without=(), cut=None):
-    """A mesh with the vertex normals and vertex colours of the current parameters; without: as network.rendering.
+def with_colors(mesh, shade, cut=None):
+    """A mesh with vertex normals and vertex colours from `shade`, which network.shader gives.
 
     A normal is the direction of the sdf's gradient, a colour what the renderer shows to who looks along the normal. The
     vertices of `cut` (V,) bool, where the unit sphere cuts the shape, get the sphere's normals.
@@ -243,7 +243,7 @@ def with_colors(mesh, without=(), cut=None):
     for start in tqdm(range(0, len(points), SHADED), desc="colours", unit="block", leave=False, dynamic_ncols=True,
                       disable=len(points) <= SHADED):
         part = slice(start, start + SHADED)
-        rgb[part], normals[part] = network.shade(points[part], without=without)
+        rgb[part], normals[part] = shade(points[part])
     if cut is not None:
         normals[cut] = points[cut]
     return trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=trimesh.unitize(normals),

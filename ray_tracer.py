@@ -29,7 +29,6 @@ rounding (some 2e-7 at a distance of 3) comes in nowhere after that.
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Tuple
 
 import numba
 import numpy as np

@@ -169,11 +169,11 @@ def plot(words, lines, log=False, step=False, from_zero=False):
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-    settings = {"svg.fonttype": "none", "svg.hashsalt": words, "axes.edgecolor": RULE, "text.color": INK,
+    style = {"svg.fonttype": "none", "svg.hashsalt": words, "axes.edgecolor": RULE, "text.color": INK,
                 "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
                 "axes.labelcolor": INK, "font.size": 10.5, "grid.color": RULE, "grid.linewidth": 0.6,
                 "text.parse_math": False}
-    with matplotlib.rc_context(settings):
+    with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.6, 2.7), constrained_layout=True)
         axes = figure.add_subplot()
         for (label, (x, y)), colour in zip(lines.items(), LINES):
@@ -234,7 +234,7 @@ def page(run, running):
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"      # the browser fetches nothing
     parts = [section("Renders", renders(run)), section("Shape", shape(run)), section("On the way", thumbnails(run)),
              section("Curves", curves(run)), section("Measured", measured(run)),
-             section("How to go on", commands(run, state)), section("Settings", settings(conf))]
+             section("How to go on", commands(run, state)), section("Settings", keys(conf))]
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -420,10 +420,10 @@ def commands(run, state):
     return content
 
 
-def settings(conf):
+def keys(conf):
     """The configuration, a table for each of its sections."""
     return '<div class="grid three">' + "".join(
-        f"<div><h3>{name}</h3>{table(vars(keys).items())}</div>" for name, keys in vars(conf).items()) + "</div>"
+        f"<div><h3>{name}</h3>{table(vars(section_keys).items())}</div>" for name, section_keys in vars(conf).items()) + "</div>"
 
 
 STYLE = """

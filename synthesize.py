@@ -6,6 +6,7 @@ Writes to renders/ in the run's folder.
 """
 from collections import namedtuple
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -91,6 +92,8 @@ def check_arguments(args):
         raise helper.UserError("--output names a video, which --path turntable or --path cameras makes")
     if args.output and Path(args.output).suffix.lower() not in (".mp4", ".gif"):
         raise helper.UserError(f"--output {args.output}: the name must end in .mp4 or .gif")
+    if args.output:
+        helper.check_target(args.output)
     if args.path and args.depth:
         raise helper.UserError("--depth writes numbers for single views; leave it or --path out")
     if args.frames < 2:
@@ -99,23 +102,23 @@ def check_arguments(args):
         raise helper.UserError(f"--height must be 8 to 8192, not {args.height}")
 
 
-def take_appearance(path, feature, without=()):
+def take_appearance(path, net):
     """Put another model's rendering network in the place of the current one: its colours on our shape.
 
-    feature: the length of our feature vectors, which that renderer must take; without: what ours is not given, as
-    network.rendering. Raises UserError where it does not take that.
+    net: our configuration's network section. Raises UserError where the other renderer does not take its inputs.
     """
     arrays, _ = checkpoints.read_arrays(path)
     first = arrays.get("rendering/0/v")
     if first is None or first.ndim != 2:
         raise helper.UserError(f"{path}: has no rendering network; it was saved by another program")
-    takes = first.shape[0] - architecture.layer_sizes(64, 0, 9, without)["rendering/0"][0]
-    feature = 0 if "feature" in without else feature
-    if takes != feature:
-        raise helper.UserError(f"{path}: its renderer takes {takes} features, the shape's model gives {feature}; train "
-                               "both with the same network.feature")
-    shapes = {name: shape for name, shape in architecture.parameter_shapes(first.shape[1], feature, 9).items()
+    shapes = {name: shape for name, shape
+              in architecture.parameter_shapes(replace(net, width=first.shape[1])).items()
               if name.startswith("rendering/")}
+    given = shapes["rendering/0/v"][0]
+    if first.shape[0] != given:
+        raise helper.UserError(f"{path}: its renderer takes {first.shape[0]} numbers of a point, and the shape's model "
+                               f"gives {given}, with network.feature {net.feature} and network.without {net.without}; "
+                               "train both with the same")
     checkpoints.check_parameters(path, arrays, shapes)
     checkpoints.set_parameters({name: arrays[name] for name in shapes})
 

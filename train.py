@@ -54,6 +54,7 @@ def main():
         if is_complete(state, conf.train.epochs, len(views), num_ranks):
             print(f"{folder} is trained: {state.progress['step'] // state.progress['steps']} epochs, where "
                   f"{args.config} wants {conf.train.epochs}; raise train.epochs there to train on")
+            helper.remove_unfinished(folder)
             return
     world = parallel.connect(args.context, args.device_id)
     warnings.simplefilter("ignore", RuntimeWarning)     # NumPy's, on overflow: check_losses looks at the losses instead

@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import nnabla as nn
 import nnabla.functions as F
@@ -27,19 +28,13 @@ import make_scene  # noqa: E402
 import network  # noqa: E402
 import ray_tracer  # noqa: E402
 import synthesize  # noqa: E402
-from backends import (
-    architecture,
-    cpu_kernels,  # noqa: E402
-)
-from config import settings
-from training import (
-    checkpoints,  # noqa: E402
-    parallel,  # noqa: E402
-    step,
-)
+from backends import architecture, cpu_kernels  # noqa: E402
+from config.settings import Network, load_config  # noqa: E402
+from training import checkpoints, parallel  # noqa: E402
+from training.step import LossWeights, TrainingStep, place_points  # noqa: E402
 
-# Width, feature, layers, rays.
-SETTINGS = {"dtu": (512, 256, 9, 2048), "small": (128, 64, 9, 512), "demo": (96, 32, 6, 128)}
+# The networks and the rays of a step.
+SETTINGS = {"dtu": (Network(512, 256, 9), 2048), "small": (Network(128, 64, 9), 512), "demo": (Network(96, 32, 6), 128)}
 ALPHA = 50.0    # of the mask loss, at the beginning of a training
 STAGES = {"_coarse_to_fine": "samples", "_refine": "refinement"}
 
@@ -56,17 +51,18 @@ def main():
     scene = datasets.load_scene(args.scene) if args.scene else embedded_scene()
     yardstick, rate = measure_yardstick(), measure_rate()
     print(f"yardstick {yardstick * 1e3:.1f} ms; matrix products at {rate / 1e9:.0f} GFLOP/s")
-    conf = settings.load_config(Path(__file__).resolve().parent.parent / "config" / "default.yaml")
+    conf = load_config(Path(__file__).resolve().parent.parent / "config" / "default.yaml")
     for setting in args.settings:
-        width, feature, layers, rays = SETTINGS[setting]
-        network.initialize(width, feature, layers, 0.6, np.random.default_rng(0))
+        net, num_rays = SETTINGS[setting]
+        network.initialize(net, np.random.default_rng(0))
         if args.model_load_path:
-            checkpoints.load_model(args.model_load_path, architecture.parameter_shapes(width, feature, layers))
+            checkpoints.load_model(args.model_load_path, architecture.parameter_shapes(net))
         state = "trained" if args.model_load_path else "initial sphere"
-        print(f"\n{setting} (width {width}, feature {feature}, {layers} layers, {rays} rays), {state}")
-        bench_step(scene, conf.tracer, rays, args.steps, rate, yardstick, world)
-        if world.size == 1:     # only training takes several
-            bench_render(scene, conf.tracer, rate)
+        print(f"\n{setting} (width {net.width}, feature {net.feature}, {net.layers} layers, {num_rays} rays), {state}")
+        seconds, evaluations, num_surface = measure_steps(scene, conf.tracer, num_rays, args.steps, world)
+        tell_steps(seconds, evaluations, num_surface, world.size * num_rays, Machine(rate, yardstick))
+        if world.size == 1:     # only training takes several processes
+            bench_render(scene, net, conf.tracer, rate)
             bench_extraction(args.resolution, rate)
 
 
@@ -123,17 +119,17 @@ def layer_flops(name):
 
 
 @contextmanager
-def counted_stages(counts):
-    """Count, in `counts`, the sdf evaluations and calls of each stage of the tracer."""
-    def wrapped(function, stage):
+def named_stages(stage):
+    """Within, stage["now"] names the stage of the tracer that is at work."""
+    def wrapped(function, name):
         def stage_function(*args, **kwargs):
-            counts["stage"] = stage
+            stage["now"] = name
             return function(*args, **kwargs)
         return stage_function
 
     kept = {name: getattr(ray_tracer, name) for name in STAGES}
-    for name, stage in STAGES.items():
-        setattr(ray_tracer, name, wrapped(kept[name], stage))
+    for name, title in STAGES.items():
+        setattr(ray_tracer, name, wrapped(kept[name], title))
     try:
         yield
     finally:
@@ -141,19 +137,26 @@ def counted_stages(counts):
             setattr(ray_tracer, name, function)
 
 
-def bench_step(scene, tracer, rays, steps, rate, yardstick, world):
-    """Print the parts of a training step, their floors and the evaluations of the tracer's stages.
+class Machine(NamedTuple):
+    rate: float         # FLOP/s of a large matrix product where the networks are computed
+    yardstick: float    # seconds
+
+
+def measure_steps(scene, tracer, num_rays, num_steps, world):
+    """Take 2 num_steps training steps and measure the last half of them.
 
     Of several processes, each measures its own step; what one waits for the others is in the all-reduce.
+    Returns {part: seconds of each step}, {stage of the tracer: evaluations per step, and "... calls"}, and the mean
+    number of surface rows.
     """
     rng = np.random.default_rng(world.rank)
     solver = S.Adam(1e-30)      # the state that is measured stays as it is
     solver.set_parameters(nn.get_parameters())
-    sdf, step = network.sdf_evaluator(), step.TrainingStep(rays, 100.0, 0.1)
-    batches = datasets.training_batches(scene, list(range(len(scene.images))), rays, 0, 0, world.rank, world.size)
-    seconds, counts, evaluations, surface = defaultdict(list), {}, defaultdict(int), []
+    sdf, step = network.sdf_evaluator(), TrainingStep((), LossWeights(100.0, 0.1), num_rays)
+    batches = datasets.training_batches(scene, list(range(len(scene.images))), datasets.Draw(num_rays), process=world)
+    seconds, stage, evaluations, num_surface = defaultdict(list), {}, defaultdict(float), []
 
-    def part(name, function, *args):
+    def timed_part(name, function, *args):
         start = time.perf_counter()
         result = function(*args)
         synchronize()
@@ -161,46 +164,47 @@ def bench_step(scene, tracer, rays, steps, rate, yardstick, world):
         return result
 
     def counting(points, evaluate=sdf):
-        evaluations[counts["stage"]] += len(points)
-        evaluations[counts["stage"] + " calls"] += 1
+        evaluations[stage["now"]] += len(points) / num_steps
+        evaluations[stage["now"] + " calls"] += 1 / num_steps
         return evaluate(points)
 
-    counting.roughly = sdf.roughly and (lambda points: counting(points, sdf.roughly))
+    counting.half_precision = sdf.half_precision and (lambda points: counting(points, sdf.half_precision))
 
-    for number in range(2 * steps):
-        if number == steps:
-            seconds.clear()
-            evaluations.clear()
-            surface.clear()
-        batch = part("batch", next, batches)
-        part("refresh", sdf.refresh)
-        with counted_stages(counts):
-            points, colored = part("trace", step.place_points, counting, batch.origin, batch.directions, batch.mask,
-                                   tracer, rng)
-        g = part("inputs", step.filled, points, colored, batch.directions, batch.rgb, batch.mask,
-                 batch.weights, ALPHA, rng)
+    for number in range(2 * num_steps):
+        if number == num_steps:
+            for measured in (seconds, evaluations, num_surface):
+                measured.clear()
+        batch = timed_part("batch", next, batches)
+        timed_part("refresh", sdf.refresh)
+        with named_stages(stage):
+            placed = timed_part("trace", place_points, counting, batch, tracer, rng)
+        graph = timed_part("inputs", step.fill, batch, placed, ALPHA, rng)
         solver.zero_grad()
-        part("forward", g["forward"])
-        part("backward", g["backward"])
+        timed_part("forward", graph.forward)
+        timed_part("backward", graph.backward)
         if world.size > 1:
-            part("all-reduce", world.mean_gradients)
-        part("update", solver.update)
-        surface.append(step.graph(colored.sum())[0])
+            timed_part("all-reduce", world.mean_gradients)
+        timed_part("update", solver.update)
+        num_surface.append(graph.directions.shape[0])
+    return seconds, evaluations, np.mean(num_surface)
+
+
+def tell_steps(seconds, evaluations, num_surface, num_rays, machine):
+    """Print what measure_steps found, and the floors of the parts; num_rays: those of all processes together."""
     sdf_flops, rendering_flops = layer_flops("implicit"), layer_flops("rendering")
-    rows, seen = 1.5 * rays + np.mean(surface), np.mean(surface)
-    traced = sum(evaluations[stage] for stage in STAGES.values()) / steps
-    floors = {"trace": traced * sdf_flops, "forward": 2 * rows * sdf_flops + seen * rendering_flops,
-              "backward": 4 * rows * sdf_flops + 2 * seen * rendering_flops}
+    rows = 1.5 * num_rays + num_surface
+    traced = sum(evaluations[stage] for stage in STAGES.values())
+    floors = {"trace": traced * sdf_flops, "forward": 2 * rows * sdf_flops + num_surface * rendering_flops,
+              "backward": 4 * rows * sdf_flops + 2 * num_surface * rendering_flops}
     print_row("part", "ms", "floor ms", "ratio")
     for name, values in seconds.items():
-        print_row(name, 1e3 * np.median(values), *floor(floors.get(name), np.median(values), rate))
+        print_row(name, 1e3 * np.median(values), *floor(floors.get(name), np.median(values), machine.rate))
     whole = np.median(np.sum(list(seconds.values()), axis=0))
-    print_row("step", 1e3 * whole, *floor(sum(floors.values()), whole, rate))
-    print(f"step: {whole / yardstick:.2f} yardsticks; surface rows {seen:.0f}; {world.size * rays / whole:.0f} rays per "
-          "second")
+    print_row("step", 1e3 * whole, *floor(sum(floors.values()), whole, machine.rate))
+    print(f"step: {whole / machine.yardstick:.2f} yardsticks; surface rows {num_surface:.0f}; {num_rays / whole:.0f} rays "
+          "per second")
     print("evaluations per step: " + ", ".join(
-        f"{stage} {evaluations[stage] / steps:.0f} in {evaluations[stage + ' calls'] / steps:.0f} calls"
-        for stage in STAGES.values()))
+        f"{stage} {evaluations[stage]:.0f} in {evaluations[stage + ' calls']:.0f} calls" for stage in STAGES.values()))
 
 
 def floor(flops, seconds, rate):
@@ -217,15 +221,16 @@ def counting_sdf():
     return (lambda points: (calls.append(len(points)), sdf(points))[1]), calls
 
 
-def bench_render(scene, tracer, rate):
+def bench_render(scene, net, tracer, rate):
     """Print the time of the masked pixels of a 100 pixel high render, per image and per ray."""
     factor = max(scene.masks.shape[1] // 100, 1)
     sdf, calls = counting_sdf()
     mask = datasets.shrink_mask(scene.masks[0], factor)
-    arguments = (datasets.shrink_intrinsics(scene.intrinsics[0], factor), scene.poses[0], mask.shape, tracer, mask)
-    synthesize.render_view(sdf, *arguments)
+    camera = helper.Camera(datasets.shrink_intrinsics(scene.intrinsics[0], factor), scene.poses[0], mask.shape)
+    arguments = sdf, network.shader(net), camera, tracer, mask
+    synthesize.render_view(*arguments)
     calls.clear()
-    seconds = timed(lambda: synthesize.render_view(sdf, *arguments))
+    seconds = timed(lambda: synthesize.render_view(*arguments))
     flops = sum(calls) * layer_flops("implicit") + mask.sum() * (2 * layer_flops("implicit") + layer_flops("rendering"))
     print(f"render of {mask.sum()} masked pixels: {seconds:.2f} s, {flops / rate:.2f} s at the floor, {sum(calls)} "
           "evaluations")

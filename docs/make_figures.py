@@ -100,7 +100,8 @@ def draw_psnr(path, table):
 def draw_cameras(path, table):
     """Plot the errors of trained cameras (rows of epochs, degrees, radii) over the epochs, one panel for each."""
     figure = Figure(figsize=(6.4, 2.4), dpi=130, layout="constrained")
-    for axes, column, title in zip(figure.subplots(1, 2), (1, 2), ("rotation, degrees", "translation, radii of the sphere")):
+    titles = "rotation, degrees", "translation, radii of the sphere"
+    for axes, column, title in zip(figure.subplots(1, 2), (1, 2), titles):
         axes.plot(table[:, 0], table[:, column], "o-", markersize=4, color=BLUE)
         axes.set(xlabel="epochs", title=title, xlim=(0, None), ylim=(0, None))
         axes.title.set_size("medium")
@@ -114,10 +115,16 @@ def load_run(folder):
     """Load a run's newest model; returns its configuration, its cameras (K, pose) and its mesh."""
     conf = settings.load_config(next(folder.glob("*.yaml")))
     context.set_context("auto", "0")
-    shapes = architecture.parameter_shapes(conf.network.width, conf.network.feature, conf.network.layers)
+    shapes = architecture.parameter_shapes(conf.network)
     checkpoints.load_model(checkpoints.model_file(folder), shapes)
     cameras = datasets.load_scene_cameras(conf.data.path)[:2]
     return conf, list(zip(*cameras)), trimesh.load(folder / "mesh.ply")
+
+
+def rendered(conf, intrinsics, pose, shape):
+    """The Render of the model that load_run has loaded."""
+    camera = helper.Camera(intrinsics, pose, shape)
+    return synthesize.render_view(network.sdf_evaluator(), network.shader(conf.network), camera, conf.tracer)
 
 
 def turn(folder, size=160, frames=36):
@@ -149,19 +156,19 @@ def swap_red_and_blue(scene, target):
             writing.write_image(path, pictures.read_image(path)[..., ::-1])
 
 
-def appearance_picture(folders, view=36, size=288):
+def appearance_picture(runs, view=36, size=288):
     """A row for each run's shape, in which each run's renderer has a column."""
     rows = []
-    for shape_of in folders:
+    for shape_of in runs:
         row = []
-        for colors_of in folders:
+        for colors_of in runs:
             conf, cameras, _ = load_run(shape_of)
-            synthesize.take_appearance(checkpoints.model_file(colors_of), conf.network.feature)
+            synthesize.take_appearance(checkpoints.model_file(colors_of), conf.network)
             intrinsics, pose = cameras[view]
             pixels = round(2 * intrinsics[0, 2] + 1)
             intrinsics = datasets.shrink_intrinsics(intrinsics, pixels / (size * OVERSAMPLING))
             shape = size * OVERSAMPLING, size * OVERSAMPLING
-            render = synthesize.render_view(network.sdf_evaluator(), intrinsics, pose, shape, conf.tracer)
+            render = rendered(conf, intrinsics, pose, shape)
             row.append(shrink(render.rgb)[size // 10:size - size // 12])
         rows.append(np.concatenate(row, axis=1))
     return np.concatenate(rows)
@@ -170,14 +177,13 @@ def appearance_picture(folders, view=36, size=288):
 def demo_picture(folder, views, size):
     """The true object above the learnt one: two held-out views; of the second its normals and its shape."""
     conf, cameras, mesh = load_run(folder)
-    sdf = network.sdf_evaluator()
     columns = []
     for view in views:
         intrinsics, pose = cameras[view]
         pixels = round(2 * intrinsics[0, 2] + 1)        # of a side: the camera's axis meets the middle
         intrinsics = datasets.shrink_intrinsics(intrinsics, pixels / (size * OVERSAMPLING))
         truth, mask = make_scene.render(intrinsics, pose, size * OVERSAMPLING)
-        ours = synthesize.render_view(sdf, intrinsics, pose, mask.shape, conf.tracer)
+        ours = rendered(conf, intrinsics, pose, mask.shape)
         columns.append((np.where(mask[..., None] > 0, truth / 255, 1.0), ours.rgb))
     true_normals = exact_normals(intrinsics, pose, size * OVERSAMPLING)
     columns.append((normal_colours(true_normals), normal_colours(ours.normals)))
@@ -193,7 +199,7 @@ def scan_picture(folder, view, shape):
     conf, cameras, mesh = load_run(folder)
     shape = shape[0] * OVERSAMPLING, shape[1] * OVERSAMPLING
     intrinsics, pose = framed(mesh, *cameras[view], shape)
-    ours = synthesize.render_view(network.sdf_evaluator(), intrinsics, pose, shape, conf.tracer)
+    ours = rendered(conf, intrinsics, pose, shape)
     images = ours.rgb, normal_colours(ours.normals), synthesize.clay(mesh_normals(mesh, intrinsics, pose, shape), pose)
     return np.concatenate([shrink(image) for image in images], axis=1)
 

@@ -2,6 +2,7 @@
 import contextlib
 import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -19,6 +20,7 @@ def replacing(path):
     Raises UserError where the folder cannot be written, and where this process holds it and it was moved.
     """
     path = Path(path)
+    check_target(path)
     check_held(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,6 +42,17 @@ def replacing(path):
             os.unlink(temporary)
         if handle is not None:
             os.close(handle)
+
+
+def check_target(path):
+    """Raise UserError where no file can be written at `path`: a folder is there, its name is too long, ..."""
+    try:
+        if stat.S_ISDIR(os.stat(str(path)).st_mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another name") from error
 
 
 @contextlib.contextmanager

@@ -74,9 +74,143 @@ def test_the_sparse_grid_gives_the_mesh_of_the_dense_one(sdf):
     assert sum(seen) < 0.5 * dense.size
 
 
-def test_no_surface_is_said_in_one_line():
+@pytest.mark.parametrize("sdf", [
+    lambda points: np.ones(len(points), np.float32),
+    lambda points: -np.ones(len(points), np.float32),
+    lambda points: (np.linalg.norm(points, axis=1) - 1.2).astype(np.float32),   # around the unit sphere
+])
+def test_no_surface_is_said_in_one_line(sdf):
     with pytest.raises(helper.UserError, match="no zero set"):
-        extract.extract(lambda points: np.ones(len(points), np.float32), 32, 32)
+        extract.extract(sdf, 32, 32)
+
+
+# --- what the coarse pass misses ------------------------------------------------------------------------------
+
+def ball(points):
+    return np.linalg.norm(points, axis=1) - 0.3
+
+
+def capsule(points, start, end, radius, end_radius=None):
+    """A rod from `start` to `end`, or about a cone where its radius changes."""
+    along = np.clip((points - start) @ (end - start) / ((end - start) @ (end - start)), 0, 1)
+    radii = radius + along * ((radius if end_radius is None else end_radius) - radius)
+    return np.linalg.norm(points - start - along[:, None] * (end - start), axis=1) - radii
+
+
+class Counted:
+    """An sdf that counts the points at which it is asked for."""
+
+    def __init__(self, *parts):
+        self.parts, self.count = parts, 0
+
+    def __call__(self, points):
+        self.count += len(points)
+        return np.min([part(points) for part in self.parts], axis=0).astype(np.float32)
+
+
+DIRECTIONS = [(1.0, 1, 0), (1.0, 1, 1), (-1, 0.3, 0.2), (0.1, -1, 0.3), (0.2, 0.3, -1), (-0.4, -0.7, -0.3)]
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("end_radius", [0.018, 0.012])
+def test_a_tail_that_is_too_thin_for_the_coarse_pass_is_whole(direction, end_radius):
+    tip = 0.8 * np.array(direction) / np.linalg.norm(direction)
+    alone, tailed = Counted(ball), Counted(ball, lambda points: capsule(points, 0 * tip, tip, 0.018, end_radius))
+    extract.extract(alone, 20, 80)
+    mesh = extract.extract(tailed, 20, 80)
+    assert mesh.is_watertight and mesh.euler_number == 2
+    assert (mesh.vertices @ tip).max() / 0.8 == pytest.approx(0.8 + end_radius, abs=0.02)
+    assert tailed.count < 2 * alone.count
+
+
+def test_a_tail_with_a_bend_and_a_second_ball_at_its_end():
+    corner, end = np.array([0.35, 0.65, 0.1]), np.array([-0.5, 0.5, 0.4])
+    sdf = Counted(ball, lambda points: capsule(points, 0 * end, corner, 0.009),
+                  lambda points: capsule(points, corner, end, 0.009),
+                  lambda points: np.linalg.norm(points - end, axis=1) - 0.1)
+    mesh = extract.extract(sdf, 40, 150)
+    assert mesh.is_watertight and mesh.euler_number == 2
+    assert np.linalg.norm(mesh.vertices - end, axis=1).min() == pytest.approx(0.1, abs=0.005)
+
+
+@pytest.mark.parametrize("slope", [0.5, 2.5])
+def test_a_tail_of_an_sdf_that_is_none(slope):
+    """A slope above SLACK hides the tail from the coarse grid; the box grows all the same."""
+    tip = np.array([0.5, 0.4, 0.3])
+    parts = Counted(ball, lambda points: capsule(points, 0 * tip, tip, 0.02))
+    mesh = extract.extract(lambda points: slope * parts(points), 40, 100)
+    assert mesh.is_watertight
+    assert (mesh.vertices @ tip).max() / np.linalg.norm(tip) == pytest.approx(np.linalg.norm(tip) + 0.02, abs=0.01)
+
+
+def test_the_grid_does_not_grow_for_what_floats_beside_a_tail():
+    tip, beside = np.array([0.5, 0.3, 0.2]), np.array([-0.5, -0.5, 0.2])
+    tailed = Counted(ball, lambda points: capsule(points, 0 * tip, tip, 0.009))
+    floating = Counted(*tailed.parts, lambda points: np.linalg.norm(points - beside, axis=1) - 0.1)
+    alone, beside_it = (extract.extract(sdf, 40, 100) for sdf in (tailed, floating))
+    assert alone.is_watertight and alone.vertices[:, 0].max() > 0.45
+    assert alone.bounds == pytest.approx(beside_it.bounds, abs=1e-6) and len(alone.faces) == len(beside_it.faces)
+
+
+def test_a_sheet_between_the_points_of_the_coarse_grid():
+    def sheet(points):
+        beyond = np.abs(points - [0.025, 0, 0]) - [0.008, 0.5, 0.4]
+        return (np.linalg.norm(np.maximum(beyond, 0), axis=1) + np.minimum(beyond.max(axis=1), 0)).astype(np.float32)
+
+    mesh = extract.extract(sheet, 40, 150)
+    assert mesh.is_watertight and mesh.extents == pytest.approx([0.016, 1.0, 0.8], abs=0.01)
+
+
+# --- the unit sphere --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("sdf", [torus, box, with_floater, ball])
+def test_a_shape_within_the_unit_sphere_is_what_it_is_without_that(sdf):
+    """The two passes on the sdf as it is give the mesh bit for bit."""
+    cell = 2 / 48
+    coarse = extract.largest_component(extract.grid_mesh(sdf, np.eye(3), np.full(3, -1.0), np.full(3, 1.0), cell))
+    axes, low, high = extract.oriented_box(coarse)
+    fine = (high - low + 2 * cell).max() / 96
+    expected = extract.largest_component(extract.grid_mesh(sdf, axes, low - cell, high + cell, fine))
+    mesh = extract.extract(sdf, 48, 96)
+    assert np.array_equal(mesh.vertices, expected.vertices) and np.array_equal(mesh.faces, expected.faces)
+    assert not extract.cut_by_sphere(mesh.vertices, sdf).any()
+
+
+@pytest.mark.parametrize("radius", [0.999, 1.0])
+def test_the_unit_sphere_itself_is_not_cut(radius):
+    def sphere(points):
+        return np.linalg.norm(points, axis=1) - np.float32(radius)
+
+    mesh = extract.extract(sphere, 32, 64)
+    assert mesh.is_watertight and not extract.cut_by_sphere(mesh.vertices, sphere).any()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_surface_that_leaves_the_unit_sphere_is_closed_by_it(direction):
+    centre = 0.6 * np.array(direction) / np.linalg.norm(direction)
+
+    def off(points):
+        return (np.linalg.norm(points - centre, axis=1) - 0.6).astype(np.float32)
+
+    mesh = extract.extract(off, 40, 80)
+    assert mesh.is_watertight and mesh.euler_number == 2
+    assert np.linalg.norm(mesh.vertices, axis=1).max() < 1 + 1e-3
+    # Two spherical caps: the planes of the circle in which the spheres meet are 5/6 and 7/30 from their centres.
+    on_unit, on_shape = 2 * np.pi * (1 - 5 / 6), 2 * np.pi * 0.6 * (0.6 + 7 / 30)
+    cut = extract.cut_by_sphere(mesh.vertices, off)
+    assert mesh.area_faces[cut[mesh.faces].all(axis=1)].sum() == pytest.approx(on_unit, rel=0.08)
+    assert mesh.area == pytest.approx(on_unit + on_shape, rel=0.01)
+    assert np.abs(off(mesh.vertices[~cut])).max() < 0.01
+
+
+def test_where_the_sphere_cuts_the_normals_are_the_spheres():
+    helper.set_context("cpu", "0")
+    network.initialize(64, 8, 9, 0.6, np.random.default_rng(0))
+    mesh = trimesh.creation.icosphere(subdivisions=2)
+    cut = mesh.vertices[:, 2] > 0
+    painted, as_it_is = extract.with_colors(mesh, cut=cut), extract.with_colors(mesh)
+    assert painted.vertex_normals[cut] == pytest.approx(mesh.vertices[cut], abs=1e-6)
+    assert np.array_equal(painted.vertex_normals[~cut], as_it_is.vertex_normals[~cut])
 
 
 def test_a_surface_through_grid_points_is_closed_all_the_same():
@@ -193,6 +327,8 @@ def test_the_page_draws_the_mesh_in_its_colours_upright_and_turns_it(tmp_path):
     poses[1, :3, :3] = poses[1, :3, :3] @ np.diag([-1.0, 1.0, -1.0])
     page = extract.page(painted_ball(), "ball", poses, 1).replace("<head>", NOTHING_FROM_OUTSIDE)
     assert "<title>ball</title>" in page
+    strange = extract.page(painted_ball(), "</title><script>alert(1)</script>&", poses, 1)
+    assert "<title>&lt;/title&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;</title>" in strange
     still, console = photographed(page, tmp_path)
     assert not console
     assert share(still[:200], lambda r, g, b: (r > 240) & (g < 20) & (b < 20)) > 0.9     # red is the upper half

@@ -1,5 +1,6 @@
 """A run's page: what it says of a run, that it fetches nothing, that a browser draws it, and that it never ends a run."""
 import html
+import os
 import re
 import shlex
 import shutil
@@ -125,6 +126,34 @@ def test_a_page_is_made_where_it_is_due_or_old(run):
     assert page.read_text() != "young"
 
 
+STRANGE = ["<img src=x onerror=alert(1)>\"'&", "o$\\frac{$", "n" * 255, "a\nb", os.fsdecode(b"\xff\x1b[2J")]
+
+
+@pytest.mark.parametrize("name", STRANGE, ids=range(len(STRANGE)))
+def test_a_strange_name_is_a_text_and_nothing_else(run, name):
+    folder = run.rename(run.with_name(name))
+    done = subprocess.run([sys.executable, str(ROOT / "report.py"), str(folder)], stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE)
+    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<img src=x" not in page
+    assert " ".join(name.encode(errors="replace").decode().split()) in text_of(page)
+    assert "$" not in "".join(re.findall(r"<text.*?</text>", page, re.S))
+
+
+def test_a_scenes_name_is_a_text_and_nothing_else(run):
+    path = "data/<img src=x onerror=alert(1)>$\\frac{$&"
+    write_demo_config(run / "demo.yaml", {}, data={"path": path}, train={"epochs": 140})
+    page = page_of(run)
+    assert "<img src=x" not in page and "<img src=x onerror=alert(1)>$\\frac{$&" in text_of(page)
+    assert "<title>75% &lt;img" in page
+
+
+def test_a_plot_takes_no_text_for_a_formula():
+    line = np.arange(3.0), np.arange(3.0)
+    assert "$\\frac{$" in html.unescape(report.plot("o$\\frac{$", {"$\\frac{$": line, "b": line}))
+
+
 def test_by_hand(run):
     def by_hand(folder):
         return subprocess.run([sys.executable, str(ROOT / "report.py"), str(folder)], stdout=subprocess.PIPE,
@@ -135,7 +164,7 @@ def test_by_hand(run):
     with folders.held(run):
         assert by_hand(run).returncode == 0
     assert "running" in text_of((run / "report.html").read_text(encoding="utf-8"))
-    for folder in (run / "validation", run / "nowhere"):
+    for folder in (run / "validation", run / "nowhere", run / ("n" * 300)):
         done = by_hand(folder)
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(folder) in done.stderr
 

@@ -1,6 +1,7 @@
 """Runs that survive: an interrupted run is bit for bit the one that was not, and no failure costs what is on disk."""
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,8 @@ import nnabla as nn
 import numpy as np
 import pytest
 
+import evaluate
+import extract
 import helper
 import make_scene
 import report
@@ -167,7 +170,7 @@ def test_a_run_that_is_killed_while_it_writes(home, capfd, write, step, models):
     done = subprocess.run([sys.executable, "-c", KILLED, str(write), "--context", "cpu", "--config",
                            write_config(home), "--monitor-path", home / name], cwd=str(ROOT), stderr=subprocess.DEVNULL)
     folder = home / f"{name}_tiny"
-    assert done.returncode == -signal.SIGKILL and list(folder.glob(".*-*"))
+    assert done.returncode == -signal.SIGKILL and list(folder.glob(helper.UNFINISHED + "*"))
     assert len(list(folder.glob("model_*.h5"))) == models
     for model in folder.glob("model_*.h5"):
         nn.load_parameters(str(model))
@@ -178,6 +181,54 @@ def test_a_run_that_is_killed_while_it_writes(home, capfd, write, step, models):
         assert checkpoints.load_state(folder, {}).progress["step"] == step
         assert start(home, name, "--resume") == 0
     same_as_straight(home, name)
+
+
+def test_a_complete_run_that_is_killed_in_its_last_page(home, capfd):
+    config, folder = write_config(home, train__epochs=1), home / "page_tiny"
+    done = subprocess.run([sys.executable, "-c", KILLED, "8", "--context", "cpu", "--config", config, "--monitor-path",
+                           home / "page"], cwd=str(ROOT), stderr=subprocess.DEVNULL)
+    assert done.returncode == -signal.SIGKILL and (folder / "model_00000.h5").exists()
+    assert [path.suffix for path in folder.glob(helper.UNFINISHED + "*")] == [".html"]
+    assert start(home, "page", "--resume", train__epochs=1) == 0 and "is trained" in capfd.readouterr().out
+    assert not list(folder.glob(".*"))
+
+
+def test_what_a_killed_process_leaves_goes_and_nothing_else(tmp_path):
+    """Of processes that are killed while they write; a file that another one writes stays."""
+    names = ["psnr.series.txt", "model_00001.h5", "renders/view_000_depth.npy", "validation/epoch_00001.png",
+             "a b.mp4", "n" * 240 + ".ply", "no_suffix"]
+    for name in names:
+        child = os.fork()
+        if child == 0:
+            with helper.replacing(tmp_path / name):
+                os.kill(os.getpid(), signal.SIGKILL)
+        os.waitpid(child, 0)
+    left = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(left) == len(names) and {path.suffix for path in left} >= {".txt", ".h5", ".npy", ".png", ".mp4", ".ply"}
+    others = [".hidden-12345678.h5", ".state-12345678.h5", *(helper.UNFINISHED + end for end in ("a.txt", "12345678"))]
+    for name in others[:-1]:
+        (tmp_path / name).write_text("a user's")
+    (tmp_path / others[-1]).mkdir()
+    with helper.replacing(tmp_path / "mesh.ply") as temporary:
+        script = "import helper, sys\nhelper.remove_unfinished(sys.argv[1])"
+        subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=str(ROOT), check=True)
+        temporary.write_text("whole")
+    assert (tmp_path / "mesh.ply").read_text() == "whole"
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*others, "mesh.ply", "renders", "validation"])
+    assert not list(tmp_path.glob("*/*"))
+
+
+def test_the_scripts_that_write_to_a_run_remove_what_is_left_there(home, capfd):
+    assert start(home, "left", train__epochs=1) == 0
+    folder = home / "left_tiny"
+    for script in (extract, evaluate, report):
+        left = [folder / f"{helper.UNFINISHED}abcdefg{digit}.ply" for digit in range(3)]
+        for path in left:
+            path.write_text("half")
+        words = [folder] if script is report else ["--context", "cpu", "--config", folder / "tiny.yaml",
+                                                   "--model-load-path", folder]
+        call(script.main, *words, *(["--views", "none"] if script is evaluate else []))
+        assert not any(path.exists() for path in left)
 
 
 def test_a_second_ctrl_c_ends_at_once():
@@ -215,6 +266,101 @@ def test_a_disk_that_is_full(home, monkeypatch, capfd):
     assert numbers(folder / "model_00001.h5") == numbers(home / "straight_tiny" / "model_00001.h5")
     assert start(home, "full", "--resume") == 0
     same_as_straight(home, "full")
+
+
+def rename(folder):
+    folder.rename(folder.with_name("elsewhere_tiny"))
+
+
+def replace(folder):
+    rename(folder)
+    folder.mkdir()
+    (folder / "notes.txt").write_text("a user's")
+
+
+@pytest.mark.parametrize("move", [rename, replace, shutil.rmtree])
+@pytest.mark.parametrize("moment", ["step", "write"])
+def test_a_folder_that_is_moved_during_the_run(home, monkeypatch, capfd, move, moment):
+    folder, elsewhere = home / "roaming_tiny", home / "elsewhere_tiny"
+    shutil.rmtree(elsewhere, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    with monkeypatch.context() as patch:
+        if moment == "step":
+            at_step(patch, 2 * VIEWS + 2, lambda: move(folder))
+        else:       # while the render of the second epoch is written
+            validate, sync, render = train.validate, os.fsync, []
+
+            def fsync(handle):
+                if render and folder.exists():
+                    move(folder)
+                    render.clear()
+                sync(handle)
+
+            patch.setattr(train, "validate", lambda *a: render.append(1) or validate(*a))
+            patch.setattr(os, "fsync", fsync)
+        assert start(home, "roaming") == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if "tiny" in line and "block/s" not in line]
+    assert len(said) == 1 and said[0].startswith(f"error: {folder}: was "), said
+    assert "trained: " not in capfd.readouterr().out
+    assert [p.name for p in folder.glob("*")] == (["notes.txt"] if move is replace else [])
+    assert folder.exists() == (move is replace)
+    if move is shutil.rmtree:
+        assert "removed" in said[0]
+        return
+    assert f"was renamed to {elsewhere}" in said[0] and f"--resume {elsewhere}" in said[0]
+    assert start(home, "roaming", "--resume", elsewhere) == 0
+    shutil.rmtree(folder, ignore_errors=True)
+    elsewhere.rename(folder)
+    same_as_straight(home, "roaming")
+
+
+# Starts runs in one folder, each of which leaves a file of its own there, and tells of each how it went.
+STARTS = """
+import contextlib, os, sys, time, types
+import helper
+name, path = sys.argv[1:]
+conf = types.SimpleNamespace(data=types.SimpleNamespace(path="tiny"))
+for number in range(60):
+    try:
+        with contextlib.redirect_stdout(sys.stderr), helper.new_run_folder(conf, path) as folder:
+            with open(folder / f"{name}-{number}", "x"):
+                time.sleep(0.001)
+            assert os.listdir(folder) == [f"{name}-{number}"]
+            helper.check_held(folder)
+        print(f"{name}-{number}")
+    except helper.UserError as error:
+        assert "another training writes there" in str(error), error
+"""
+
+
+def test_starts_at_the_same_moment(tmp_path):
+    started = [subprocess.Popen([sys.executable, "-c", STARTS, name, str(tmp_path / "run")], cwd=str(ROOT),
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+               for name in "abc"]
+    said = [process.communicate(timeout=60) for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
+    runs = sorted(line for out, _ in said for line in out.splitlines())
+    assert sorted(path.name for path in tmp_path.glob("run_tiny*/*")) == runs and len(runs) > 20
+    assert len(list(tmp_path.iterdir())) == len(runs)       # each has a folder to itself, and there is no other
+
+
+def test_a_folder_that_cannot_be_a_runs(home, capfd, tmp_path):
+    (tmp_path / "file_tiny").write_text("a user's")
+    (tmp_path / "link_tiny").symlink_to(tmp_path / "nowhere")
+    os.mkfifo(str(tmp_path / "pipe_tiny"))
+    config = write_config(home, train__epochs=1)
+
+    def begin(name):
+        return call(train.main, "--context", "cpu", "--config", config, "--monitor-path", tmp_path / name)
+
+    for name in ("file", "link", "pipe", "n" * 255):
+        assert begin(name) == 2
+        said = [line for line in capfd.readouterr().err.splitlines() if "[INFO]" not in line]
+        assert len(said) == 1 and f"{name}_tiny: cannot be made" in said[0] and "--monitor-path" in said[0]
+    assert (tmp_path / "file_tiny").read_text() == "a user's"
+    (tmp_path / "empty_tiny").mkdir()       # is taken as it is
+    assert begin("empty") == 0
+    assert not (tmp_path / "empty_tiny.1").exists() and (tmp_path / "empty_tiny" / "model_00000.h5").exists()
 
 
 def test_a_series_that_cannot_be_written(tmp_path):

@@ -1,15 +1,19 @@
 """The scripts as a user types them: one tiny run from scene to mesh, the seed's two pictures, and what is refused."""
+import html
 import re
 import subprocess
 import sys
 
 import imageio.v2 as imageio
+import nnabla as nn
 import numpy as np
 import pytest
 import trimesh
 
+import helper
 from backends import context
 from conftest import ROOT, write_demo_config
+from training import checkpoints
 
 
 def run(*command, cwd, status=0):
@@ -102,6 +106,28 @@ def test_extraction_gives_a_closed_mesh_near_the_object(folder):
     assert "--mesh" in refused("evaluate.py", *MODEL, "--dtu", "dtu", cwd=folder)
 
 
+def test_extraction_of_a_surface_that_leaves_the_unit_sphere_is_closed_and_says_so(folder):
+    arrays, _ = checkpoints.read_arrays(folder / "results_tiny" / "model_00011.h5")
+    points = trimesh.creation.icosphere(subdivisions=3).vertices.astype(np.float32)
+    last = max(name for name in arrays if name.startswith("implicit/") and name.endswith("/b"))
+    helper.set_context("cpu", "0")
+    checkpoints.set_parameters(arrays)
+    arrays[last][0] -= np.percentile(network.sdf_evaluator()(points), 30)       # so 30 % of the sphere are inside
+    nn.clear_parameters()
+    checkpoints.set_parameters(arrays)
+    checkpoints.save_model(folder / "large.h5")
+    nn.clear_parameters()
+    said = run("extract.py", "--config", "tiny.yaml", "--model-load-path", "large.h5", "--context", "cpu", "--output",
+               "large.ply", cwd=folder)
+    mesh = trimesh.load(folder / "large.ply")
+    assert mesh.is_watertight and np.linalg.norm(mesh.vertices, axis=1).max() < 1.002
+    notices = [line for line in said.splitlines() if line.startswith("notice: ")]
+    assert len(notices) == 1 and "unit sphere" in notices[0] and "scenes/tiny --check" in notices[0]
+    assert 10 < float(re.search(r"with ([\d.]+)% of its area", notices[0]).group(1)) < 50
+    across = np.einsum("fi,fci->fc", mesh.face_normals, mesh.vertex_normals[mesh.faces])
+    assert np.median(across) > 0.9
+
+
 def test_extraction_in_world_units_and_as_several_kinds_of_file(folder):
     said = run("extract.py", *MODEL, "--world", "--output", "out/a.obj", "out/a.glb", "out/a.html", cwd=folder)
     assert said.count("vertices") == 3
@@ -181,6 +207,37 @@ def test_what_train_refuses(folder):
     assert "scenes/none" in train(data__path="scenes/none")
     assert "validation_downscale" in train(train__validation_downscale=64)
     assert "nowhere.yaml" in refused("train.py", "--config", "nowhere.yaml", cwd=folder)
+
+
+LONG = "n" * 300
+
+
+@pytest.mark.parametrize("command", [
+    ("train.py", "--config", LONG), ("train.py", "--config", "tiny.yaml", "--monitor-path", LONG),
+    ("train.py", "--config", "tiny.yaml", "--resume", LONG),
+    ("train.py", "--config", "tiny.yaml", "--monitor-path", LONG, "--resume"),
+    ("extract.py", "--config", LONG, "--model-load-path", "results_tiny"),
+    ("extract.py", "--config", "tiny.yaml", "--model-load-path", LONG),
+    ("extract.py", *MODEL, "--monitor-path", LONG),
+    ("extract.py", *MODEL, "--output", LONG + ".ply"), ("extract.py", *MODEL, "--output", LONG + "/mesh.html"),
+    ("synthesize.py", *MODEL, "--appearance-model-path", LONG), ("synthesize.py", *MODEL, "--monitor-path", LONG),
+    ("synthesize.py", *MODEL, "--path", "turntable", "--frames", "2", "--output", LONG + ".gif"),
+    ("evaluate.py", *MODEL, "--mesh", LONG, "--ground-truth", "scenes/tiny/surface.ply"),
+    ("evaluate.py", *MODEL, "--monitor-path", LONG), ("report.py", LONG),
+], ids=lambda command: " ".join(command).replace(LONG, "LONG")[-60:])
+def test_a_name_that_is_too_long_is_refused_in_one_line(folder, command):
+    write_config(folder)
+    assert LONG in refused(*command, cwd=folder)
+
+
+def test_a_strange_name_is_as_good_as_another(folder):
+    write_config(folder, train__epochs=1)
+    name = "o$\\frac{$<b>&'\"".ljust(250, "n")
+    said = run("train.py", "--config", "tiny.yaml", "--monitor-path", name, "--context", "cpu", cwd=folder)
+    assert "not made" not in said and (folder / f"{name}_tiny" / "report.html").exists()
+    run("extract.py", *MODEL, "--output", f"{name}.ply", f"{name}.html", cwd=folder)
+    assert trimesh.load(folder / f"{name}.ply").is_watertight
+    assert f"<title>{html.escape(name)}</title>" in (folder / f"{name}.html").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("script", ["synthesize.py", "extract.py", "evaluate.py"])

@@ -79,5 +79,23 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
     checkpoints.load_model(tmp_path / "ours.h5", architecture.parameter_shapes(64, 8, 9))
     own_rgb, own_normals = network.shade(points, -points)
     assert np.array_equal(normals, own_normals) and np.abs(rgb - own_rgb).max() > 0.01
-    with pytest.raises(helper.UserError, match="unfit.h5.* 5 features.* 8"):
+    with pytest.raises(helper.UserError, match="unfit.h5.* 38 numbers .* 41, with network.feature 8 .* the same"):
         synthesize.take_appearance(tmp_path / "unfit.h5", 8)
+
+
+@pytest.mark.parametrize("without", [["view"], ["normal"], ["feature"], ["view", "normal"], ["normal", "feature"],
+                                     ["view", "normal", "feature"]])
+def test_another_models_renderer_that_is_not_given_everything(tmp_path, without):
+    helper.set_context("cpu", "0")
+    points = np.random.default_rng(3).normal(size=(50, 3)).astype(np.float32)
+    network.initialize(80, 5 if "feature" in without else 8, 9, 0.6, np.random.default_rng(1), without)
+    checkpoints.save_model(tmp_path / "other.h5")
+    network.initialize(80, 8, 9, 0.6, np.random.default_rng(1))
+    checkpoints.save_model(tmp_path / "whole.h5")
+    network.initialize(64, 8, 6, 0.6, np.random.default_rng(0), without)
+    own_rgb, own_normals = network.shade(points, -points, without)
+    synthesize.take_appearance(tmp_path / "other.h5", 8, without)
+    rgb, normals = network.shade(points, -points, without)
+    assert np.array_equal(normals, own_normals) and np.abs(rgb - own_rgb).max() > 1e-3
+    with pytest.raises(helper.UserError, match="whole.h5: .* 41 numbers .* network.without"):
+        synthesize.take_appearance(tmp_path / "whole.h5", 8, without)

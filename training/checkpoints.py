@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import helper
-from backends import context
+from backends import architecture, context
 from config import settings
 from files import folders, writing
 
