@@ -14,8 +14,10 @@ import make_scene
 import network
 import ray_tracer
 from backends import architecture
+from config.settings import Network
 from conftest import write_demo_config
 from training import cameras, checkpoints
+from training.step import LossWeights, TrainingGraph
 
 
 def some_poses(count, seed=0):
@@ -52,7 +54,7 @@ def test_derivative_by_the_vector_against_differences():
     rng = np.random.default_rng(0)
     vector, in_camera, t = rng.normal(size=7), rng.normal(size=(20, 3)), rng.uniform(1, 3, (20, 1))
     in_camera /= np.linalg.norm(in_camera, axis=1, keepdims=True)
-    by_points, by_directions = rng.normal(size=(2, 20, 3))
+    grad_points, grad_directions = rng.normal(size=(2, 20, 3))
 
     def points_and_directions(vector):
         directions = in_camera @ cameras.rotation(vector[:4]).T
@@ -60,9 +62,9 @@ def test_derivative_by_the_vector_against_differences():
 
     def value(vector):
         points, directions = points_and_directions(vector)
-        return (by_points * points).sum() + (by_directions * directions).sum()
+        return (grad_points * points).sum() + (grad_directions * directions).sum()
 
-    found = cameras.by_step(vector, in_camera, points_and_directions(vector)[0], by_points, by_directions)
+    found = cameras.grad_step(vector, in_camera, points_and_directions(vector)[0], grad_points, grad_directions)
     wanted = [(value(cameras.moved(vector, step)) - value(cameras.moved(vector, -step))) / 2e-6
               for step in 1e-6 * np.eye(7)]
     np.testing.assert_allclose(found, wanted, atol=1e-4)
@@ -82,7 +84,7 @@ def test_a_camera_that_moves_keeps_the_origin_in_view():
 @BACKENDS
 def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
     """The camera is moved, its rays are traced anew where they show the surface, and the other points move along."""
-    network.initialize(64, 8, 4, 0.6, np.random.default_rng(0))
+    network.initialize(Network(64, 8, 4), np.random.default_rng(0))
     rng = np.random.default_rng(5)
     for parameter in nn.get_parameters().values():
         parameter.d = parameter.d + 0.01 * rng.normal(size=parameter.shape)
@@ -102,16 +104,16 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
     order = np.argsort(~hit, kind="stable")
     in_camera, t, hit, hits = in_camera[order], t[order], hit[order], hit.sum()
     monkeypatch.setattr(network, "on_cpu", lambda: numpy)
-    g = network.training_graph(len(t), hits + 5, 1.0, 0.7, by_rays=True)
-    g["rgb"].d = 2.0 * np.sign(rng.normal(size=(hits + 5, 3)))      # never reached: |rgb - I| has no kink
-    g["colored"].d, g["masked"].d, g["alpha"].d = hit[:hits + 5, None], 1 - hit[:, None], 5.0
-    g["object_mask"].d = rng.integers(0, 2, (len(t), 1))
+    graph = TrainingGraph((), LossWeights(1.0, 0.7), len(t), hits + 5, want_grad_rays=True)
+    graph.rgb.d = 2.0 * np.sign(rng.normal(size=(hits + 5, 3)))      # never reached: |rgb - I| has no kink
+    graph.color_weights.d, graph.mask_weights.d, graph.alpha.d = hit[:hits + 5, None], 1 - hit[:, None], 5.0
+    graph.object_mask.d = rng.integers(0, 2, (len(t), 1))
     uniform = rng.uniform(-1, 1, (len(t) // 2, 3))
 
     def fill(vector, t):
         origin, directions = cameras.rays(vector, in_camera)
         points = origin + t[:, None] * directions
-        g["points"].d, g["directions"].d = np.concatenate([points, uniform]), directions[:hits + 5]
+        graph.points.d, graph.directions.d = np.concatenate([points, uniform]), directions[:hits + 5]
         return points
 
     def loss(vector):
@@ -121,16 +123,16 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
             traced[:hits] -= (sdf(origin + traced[:hits, None] * directions[:hits])
                               / slope(traced[:hits], directions[:hits], origin))
         fill(vector, traced)
-        g["forward"]()
-        return float(g["color"].d) + float(g["mask"].d)     # the eikonal loss does not count
+        graph.forward()
+        return float(graph.losses["color"].d) + float(graph.losses["mask"].d)     # the eikonal loss does not count
 
     for _ in range(2):      # the second step finds what the first has left
         points = fill(vector, t)
-        g["forward"]()
-        g["backward"]()
-    by_points, by_directions = g["by_rays"]()
-    by_directions = np.concatenate([by_directions, np.zeros((len(t) - len(by_directions), 3))])
-    found = cameras.by_step(vector, in_camera, points, by_points, by_directions)
+        graph.forward()
+        graph.backward()
+    grad_points, grad_directions = graph.grad_rays()
+    grad_directions = np.concatenate([grad_directions, np.zeros((len(t) - len(grad_directions), 3))])
+    found = cameras.grad_step(vector, in_camera, points, grad_points, grad_directions)
     wanted = [(loss(cameras.moved(vector, step)) - loss(cameras.moved(vector, -step))) / 8e-3
               for step in 4e-3 * np.eye(7)]
     assert relative_error(found, wanted) <= 0.03
@@ -296,12 +298,12 @@ def test_what_resuming_refuses(folder):
 @pytest.mark.parametrize("pose, word", [(np.zeros((9, 7)), "length 0"), (np.full((9, 7), np.nan), "not finite"),
                                         (np.ones((9, 6)), "(views, 7)")])
 def test_cameras_that_no_model_may_have(tmp_path, pose, word):
-    network.initialize(64, 8, 4, 0.6, np.random.default_rng(0))
+    network.initialize(Network(64, 8, 4), np.random.default_rng(0))
     checkpoints.set_parameters({checkpoints.POSE: pose.astype(np.float32)})
     checkpoints.save_model(tmp_path / "model.h5")
     nn.clear_parameters()
     with pytest.raises(helper.UserError, match="cameras/pose") as refusal:
-        checkpoints.load_model(tmp_path / "model.h5", architecture.parameter_shapes(64, 8, 4))
+        checkpoints.load_model(tmp_path / "model.h5", architecture.parameter_shapes(Network(64, 8, 4)))
     assert word in str(refusal.value)
 
 

@@ -346,8 +346,8 @@ def test_lines_of_text_models_are_bounded(tmp_path, monkeypatch):
     source = colmap(tmp_path, names(), binary=False)
     save(source / "images" / names()[0])
     assert len(camera_files.read_views(source)[0]) == VIEWS
-    monkeypatch.setattr(cameras_in, "MOST_LINE", 20)
+    monkeypatch.setattr(camera_files, "MOST_LINE", 20)
     assert "too long" in refusal(camera_files.read_views, source)
-    monkeypatch.setattr(cameras_in, "MOST_VIEWS", 2)
+    monkeypatch.setattr(camera_files, "MOST_VIEWS", 2)
     assert issubclass(helper.UserError, Exception) and "more than 2" in refusal(
         camera_files.check_count, source, 3)

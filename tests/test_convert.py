@@ -21,6 +21,7 @@ import network
 import synthesize
 from backends import architecture
 from config import settings
+from config.settings import Network
 from conftest import ROOT, SHARED, link_scan65
 from metrics import images
 from training import checkpoints
@@ -57,7 +58,7 @@ def small_network(seed=0, width=64, feature=2, layers=3):
     """Random parameters of ours, {name: array}."""
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape).astype(np.float32)
-            for name, shape in architecture.parameter_shapes(width, feature, layers).items()}
+            for name, shape in architecture.parameter_shapes(Network(width, feature, layers)).items()}
 
 
 def their_state(ours):
@@ -114,7 +115,7 @@ def test_the_reference_network_computes_the_authors_numbers(reference, tmp_path,
     width, feature = int(reference["width"]), int(reference["feature"])
     layers = sum(name.endswith("/v") for name in reference if name.startswith("implicit_network/"))
     assert f"out/model.h5: network: {{width: {width}, feature: {feature}, layers: {layers}}}" in said
-    checkpoints.load_model(tmp_path / "out" / "model.h5", architecture.parameter_shapes(width, feature, layers))
+    checkpoints.load_model(tmp_path / "out" / "model.h5", architecture.parameter_shapes(Network(width, feature, layers)))
     found = network.sdf_evaluator()(reference["probe_points"])
     assert np.abs(found - reference["probe_output"][:, 0]).max() < 1e-4
     hit = reference["hit"] & reference["object_mask"]
@@ -181,14 +182,14 @@ def test_the_full_model_of_scan_65_renders_it(tmp_path):
     link_scan65(tmp_path / "scene", [24], ("world", "scale"))
     run("convert.py", path, "--output", tmp_path / "scan65.h5", cwd=tmp_path)
     conf = settings.load_config(ROOT / "config" / "default.yaml")
-    checkpoints.load_model(tmp_path / "scan65.h5", architecture.parameter_shapes(512, 256, 9))
+    checkpoints.load_model(tmp_path / "scan65.h5", architecture.parameter_shapes(Network(512, 256, 9)))
     scene = datasets.load_scene(tmp_path / "scene", 4)
     inside = np.flatnonzero(scene.masks[0])
     wanted = np.zeros(scene.masks[0].size, bool)
     wanted[np.random.default_rng(0).choice(inside, 2000, replace=False)] = True
     wanted = wanted.reshape(scene.masks[0].shape)
-    render = synthesize.render_view(network.sdf_evaluator(), scene.intrinsics[0], scene.poses[0], wanted.shape,
-                                    conf.tracer, wanted)
+    camera = helper.Camera(scene.intrinsics[0], scene.poses[0], wanted.shape)
+    render = synthesize.render_view(network.sdf_evaluator(), network.shader(conf.network), camera, conf.tracer, wanted)
     error = images.squared_error(render.rgb, scene.images[0] / 255.0, wanted)
     assert images.psnr(error) == pytest.approx(17.9, abs=0.2)     # of all pixels of the view it is 18.26
     nn.clear_parameters()
@@ -425,7 +426,7 @@ def test_a_model_of_ours_that_claims_more_than_it_holds(tmp_path):
 
 def test_many_tensors_of_one_storage(tmp_path):
     program = b"\x80\x02}("
-    for name, shape in architecture.parameter_shapes(64, 64, 60).items():
+    for name, shape in architecture.parameter_shapes(Network(64, 64, 60)).items():
         shape = convert.their_shape(name, shape)
         stride = (shape[1], 1) if len(shape) == 2 else (1,)
         program += convert.pickled(convert.their_name(name), [], False) + tensor_instructions(0, shape, stride, 2 ** 14)
@@ -459,7 +460,7 @@ def test_damaged_files_are_refused_or_read(tmp_path, old_form):
             assert str(error).startswith(f"{path}: ") and str(error).isprintable()
         else:
             read += 1
-            assert {name: array.shape for name, array in ours.items()} == architecture.parameter_shapes(64, 2, 3)
+            assert {name: array.shape for name, array in ours.items()} == architecture.parameter_shapes(Network(64, 2, 3))
     assert read < 125
 
 

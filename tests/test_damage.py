@@ -19,6 +19,7 @@ import make_scene
 import network
 import train
 from backends import context
+from config.settings import Network
 from conftest import ROOT
 from training import checkpoints
 
@@ -111,11 +112,13 @@ H5 = """
 import sys, warnings
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import numpy as np
-import checkpoints, helper, network
+import helper, network
+from training import checkpoints
+from config.settings import Network
 from pathlib import Path
 from test_damage import damaged
 path, rng, counts = Path(sys.argv[2]), np.random.default_rng(0), {True: 0, False: 0}
-whole, shapes = path.read_bytes(), architecture.parameter_shapes(64, 8, 4)
+whole, shapes = path.read_bytes(), architecture.parameter_shapes(Network(64, 8, 4))
 
 
 def load(path, shapes):
@@ -142,7 +145,7 @@ print(counts[True], counts[False])
 @pytest.mark.parametrize("name, tries, at_least", [("model_00000.h5", 300, 100), ("state.h5", 150, 120)])
 def test_random_damage_to_checkpoints(tmp_path, name, tries, at_least):
     """In a process of its own, as the library that reads them is in C."""
-    network.initialize(64, 8, 4, 0.6, np.random.default_rng(0))
+    network.initialize(Network(64, 8, 4), np.random.default_rng(0))
     checkpoints.save_model(tmp_path / "model_00000.h5")
     solver = S.Adam()
     solver.set_parameters(nn.get_parameters())

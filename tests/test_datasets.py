@@ -547,8 +547,8 @@ def pixel_numbers(batch):
     return red * 256 + green
 
 
-def take(count, *arguments):
-    batches = datasets.training_batches(*arguments)
+def take(count, scene, views, rays, seed, first_step=0, outline_fraction=0.0):
+    batches = datasets.training_batches(scene, views, datasets.Draw(rays, seed, outline_fraction), first_step)
     taken = [next(batches) for _ in range(count)]
     batches.close()
     return taken
@@ -617,7 +617,7 @@ def test_rays_at_the_outline_come_often_and_count_little():
     v, u = np.divmod(near, 60)
     assert np.abs(np.hypot(u - 28.0, v - 31.0) - 15.0).max() < 2.5 and scene.masks[0].ravel()[near].any()
     assert scene.masks[0].ravel()[inside].all() and not scene.masks[0].ravel()[outside].any()
-    batches = take(400, scene, [0], rays, 1, 0, 0, 1, 0.5)
+    batches = take(400, scene, [0], rays, 1, 0, 0.5)
     numbers = np.stack([pixel_numbers(batch) for batch in batches])
     assert all(len(set(row)) == rays for row in numbers)
     assert np.isin(numbers, near).sum(axis=1).tolist().count(50) in range(100, 300)     # 50 or 51
@@ -630,18 +630,18 @@ def test_rays_at_the_outline_come_often_and_count_little():
         assert counted == pytest.approx(len(region) / 3600, rel=0.01)
     counts = np.bincount(numbers.ravel(), weights.ravel(), minlength=3600)
     assert np.corrcoef(counts, np.isin(np.arange(3600), near))[0, 1] < 0.1
-    again = take(3, scene, [0], rays, 1, 397, 0, 1, 0.5)
+    again = take(3, scene, [0], rays, 1, 397, 0.5)
     assert [pixel_numbers(batch).tolist() for batch in again] == numbers[397:].tolist()
 
 
 @pytest.mark.parametrize("mask_everywhere", [True, False])
 def test_rays_at_the_outline_where_there_is_none(mask_everywhere):
-    batch, = take(1, disc_scene(mask_everywhere), [0], 100, 1, 0, 0, 1, 0.5)
+    batch, = take(1, disc_scene(mask_everywhere), [0], 100, 1, 0, 0.5)
     assert len(set(pixel_numbers(batch))) == 100 and np.all(batch.weights == 1.0)
 
 
 def test_more_rays_at_the_outline_than_pixels():
-    batch, = take(1, disc_scene(size=48), [0], 2000, 1, 0, 0, 1, 0.9)
+    batch, = take(1, disc_scene(size=48), [0], 2000, 1, 0, 0.9)
     assert len(batch.directions) == 2000 and batch.weights.mean() == pytest.approx(1.0, rel=0.01)
 
 
@@ -654,7 +654,7 @@ def test_all_pixels_and_more_than_all():
 def test_an_error_in_the_feed_reaches_the_reader():
     scene = numbered_scene(4, 5)
     scene = scene._replace(poses=list(scene.poses))
-    batches = datasets.training_batches(scene, [0, 1], 10, 0)
+    batches = datasets.training_batches(scene, [0, 1], datasets.Draw(10))
     next(batches)
     scene.poses.clear()
     with pytest.raises(IndexError):

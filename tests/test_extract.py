@@ -12,6 +12,7 @@ import extract
 import helper
 import network
 from backends import context
+from config.settings import Network
 
 
 def torus(points):
@@ -205,10 +206,10 @@ def test_a_surface_that_leaves_the_unit_sphere_is_closed_by_it(direction):
 
 def test_where_the_sphere_cuts_the_normals_are_the_spheres():
     helper.set_context("cpu", "0")
-    network.initialize(64, 8, 9, 0.6, np.random.default_rng(0))
+    network.initialize(Network(64, 8, 9), np.random.default_rng(0))
     mesh = trimesh.creation.icosphere(subdivisions=2)
     cut = mesh.vertices[:, 2] > 0
-    painted, as_it_is = extract.with_colors(mesh, cut=cut), extract.with_colors(mesh)
+    painted, as_it_is = extract.with_colors(mesh, network.shade, cut), extract.with_colors(mesh, network.shade)
     assert painted.vertex_normals[cut] == pytest.approx(mesh.vertices[cut], abs=1e-6)
     assert np.array_equal(painted.vertex_normals[~cut], as_it_is.vertex_normals[~cut])
 
@@ -245,9 +246,9 @@ def painted_ball():
 
 def test_vertices_get_the_networks_normals_and_the_colours_seen_along_them():
     context.set_context("cpu", "0")
-    network.initialize(64, 8, 9, 0.6, np.random.default_rng(0))
+    network.initialize(Network(64, 8, 9), np.random.default_rng(0))
     mesh = extract.extract(network.sdf_evaluator(), 24, 32)
-    painted = extract.with_colors(mesh)
+    painted = extract.with_colors(mesh, network.shade)
     rgb, gradient = network.shade(mesh.vertices.astype(np.float32), -painted.vertex_normals.astype(np.float32))
     assert painted.vertex_normals == pytest.approx(trimesh.unitize(gradient), abs=1e-5)
     assert np.abs(painted.visual.vertex_colors[:, :3] - 255 * rgb).max() <= 0.51

@@ -1,12 +1,14 @@
 """What the scripts share: refusals of the configuration, cameras and rays, files that are replaced whole."""
 import copy
 import ctypes
+import dataclasses
 import os
 import shutil
 import stat
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import List
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ from conftest import ROOT
 from files import writing
 
 DEFAULT = ROOT / "config" / "default.yaml"
-KEYS = [(section, key) for section, settings in settings.SETTINGS.items() for key in settings]
+SECTIONS = {section.name: {item.name: item for item in dataclasses.fields(section.type)}
+            for section in dataclasses.fields(settings.Configuration)}
+KEYS = [(section, key) for section, keys in SECTIONS.items() for key in keys]
 
 
 # --- configuration ----------------------------------------------------------------------------------------
@@ -35,6 +39,19 @@ def test_each_configuration_here_is_a_right_one(path):
     conf = settings.load_config(path)
     steps = conf.train.learning_rate_halved_after + conf.train.alpha_doubled_after
     assert max(steps) < conf.train.epochs and conf.train.save_every <= conf.train.epochs
+
+
+def test_the_default_configuration_is_written_from_the_keys():
+    assert DEFAULT.read_text(encoding="utf-8") == settings.as_yaml()
+
+
+def test_a_key_of_another_name_is_still_read(tmp_path, tree, capsys):
+    tree["train"]["outline_rays"] = tree["train"].pop("outline_fraction") + 0.25
+    (tmp_path / "old.yaml").write_text(yaml.safe_dump(tree))
+    assert settings.load_config(tmp_path / "old.yaml").train.outline_fraction == 0.25
+    assert "train.outline_rays is called train.outline_fraction now" in capsys.readouterr().out
+    tree["train"]["outline_fraction"] = 0.5
+    assert "unknown key train.outline_rays" in refusal(tmp_path, tree)
 
 
 def refusal_of_text(tmp_path, text):
@@ -78,7 +95,7 @@ def test_every_way_to_write_a_number(tmp_path, tree, written, value):
     assert settings.load_config(path).train.learning_rate == value
 
 
-@pytest.mark.parametrize("section", settings.SETTINGS)
+@pytest.mark.parametrize("section", SECTIONS)
 def test_refuses_unknown_keys(tmp_path, tree, section):
     tree[section]["lerning_rate"] = 1
     assert f"unknown key {section}.lerning_rate" in refusal(tmp_path, tree)
@@ -92,15 +109,16 @@ def test_refuses_an_unknown_section(tmp_path, tree):
 @pytest.mark.parametrize("section, key", KEYS)
 def test_refuses_missing_keys_that_are_not_optional(tmp_path, tree, section, key):
     del tree[section][key]
-    if key in settings.OPTIONAL.get(section, {}):
+    default = settings.optional_defaults().get(f"{section}.{key}")
+    if default is not None:
         (tmp_path / "some.yaml").write_text(yaml.safe_dump(tree))
         conf = settings.load_config(tmp_path / "some.yaml")
-        assert getattr(getattr(conf, section), key) == settings.OPTIONAL[section][key]
+        assert getattr(getattr(conf, section), key) == default
     else:
         assert f"{section}.{key} is missing" in refusal(tmp_path, tree)
 
 
-@pytest.mark.parametrize("section", settings.SETTINGS)
+@pytest.mark.parametrize("section", SECTIONS)
 def test_refuses_missing_or_misshapen_sections(tmp_path, tree, section):
     for value in (None, 3, [1], "text"):
         assert f"{section} must be a mapping" in refusal(tmp_path, {**tree, section: value})
@@ -110,11 +128,11 @@ def test_refuses_missing_or_misshapen_sections(tmp_path, tree, section):
 
 @pytest.mark.parametrize("section, key", KEYS)
 def test_refuses_wrong_types(tmp_path, tree, section, key):
-    kind = settings.SETTINGS[section][key][0]
+    kind = SECTIONS[section][key].type
     wrong = [None, True, {"a": 1}]
     if kind is str:
         wrong += [5, ["text"]]
-    elif isinstance(kind, list):
+    elif kind in (List[int], List[str]):
         wrong += [3, ["1"], [1.5], [True], "1, 2"]
     else:
         wrong += ["text", "3", [3]] + ([2.5, 1e3] if kind is int else [float("nan"), float("inf")])
@@ -317,10 +335,10 @@ def test_cuda_is_found_in_the_packages(tmp_path):
                                       "get_device_count = lambda: 1\ncontext = str\n")
     make_library(driver / "libcuda.so.1", "int cuInit(unsigned flags) { return 0; }")
 
-    script = "import sys, helper; sys.path[:0] = sys.argv[1:]; print(context.gpu_or_reason('0'))"
+    script = "import sys; from backends import context; sys.path[:0] = sys.argv[1:]; print(context.gpu_or_reason('0'))"
     driver = {"LD_LIBRARY_PATH": str(driver)}
     assert python(script, code.parents[1], packages, **driver) == (0, "('cudnn', '')\n", "")
-    if python("import ctypes, helper; context.load_cuda_libraries(); ctypes.CDLL('libcudart.so.12')")[0] != 0:
+    if python("import ctypes; from backends import context; context.load_cuda_libraries(); ctypes.CDLL('libcudart.so.12')")[0] != 0:
         status, said, _ = python(script, code.parents[1], **driver)     # no CUDA here but for that of this test
         assert status == 0 and "does not load: libcudart.so.12: cannot open" in said
 
@@ -370,7 +388,7 @@ int cuGetErrorString(int status, const char **said)
 @needs_gcc
 def test_a_driver_without_a_device(tmp_path):
     make_library(tmp_path / "libcuda.so.1", NO_DEVICE)
-    script = "import sys, helper; helper.run(lambda: context.set_context(sys.argv[1], '0'))"
+    script = "import sys, helper; from backends import context; helper.run(lambda: context.set_context(sys.argv[1], '0'))"
     pytest.importorskip("nnabla")
     status, output, errors = python(script, "cudnn", LD_LIBRARY_PATH=str(tmp_path))
     said = [line for line in (output + errors).splitlines() if "[nnabla][INFO]" not in line]

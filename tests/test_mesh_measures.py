@@ -173,7 +173,7 @@ def test_what_a_mesh_must_not_be(tmp_path):
 
 def test_a_reader_that_is_slow_or_dies_is_ended(tmp_path, monkeypatch, capfd):
     (tmp_path / "mesh.ply").write_bytes(b"")
-    monkeypatch.setattr(mesh_measures, "PATIENCE", 0.2)
+    monkeypatch.setattr(meshes, "PATIENCE", 0.2)
     for read, words in ((lambda path: __import__("time").sleep(60), "too long"), (lambda path: os._exit(1), "damaged"),
                         (lambda path: bytearray(1 << 32), "MemoryError"), (lambda path: {}[path], "KeyError")):
         assert words in refusal(meshes.read_apart, read, tmp_path / "mesh.ply")

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 import network
-from backends import cpu_kernels, gpu
+from backends import architecture, cpu_kernels, gpu
+from config.settings import Network
+from training.step import LOSSES, LossWeights, TrainingGraph
 
 
 def relative_error(found, wanted):
@@ -21,12 +23,12 @@ BACKENDS = pytest.mark.parametrize("numpy", [True, False], ids=["numpy", "graph"
 def test_sdf_feature_and_gradient_equal_the_original(reference_network, monkeypatch, numpy):
     monkeypatch.setattr(network, "on_cpu", lambda: numpy)
     x = nn.Variable.from_numpy_array(reference_network["probe_points"])
-    sdf, feature, gradient = network.implicit(x, network.folded_weights("implicit"))
-    F.sink(sdf, feature, gradient).forward()
+    sdf, feature, normal = network.implicit(x, network.folded_weights("implicit"))
+    F.sink(sdf, feature, normal).forward()
     wanted = reference_network["probe_output"]
     assert relative_error(sdf.d, wanted[:, :1]) <= 1e-4
     assert relative_error(feature.d, wanted[:, 1:]) <= 1e-4
-    assert relative_error(gradient.d, reference_network["probe_gradient"]) <= 1e-4
+    assert relative_error(normal.d, reference_network["probe_gradient"]) <= 1e-4
 
 
 def test_series_are_exact_to_the_last_digits_of_float32():
@@ -59,19 +61,20 @@ def test_colors_equal_the_original(reference_network):
     assert relative_error(rgb * 2 - 1, reference_network["rgb"][hit]) <= 1e-4
 
 
-def reference_step(reference, rows):
-    """The training graph of the reference's step, `rows` of it for the surface, with its inputs set."""
+def reference_step(reference, num_surface):
+    """The training graph of the reference's step, num_surface rows of it for the surface, with its inputs set."""
     inside = reference["hit"] & reference["object_mask"]
     order = np.argsort(~inside, kind="stable")
-    g = network.training_graph(len(order), rows, float(reference["mask_weight"]), float(reference["eikonal_weight"]))
-    g["points"].d = np.concatenate([reference["points"][order], reference["eikonal_points"]])
-    g["directions"].d = reference["ray_directions"][order][:rows]
-    g["rgb"].d = reference["rgb_gt"][order][:rows]
-    g["colored"].d = inside[order][:rows, None].astype(np.float32)
-    g["object_mask"].d = reference["object_mask"][order][:, None].astype(np.float32)
-    g["masked"].d = 1 - inside[order][:, None].astype(np.float32)
-    g["alpha"].d = reference["alpha"]
-    return g
+    weights = LossWeights(float(reference["mask_weight"]), float(reference["eikonal_weight"]))
+    graph = TrainingGraph((), weights, len(order), num_surface)
+    graph.points.d = np.concatenate([reference["points"][order], reference["eikonal_points"]])
+    graph.directions.d = reference["ray_directions"][order][:num_surface]
+    graph.rgb.d = reference["rgb_gt"][order][:num_surface]
+    graph.color_weights.d = inside[order][:num_surface, None].astype(np.float32)
+    graph.object_mask.d = reference["object_mask"][order][:, None].astype(np.float32)
+    graph.mask_weights.d = 1 - inside[order][:, None].astype(np.float32)
+    graph.alpha.d = reference["alpha"]
+    return graph
 
 
 @BACKENDS
@@ -79,13 +82,13 @@ def reference_step(reference, rows):
 def test_losses_and_their_gradient_equal_the_original(reference_network, monkeypatch, numpy, padding):
     monkeypatch.setattr(network, "on_cpu", lambda: numpy)
     inside = reference_network["hit"] & reference_network["object_mask"]
-    g = reference_step(reference_network, inside.sum() + padding)
+    graph = reference_step(reference_network, inside.sum() + padding)
     for parameter in nn.get_parameters().values():
         parameter.g = 0
-    g["forward"]()
-    g["backward"]()
+    graph.forward()
+    graph.backward()
     for ours, theirs in (("loss", "loss"), ("color", "rgb_loss"), ("mask", "mask_loss"), ("eikonal", "eikonal_loss")):
-        assert float(g[ours].d) == pytest.approx(float(reference_network[theirs]), rel=1e-4)
+        assert float(graph.losses[ours].d) == pytest.approx(float(reference_network[theirs]), rel=1e-4)
     for name, parameter in nn.get_parameters().items():
         scope, layer, part = name.split("/")
         wanted = reference_network[f"grad/{scope}_network/{layer}/{part}"]
@@ -93,80 +96,87 @@ def test_losses_and_their_gradient_equal_the_original(reference_network, monkeyp
 
 
 def test_a_ray_along_the_surface_keeps_its_slope_and_its_sign():
-    slopes = np.float32([-0.5, -0.05, 0.05, -1e-3, 1e-3, -1e-9, 1e-9, 0.0])
-    gradient = np.stack([slopes, 0 * slopes, 0 * slopes], axis=1)
-    directions = np.tile(np.float32([[1, 0, 0]]), (len(slopes), 1))
-    wanted = np.float32([-0.5, -0.05, 0.05, -1e-3, 1e-3, -1e-6, 1e-6, -1e-6])
-    assert np.array_equal(cpu_kernels.slope_along(directions, gradient), wanted)
-    found = gpu.slope_along(*map(gpu.constant, (directions, gradient)))
+    slopes = np.float32([-0.5, -0.05, 0.05, -1e-3, 1e-3])
+    assert architecture.inverse_slope(slopes) == pytest.approx(1 / slopes, rel=2e-6)
+    tiny = architecture.inverse_slope(np.float32([-1e-6, -1e-9, 0.0, 1e-9, 1e-6]))
+    assert np.isfinite(tiny).all() and (np.sign(tiny) == [-1, -1, 0, 1, 1]).all() and np.abs(tiny).max() <= 1e6
+    found = architecture.inverse_slope(gpu.constant(slopes))
     found.forward()
-    assert np.array_equal(found.d[:, 0], wanted)
+    assert found.d == pytest.approx(architecture.inverse_slope(slopes), rel=1e-6)
 
 
-def evaluate_by_nnabla(layers, points, directions, by_rays=False):
-    """What gpu.evaluate gives, by the definition (equation 3) and differentiated by nnabla."""
-    weights, surface, at_hits = gpu.folded_weights(layers), directions.shape[0], ()
-    output, gradient, _ = gpu.implicit_graph(points, weights)
-    sdf = output[:, :1]
-    if surface:
-        sdf0, gradient0 = (F.identity(v[:surface]).apply(need_grad=False) for v in (sdf, gradient))
-        slope = gpu.slope_along(directions, gradient0).apply(need_grad=False)
-        hits = points[:surface] - (sdf[:surface] - sdf0) / slope * directions
-        output, normal, _ = gpu.implicit_graph(hits, weights)
-        at_hits = hits, normal, output[:, 1:]
-    for variable in (sdf, gradient, *at_hits[:1]) if by_rays else ():
-        variable.persistent = True
+class ByNnabla:
+    """What a SurfaceEvaluation is, by the definition (equation 3) and differentiated by nnabla."""
 
-    def by_points():
-        by = sdf.g * gradient.d
-        if surface:
-            by[:surface] += at_hits[0].g
-        return by
+    def __init__(self, layers, points, directions, want_grad_points=False):
+        weights, num_hits = gpu.folded_weights(layers), directions.shape[0]
+        output, self.normal, _ = gpu.implicit_graph(points, weights)
+        self.sdf, self.hit, self.num_hits = output[:, :1], None, num_hits
+        if num_hits:
+            sdf0, normal0 = (F.identity(v[:num_hits]).apply(need_grad=False) for v in (self.sdf, self.normal))
+            inverse = architecture.inverse_slope(gpu.row_sums(normal0 * directions)).apply(need_grad=False)
+            self.hit = points[:num_hits] - (self.sdf[:num_hits] - sdf0) * inverse * directions
+            output, self.hit_normal, _ = gpu.implicit_graph(self.hit, weights)
+            self.hit_feature = output[:, 1:]
+        for variable in (self.sdf, self.normal, self.hit) if want_grad_points else ():
+            if variable is not None:
+                variable.persistent = True
 
-    return sdf, gradient, at_hits, lambda: None, lambda: None, by_points
+    def forward(self):
+        pass        # the graph of the losses goes on into this one
+
+    backward = forward
+
+    def grad_points(self):
+        grad = self.sdf.g * self.normal.d
+        if self.num_hits:
+            grad[:self.num_hits] += self.hit.g
+        return grad
 
 
-@pytest.mark.parametrize("surface, without, by_rays", [
+@pytest.mark.parametrize("num_surface, without, want_grad_rays", [
     (0, (), False), (60, (), False), (200, (), False), (0, (), True), (60, (), True), (200, (), True),
     (60, ("view",), True), (60, ("normal",), False), (60, ("feature",), False),
     (60, ("view", "normal", "feature"), True)])
-def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, surface, without, by_rays):
+def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, num_surface, without, want_grad_rays):
     """The GPU's graph and the CPU's functions on a network that is no sphere, with some rows of the surface that do not
     count and others that count more; twice, as the second step finds what the first has left."""
     def gradients(numpy):
         monkeypatch.setattr(network, "on_cpu", lambda: numpy)
         rng = np.random.default_rng(0)
-        network.initialize(64, 32, 9, 0.6, rng, without)
+        network.initialize(Network(64, 32, 9, without=list(without)), rng)
         for parameter in nn.get_parameters().values():
             parameter.d = parameter.d + 0.02 * rng.normal(size=parameter.shape)
-        g = network.training_graph(200, surface, 100.0, 0.1, without, by_rays)
-        g["alpha"].d = 50.0
+        graph = TrainingGraph(without, LossWeights(100.0, 0.1), 200, num_surface, want_grad_rays)
+        graph.alpha.d = 50.0
         for _ in range(2):
-            colored = np.arange(200) < surface - 7
-            directions = rng.normal(size=(surface, 3))
-            g["points"].d = rng.uniform(-0.7, 0.7, (300, 3))
+            hit_in_mask = np.arange(200) < num_surface - 7
+            directions = rng.normal(size=(num_surface, 3))
+            graph.points.d = rng.uniform(-0.7, 0.7, (300, 3))
             weights = rng.uniform(0.3, 3.0, (200, 1))
-            g["object_mask"].d, g["masked"].d = rng.integers(0, 2, (200, 1)), weights * (1.0 - colored[:, None])
-            if surface:
-                g["directions"].d = directions / np.linalg.norm(directions, axis=1, keepdims=True)
-                g["rgb"].d, g["colored"].d = rng.uniform(-1, 1, (surface, 3)), (weights * colored[:, None])[:surface]
+            graph.object_mask.d = rng.integers(0, 2, (200, 1))
+            graph.mask_weights.d = weights * (1.0 - hit_in_mask[:, None])
+            if num_surface:
+                graph.directions.d = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+                graph.rgb.d = rng.uniform(-1, 1, (num_surface, 3))
+                graph.color_weights.d = (weights * hit_in_mask[:, None])[:num_surface]
             for parameter in nn.get_parameters().values():
                 parameter.g = 0
-            g["forward"]()
-            losses = [float(g[name].d) for name in ("loss", "color", "mask", "eikonal")]
-            g["backward"]()
+            graph.forward()
+            losses = [float(graph.losses[name].d) for name in LOSSES]
+            graph.backward()
         found = {name: parameter.g.copy() for name, parameter in nn.get_parameters().items()}
-        return losses, {**found, **dict(zip(("points", "directions"), g["by_rays"]() if by_rays else ()))}
+        return losses, {**found, **dict(zip(("points", "directions"), graph.grad_rays() if want_grad_rays else ()))}
 
     written_out = gradients(numpy=False), gradients(numpy=True)
-    monkeypatch.setattr(gpu, "evaluate", evaluate_by_nnabla)
+    monkeypatch.setattr(gpu, "SurfaceEvaluation", ByNnabla)
     wanted_losses, wanted = gradients(numpy=False)
     for losses, found in written_out:
         assert losses == pytest.approx(wanted_losses, rel=1e-5)
         for name in wanted:
-            if name == "directions" and (not surface or "view" in without):
+            if name == "directions" and (not num_surface or "view" in without):
                 assert not found[name].any() and not wanted[name].any()
-            elif surface or not name.startswith("rendering"):
+            elif num_surface or not name.startswith("rendering"):
                 assert relative_error(found[name], wanted[name]) <= 1e-4, name
 
 
@@ -174,7 +184,7 @@ def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, surf
 @pytest.mark.parametrize("without", [(), ("normal",), ("view",), ("feature",), ("view", "feature")])
 def test_a_renderer_without_an_input_ignores_it(monkeypatch, numpy, without):
     monkeypatch.setattr(network, "on_cpu", lambda: numpy)
-    network.initialize(64, 5, 4, 0.6, np.random.default_rng(0), without)
+    network.initialize(Network(64, 5, 4, without=list(without)), np.random.default_rng(0))
     given = {"view": 27, "normal": 3, "feature": 5}
     assert nn.get_parameters()["rendering/0/v"].shape == (38 - sum(given[name] for name in without), 64)
     rng = np.random.default_rng(1)

@@ -21,6 +21,7 @@ import make_scene
 import network
 import train
 from backends import context
+from config.settings import Network
 from conftest import ROOT
 from training import checkpoints, parallel, step
 
@@ -31,7 +32,10 @@ PROCESS = """
 import os, signal, sys
 from multiprocessing.connection import Client, Listener
 import numpy as np
-import helper, parallel, train
+import helper, train
+from backends import context
+from files import writing
+from training import parallel, step
 
 address, at, what = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
 
@@ -68,30 +72,30 @@ class Sockets:
             array.data = mean
 
 
-filled, count, set_context = step.TrainingStep.filled, [0], context.set_context
+fill, count, set_context = step.TrainingStep.fill, [0], context.set_context
 
 
 def failing(self, *inputs):
     count[0] += 1
-    g = filled(self, *inputs)
+    graph = fill(self, *inputs)
     if count[0] == at and what == "nan":
-        g["points"].d = np.nan
+        graph.points.d = np.nan
     elif count[0] == at and what:
         os.kill(os.getpid(), int(what))
-    return g
+    return graph
 
 
 def written(path):
     raise RuntimeError(f"{path} is written by process {parallel.launched().rank}")
 
 
-def trained(*arguments, train=train.train):
-    finished = train(*arguments)
-    arguments[-1].check_same([], "the processes have drifted apart")
+def trained(self, stop, run=train.Training.run):
+    finished = run(self, stop)
+    self.world.check_same([], "the processes have drifted apart")
     return finished
 
 
-step.TrainingStep.filled, train.train = failing, trained
+step.TrainingStep.fill, train.Training.run = failing, trained
 if parallel.launched().rank:
     writing.replacing = written
 parallel.nccl_communicator = lambda here: Sockets(here.rank, here.size)
@@ -164,21 +168,23 @@ class Given:
 def test_the_mean_of_two_gradients_is_that_of_one_step_over_both(monkeypatch):
     nn.set_default_context(nn.Context(["cpu:float"], "CpuCachedArray", "0"))
     rng, rays = np.random.default_rng(1), 64
-    network.initialize(64, 16, 4, 0.6, rng)
+    network.initialize(Network(64, 16, 4), rng)
     batches = []
     for hits in (50, 11):       # two views that show the object on as many rays
         directions = rng.normal(size=(rays, 3)).astype(np.float32)
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-        colored = rng.permutation(rays) < hits
-        batches.append([rng.uniform(-0.7, 0.7, (rays, 3)).astype(np.float32), colored, directions,
-                        rng.uniform(-1, 1, (rays, 3)).astype(np.float32), colored | (rng.uniform(size=rays) < 0.2),
+        hit_in_mask = rng.permutation(rays) < hits
+        batches.append([rng.uniform(-0.7, 0.7, (rays, 3)).astype(np.float32), hit_in_mask, directions,
+                        rng.uniform(-1, 1, (rays, 3)).astype(np.float32), hit_in_mask | (rng.uniform(size=rays) < 0.2),
                         rng.uniform(0.2, 3.0, rays).astype(np.float32)])
     uniform = rng.uniform(-1, 1, (2, rays // 2, 3))
     solver = S.Adam(1e-3)
     solver.set_parameters(nn.get_parameters())
 
     def gradients(batch, uniform):
-        losses = step.TrainingStep(len(batch[0]), 100.0, 0.1)(solver, *batch, 50.0, Given(uniform))
+        points, hit_in_mask, *rest = batch
+        losses = step.TrainingStep((), step.LossWeights(100.0, 0.1), len(points)).compute_gradients(
+            solver, datasets.Batch(0, None, *rest), step.Placed(points, hit_in_mask), 50.0, Given(uniform))
         return ([p.g.copy() for _, p in sorted(nn.get_parameters().items())],
                 {name: float(value.d) for name, value in losses.items()})
 
@@ -195,22 +201,25 @@ def test_the_mean_of_two_gradients_is_that_of_one_step_over_both(monkeypatch):
     nn.clear_parameters()
 
 
+DRAW = datasets.Draw(10, seed=3)
+
+
 def test_every_view_comes_in_every_epoch_and_no_two_processes_see_the_same():
     scene = datasets.Scene(np.zeros((7, 8, 8, 3), np.uint8), np.ones((7, 8, 8), bool), np.tile(np.eye(3), (7, 1, 1)),
                            np.tile(np.eye(4), (7, 1, 1)), np.eye(4), list("abcdefg"))
     views = [0, 1, 2, 4, 6]
     for ranks, steps in ((1, 5), (2, 3), (4, 2), (5, 1), (8, 1)):
         assert datasets.epoch_steps(len(views), ranks) == steps
-        rows = [datasets.training_batches(scene, views, 10, 3, 0, rank, ranks) for rank in range(ranks)]
+        rows = [datasets.training_batches(scene, views, DRAW, 0, datasets.Process(rank, ranks)) for rank in range(ranks)]
         seen = np.array([[next(row).view for row in rows] for _ in range(3 * steps)]).reshape(3, steps * ranks)
         for epoch in seen:
             counts = np.bincount(epoch, minlength=7)[views]
             assert counts.min() >= 1 and counts.max() - counts.min() <= 1 and counts.sum() == steps * ranks
         assert len({tuple(epoch) for epoch in seen}) == 3
-    pixels = [next(datasets.training_batches(scene, [0], 10, 3, 0, rank, 2)).directions for rank in range(2)]
+    pixels = [next(datasets.training_batches(scene, [0], DRAW, 0, datasets.Process(rank, 2))).directions for rank in range(2)]
     assert not np.array_equal(*pixels)
-    again = next(datasets.training_batches(scene, views, 10, 3, 4, 1, 2))       # a function of the step and the rank
-    row = datasets.training_batches(scene, views, 10, 3, 0, 1, 2)
+    again = next(datasets.training_batches(scene, views, DRAW, 4, datasets.Process(1, 2)))       # a function of the step and the rank
+    row = datasets.training_batches(scene, views, DRAW, 0, datasets.Process(1, 2))
     assert np.array_equal([next(row) for _ in range(5)][4].directions, again.directions)
 
 

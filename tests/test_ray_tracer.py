@@ -1,11 +1,12 @@
 """The tracer on exact shapes, against closed forms and a dense march in double precision, which share none of
 its code."""
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+import datasets
 import ray_tracer
+from config.settings import Tracer
 from training import step
 
 TOLERANCE = 5e-5
@@ -650,11 +651,11 @@ def test_the_tracer_agrees_with_the_original(reference_network):
 
 def test_every_ray_without_a_colour_carries_its_true_least_sample(reference_network):
     """On a trained network, to the bit: these points carry the mask loss and the eikonal loss."""
-    network, train = pytest.importorskip("network"), pytest.importorskip("train")
+    network = pytest.importorskip("network")
     r, sdf = reference_network, network.sdf_evaluator()
     origin, directions = r["camera_location"], r["ray_directions"]
-    tracer = SimpleNamespace(tolerance=TOLERANCE, samples=100, refinement="secant", refinement_steps=8)
-    points, hit = step.place_points(sdf, origin, directions, r["object_mask"], tracer, np.random.default_rng(0))
+    batch = datasets.Batch(0, origin, directions, r["rgb_gt"], r["object_mask"], np.ones(len(directions)))
+    points, hit = step.place_points(sdf, batch, Tracer(samples=100), np.random.default_rng(0))
     near, far, meets = ray_tracer.intersect_unit_sphere(origin, directions)
     fractions = ((np.arange(100) + np.random.default_rng(0).random(100)) / 100).astype(np.float32)
     t = near[:, None] + (far - near)[:, None] * fractions

@@ -71,7 +71,7 @@ def start(folder, name, *more, **changes):
 
 def at_step(monkeypatch, step, action):
     """Have `action()` called in the midst of the `step`-th step from now on."""
-    place, count = step.place_points, [0]
+    place, count = train.place_points, [0]
 
     def place_points(*arguments):
         count[0] += 1
@@ -79,7 +79,7 @@ def at_step(monkeypatch, step, action):
             action()
         return place(*arguments)
 
-    monkeypatch.setattr(step, "place_points", place_points)
+    monkeypatch.setattr(train, "place_points", place_points)
 
 
 def contents(folder):
@@ -364,29 +364,29 @@ def test_a_folder_that_cannot_be_a_runs(home, capfd, tmp_path):
 
 
 def test_a_series_that_cannot_be_written(tmp_path):
-    log = log.EpochLog(tmp_path, 1, 0, 0, None)
+    series = log.EpochLog(tmp_path, 1)
     (tmp_path / "mask.series.txt").mkdir()
     with pytest.raises(helper.UserError, match="series.txt: cannot be written"):
-        log.add(0, {"loss": 1.0, "mask": 2.0}, hits=1)
+        series.add(0, loss=1.0, mask=2.0, hits=1)
 
 
 @pytest.mark.parametrize("spoilt, named", [("rgb", "color"), ("points", "mask")])
 def test_a_loss_that_is_not_finite(home, monkeypatch, capfd, spoilt, named):
-    filled, count = step.TrainingStep.filled, [0]
+    fill, count = step.TrainingStep.fill, [0]
 
-    def spoil(self, points, colored, directions, rgb, *others):
+    def spoil(self, batch, placed, *others):
         count[0] += 1
         if count[0] == 2 * VIEWS + 2:
-            colored[[0, -1]] = True, False      # the first ray has a colour, the last one is for the mask
-            rgb[0], points[-1] = (np.inf, 0) if spoilt == "rgb" else (0, np.nan)
-        return filled(self, points, colored, directions, rgb, *others)
+            placed.hit_in_mask[[0, -1]] = True, False   # the first ray has a colour, the last one is for the mask
+            batch.rgb[0], placed.points[-1] = (np.inf, 0) if spoilt == "rgb" else (0, np.nan)
+        return fill(self, batch, placed, *others)
 
     with monkeypatch.context() as patch:
         at_step(patch, 2 * VIEWS + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert start(home, "before") == 143     # the parameters that the failing step finds
     before = checkpoints.load_state(home / "before_tiny", {}).arrays
     with monkeypatch.context() as patch:
-        patch.setattr(step.TrainingStep, "filled", spoil)
+        patch.setattr(step.TrainingStep, "fill", spoil)
         assert start(home, f"spoilt_{spoilt}") == 2
     said = capfd.readouterr().err.splitlines()[-1]
     assert f"step {2 * VIEWS + 1} (epoch 2)" in said and f"the {named} loss is " in said
@@ -411,8 +411,8 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
 
 
 def test_a_surface_that_is_gone_is_told_once(home, monkeypatch, capfd):
-    place = step.place_points
-    monkeypatch.setattr(step, "place_points", lambda *a: (place(*a)[0], np.zeros(64, bool)))
+    place = train.place_points
+    monkeypatch.setattr(train, "place_points", lambda *a: place(*a)._replace(hit_in_mask=np.zeros(64, bool)))
     assert start(home, "gone") == 0
     said = capfd.readouterr()
     assert (said.out + said.err).count("no ray has met the surface") == 1

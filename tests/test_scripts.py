@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import trimesh
 
-import helper
+import network
 from backends import context
 from conftest import ROOT, write_demo_config
 from training import checkpoints
@@ -110,7 +110,7 @@ def test_extraction_of_a_surface_that_leaves_the_unit_sphere_is_closed_and_says_
     arrays, _ = checkpoints.read_arrays(folder / "results_tiny" / "model_00011.h5")
     points = trimesh.creation.icosphere(subdivisions=3).vertices.astype(np.float32)
     last = max(name for name in arrays if name.startswith("implicit/") and name.endswith("/b"))
-    helper.set_context("cpu", "0")
+    context.set_context("cpu", "0")
     checkpoints.set_parameters(arrays)
     arrays[last][0] -= np.percentile(network.sdf_evaluator()(points), 30)       # so 30 % of the sphere are inside
     nn.clear_parameters()

@@ -9,6 +9,7 @@ import make_scene
 import network
 import synthesize
 from backends import architecture, context
+from config.settings import Network
 from files import writing
 from training import checkpoints
 
@@ -66,7 +67,7 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
 
     stored = {}
     for name, width, feature, seed in (("other", 80, 8, 1), ("unfit", 64, 5, 2), ("ours", 64, 8, 0)):
-        network.initialize(width, feature, 9, 0.6, np.random.default_rng(seed))
+        network.initialize(Network(width, feature, 9), np.random.default_rng(seed))
         checkpoints.save_model(tmp_path / f"{name}.h5")
         stored[name] = {part: parameters(part) for part in ("implicit", "rendering")}
     synthesize.take_appearance(tmp_path / "other.h5", 8)
@@ -76,7 +77,7 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
     points = np.random.default_rng(3).normal(size=(50, 3)).astype(np.float32)
     rgb, normals = network.shade(points, -points)
     nn.clear_parameters()
-    checkpoints.load_model(tmp_path / "ours.h5", architecture.parameter_shapes(64, 8, 9))
+    checkpoints.load_model(tmp_path / "ours.h5", architecture.parameter_shapes(Network(64, 8, 9)))
     own_rgb, own_normals = network.shade(points, -points)
     assert np.array_equal(normals, own_normals) and np.abs(rgb - own_rgb).max() > 0.01
     with pytest.raises(helper.UserError, match="unfit.h5.* 38 numbers .* 41, with network.feature 8 .* the same"):
@@ -88,11 +89,11 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
 def test_another_models_renderer_that_is_not_given_everything(tmp_path, without):
     helper.set_context("cpu", "0")
     points = np.random.default_rng(3).normal(size=(50, 3)).astype(np.float32)
-    network.initialize(80, 5 if "feature" in without else 8, 9, 0.6, np.random.default_rng(1), without)
+    network.initialize(Network(80, 5 if "feature" in without else 8, 9, without=list(without)), np.random.default_rng(1))
     checkpoints.save_model(tmp_path / "other.h5")
-    network.initialize(80, 8, 9, 0.6, np.random.default_rng(1))
+    network.initialize(Network(80, 8, 9), np.random.default_rng(1))
     checkpoints.save_model(tmp_path / "whole.h5")
-    network.initialize(64, 8, 6, 0.6, np.random.default_rng(0), without)
+    network.initialize(Network(64, 8, 6, without=list(without)), np.random.default_rng(0))
     own_rgb, own_normals = network.shade(points, -points, without)
     synthesize.take_appearance(tmp_path / "other.h5", 8, without)
     rgb, normals = network.shade(points, -points, without)
