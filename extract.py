@@ -293,9 +293,8 @@ def page(mesh, title, poses, view):
     The mesh stands upright and is first seen from the side of the camera of `view`; poses: (N, 4, 4), all cameras'.
     """
     up = helper.upright(poses)
-    right = poses[view, :3, 0] - poses[view, :3, 0] @ up * up
+    right = helper.rightwards(up, -poses[view, :3, 2])
     axes = np.stack([right, up, np.cross(right, up)])       # the viewer's: y is up
-    axes /= np.linalg.norm(axes, axis=1, keepdims=True)
     low, high = mesh.bounds
     centre, size = (low + high) / 2, np.linalg.norm(high - low) / 2
     upright = np.eye(4)

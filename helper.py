@@ -151,13 +151,37 @@ def pixel_grid(height, width):
 
 
 def upright(poses):
-    """Return the unit vector (3,) that is up in a scene: the mean of its cameras' upward axes.
+    """Return the unit vector (3,) that is up in a scene.
 
-    poses: (N, 4, 4), camera to world, y down. Where the cameras disagree so much that there is none, the first one's.
+    poses: (N, 4, 4), camera to world, y down, around the origin. It is the mean of the cameras' upward axes where
+    these agree, or that of half the cameras where these do, as in a set with both portraits and landscapes. Else the
+    photographs lie on their sides, or look down, and it is the direction in which the cameras, seen from the origin,
+    vary least: the normal of a ring, the axis of a dome. The images' tops say which end of it is up or, where they
+    cancel, the side on which the cameras stand. Without such a direction the upward axes decide after all.
     """
-    up = -poses[:, :3, 1].mean(axis=0)
-    length = np.linalg.norm(up)
-    return up / length if length > 1e-3 else -poses[0, :3, 1]
+    ups, places = -poses[:, :3, 1], poses[:, :3, 3]
+    places = places / np.maximum(np.linalg.norm(places, axis=1, keepdims=True), 1e-12)
+    mean, alike = ups.mean(axis=0), ups @ ups.T > np.cos(np.radians(30))
+    if np.linalg.norm(mean) < 0.75:     # of cameras all around an object, level to straight down, it is 0.79
+        group = alike[alike.sum(axis=1).argmax()]
+        spread, axes = np.linalg.eigh(np.cov(places.T))     # ascending; the axes are columns
+        if group.sum() >= max(3, len(poses) / 2):
+            mean = ups[group].mean(axis=0)
+        elif spread[0] < 0.6 * spread[1] - 1e-9:    # neither alike in all directions nor 0 and 0, all on a line
+            ends = axes[:, 0] @ mean, axes[:, 0] @ places.mean(axis=0)
+            mean = axes[:, 0] * np.copysign(1, ends[0] if abs(ends[0]) > 0.1 else ends[1])
+        elif np.linalg.norm(mean) < 0.3:
+            mean = ups[group].mean(axis=0)
+    return mean / np.linalg.norm(mean)
+
+
+def rightwards(up, back):
+    """Return the unit vector (3,) across `up` that points right for someone who looks along -back, both (3,)."""
+    for towards in (back, *np.eye(3)):  # looking straight down or up, any direction does
+        right = np.cross(up, towards)
+        if np.linalg.norm(right) > 0.05 * np.linalg.norm(towards):
+            break
+    return right / np.linalg.norm(right)
 
 
 # --- randomness -------------------------------------------------------------------------------------------------------

@@ -6,14 +6,20 @@
 Both find the object's region from cameras and masks, the visual hull, and draw prepare_{scene}.png in the current
 folder: the cameras around the unit sphere, and the hull's outline over the photographs. The outlines fit the
 masks only where cameras, masks and their order are right.
+
+Both judge alike. A line that begins with `wrong` says that the scene is of no use as it is: it is not written, and
+either command ends with status 2. One that begins with `look` names views to look at; the scene is written, and the
+status is 0. A `notice` is worth knowing.
 """
 import argparse
 import os
 import re
 import shutil
 import sys
+import warnings
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import cv2
 import numpy as np
@@ -28,6 +34,8 @@ from scenes import camera_files, mask_files
 SMALL = 256         # pixels: hull and picture are made from views shrunk until their longer side is no longer
 COARSE, FINE = 50, 80  # cells along the sides of the two grids in which the hull is carved
 AGREE, SURE = 0.92, 0.97  # of the union of mask and hull in a view, what both share where all is (surely) right
+FULL = 0.99         # of a mask, what is white where it is as good as none
+RENEW = "make the scene anew with prepare.py, which finds the sphere, or mend scale_mat"
 
 
 class Look(NamedTuple):
@@ -40,11 +48,21 @@ class Look(NamedTuple):
     corners: np.ndarray     # (M, 2) pixels, of the whole mask's convex hull: its rays enclose all masked ones
 
 
+class Hull(NamedTuple):
+    """The visual hull of some Looks: what of space lies in their masks."""
+    points: np.ndarray      # (N, 3) on a grid, none where it is empty
+    spacing: float          # of the grid
+    ball: Optional[tuple] = None    # centre (3,) and radius within which it was carved; None: as far as it reaches
+
+
+WRONG, LOOK, NOTICE = "wrong", "look", "notice"     # of no use; views that may spoil it; worth knowing
+
+
 class Finding(NamedTuple):
     text: str
     view: int = -1          # -1: of the whole scene
-    wrong: bool = True      # or only worth knowing
-    fatal: bool = False     # a scene with it is of no use, or cannot be loaded
+    level: str = WRONG
+    of_masks: bool = False  # the masks may be to blame
 
 
 # --- photographs and masks --------------------------------------------------------------------------------------------
@@ -185,27 +203,39 @@ def grid(low, high, cells):
     return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 3), spacing
 
 
-def visual_hull(views, cells=FINE, misses=0):
-    """Return the visual hull of some Looks: points (N, 3) on a grid, none where it is empty, and their spacing.
+def visual_hull(views, cells=FINE, misses=0, ball=None):
+    """Return the Hull of some Looks with masks that are not empty.
 
-    It is what lies in every mask (in all but `misses` of them), and in those of half the views at least.
+    It is what lies in every mask (in all but `misses` of them), and in those of half the views at least. ball: a
+    centre (3,) and radius to stay within. Without it the hull ends where the masks do; where cut-off masks leave it
+    without end, it is carved within the ball of what they show.
     """
     least = max(2, (len(views) + 1) // 2)
-    centre, half = first_region(views)
+    centre, half = first_region(views) if ball is None else ball
 
     def hull_in(low, high, cells, slack):
         points, spacing = grid(low, high, cells)
+        if ball is not None:
+            points = points[np.linalg.norm(points - centre, axis=1) <= half]
         seen, met = carve(points, slack * spacing, views, misses)
         return points[(seen - met <= misses) & (met >= least)], spacing
 
-    for _ in range(5):  # larger, while the hull reaches the sides
+    attempts = 1 if ball is not None else 2 if any_cut_off(views) else 5
+    for attempt in range(attempts):     # larger, while the hull reaches the sides
         points, spacing = hull_in(centre - half, centre + half, COARSE, 0.9)
-        if not len(points) or np.abs(points - centre).max() < half - spacing:
+        if ball is not None or not len(points) or np.abs(points - centre).max() < half - spacing:
             break
+        if attempts == 2 and attempt == 1:
+            return visual_hull(views, cells, misses, shown_ball(views, centre))
         half *= 1.6
-    if not len(points):
-        return points, spacing
-    return hull_in(points.min(axis=0) - spacing, points.max(axis=0) + spacing, cells, 0.5)
+    if len(points):
+        points, spacing = hull_in(points.min(axis=0) - spacing, points.max(axis=0) + spacing, cells, 0.5)
+    return Hull(points, spacing, ball)
+
+
+def any_cut_off(views):
+    """Tell whether the mask of a Look touches the border of its image, so that what lies beyond is unknown."""
+    return any(touched_edges(view.mask) for view in views)
 
 
 def first_region(views):
@@ -220,17 +250,31 @@ def first_region(views):
     return centre, 1.2 * np.median(reaches * np.linalg.norm(origins - centre, axis=1)) + 1e-9
 
 
-def enclosing_sphere(points, views):
+def shown_ball(views, centre):
+    """Return a centre (3,) and the radius within which half the Looks show all that their masks hold, and some more."""
+    return centre, 1.2 * np.median([ray_distances(view, view.corners, centre).max() for view in views]) + 1e-9
+
+
+def enclosing_sphere(hull, views):
     """Return the centre (3,) and radius of the sphere that becomes the unit sphere.
 
     As IDR's authors do: the hull's centroid, and 3 times its points' mean distance from there. Larger where the hull
-    or, by up to a half, the masks reach beyond.
+    or, by up to a half, the masks reach beyond; smaller, if these allow it, where cameras would be inside. Where
+    masks are cut off it is at most half as much again as the ball that they show, and where they leave the hull
+    without end it is that ball.
     """
-    centre = points.mean(axis=0)
-    away = np.linalg.norm(points - centre, axis=1)
-    radius = max(3 * away.mean(), 1.1 * away.max())
-    reached = max(ray_distances(view, view.corners, centre).max(initial=0) for view in views)
-    return centre, max(radius, 1.01 * reached) if reached < 1.5 * radius else radius
+    if len(hull.points) < 10:
+        return first_region(views)
+    centre = hull.points.mean(axis=0) if hull.ball is None else hull.ball[0]
+    away = np.linalg.norm(hull.points - centre, axis=1)
+    radius, least = (3 * away.mean(), 1.1 * away.max()) if hull.ball is None else (hull.ball[1], 0)
+    if any_cut_off(views):
+        radius = min(radius, 1.5 * shown_ball(views, centre)[1])
+    reached = 1.01 * max(ray_distances(view, view.corners, centre).max(initial=0) for view in views)
+    if reached < 1.5 * max(radius, least):
+        least = max(least, reached)
+    nearest = np.percentile([np.linalg.norm(view.pose[:3, 3] - centre) for view in views], 10)
+    return centre, max(min(radius, 0.9 * nearest), least)
 
 
 def ray_distances(view, pixels, centre=(0, 0, 0)):
@@ -249,101 +293,139 @@ def normalised(views, centre, radius):
     return [view._replace(pose=pose) for view, pose in zip(views, poses)]
 
 
-def silhouette(points, spacing, view):
-    """Return the image (h, w) bool of grid points (N, 3) in a Look."""
-    pixels, depth = project(points, view)
+def silhouette(hull, view):
+    """Return the image (h, w) bool of a Hull in a Look."""
+    pixels, depth = project(hull.points, view)
     height, width = view.mask.shape
     pixels, depth = np.rint(pixels[depth > 0]), depth[depth > 0]
     u, v = pixels[(pixels >= 0).all(axis=1) & (pixels < (width, height)).all(axis=1)].astype(int).T
     shown = np.zeros((height, width), np.uint8)
     shown[v, u] = 1
-    cell = int(np.ceil(spacing * view.intrinsics[0, 0] / np.median(depth))) + 1 if len(depth) else 1
+    cell = int(np.ceil(hull.spacing * view.intrinsics[0, 0] / np.median(depth))) + 1 if len(depth) else 1
     return cv2.morphologyEx(shown, cv2.MORPH_CLOSE, np.ones((min(cell, 99),) * 2, np.uint8)) > 0
 
 
-def agreements(points, spacing, views):
-    """Return for each Look the share (N,) of the union of its mask and the hull's silhouette that both have.
+def agreements(hull, views):
+    """Return for each Look the share (N,) of the union of its mask and the Hull's silhouette that both have.
 
     A pixel next to both counts as theirs: masks and grid are no finer.
     """
     shares, box = [], np.ones((3, 3), np.uint8)
     for view in views:
-        mask, outline = view.mask.astype(np.uint8), silhouette(points, spacing, view).astype(np.uint8)
+        mask, outline = view.mask.astype(np.uint8), silhouette(hull, view).astype(np.uint8)
         apart = (mask > cv2.dilate(outline, box)) | (outline > cv2.dilate(mask, box))
         shares.append(1 - apart.sum() / max(1, (mask | outline).sum()))
     return np.array(shares)
 
 
-def agreement(views, average):
+def agreement(views, average, ball=None):
     """Return the average (a function) of the agreements of some Looks with their hull, 0 where it is empty, roughly."""
-    points, spacing = visual_hull(views, COARSE)
-    return average(agreements(points, spacing, views)) if len(points) else 0.0
+    hull = visual_hull(views, COARSE, ball=ball)
+    return average(agreements(hull, views)) if len(hull.points) else 0.0
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
+
+def few(views):
+    """Return how many of some Looks may be amiss without all being in doubt."""
+    return max(1, len(views) // 8)
+
 
 def judge_masks(views):
     """Return the Findings on each view's mask by itself."""
     findings = []
     for index, view in enumerate(views):
-        edges = touched_edges(view.mask)
         if not view.mask.any():
             findings.append(Finding("the mask is empty; the object must be white, more than half of 255, else leave "
-                                    "the view out", index, fatal=True))
-        elif len(edges) == 4 and view.mask.mean() > 0.5:
-            findings.append(Finding("the mask covers the image's border all around; the object must be white and the "
-                                    "background black", index))
-        elif edges:
-            findings.append(Finding(f"the mask touches the {' and '.join(edges)} border; the object is cut off there, "
-                                    "better frame it whole", index, wrong=False))
+                                    "the view out", index, of_masks=True))
+        elif view.mask.mean() > FULL:
+            findings.append(Finding("the mask is white everywhere; the object must be white and the background black",
+                                    index, of_masks=True) if mostly_white(views) else
+                            Finding("the mask is white everywhere, which is right only where the object fills the "
+                                    "image", index, NOTICE, of_masks=True))
+        elif touched_edges(view.mask):
+            findings.append(Finding("the mask touches the image's border: the object is cut off there, and what lies "
+                                    "beyond is unknown; better frame it whole", index, NOTICE, of_masks=True))
     return findings
 
 
-def judge_agreement(views):
-    """Find the hull of Looks with masks that are not empty; returns its points (N, 3), their spacing and Findings.
+def mostly_white(views):
+    """Tell whether more than half of some Looks have masks that are white everywhere, which is to have none."""
+    return np.mean([view.mask.mean() > FULL for view in views]) > 0.5
+
+
+def judge_agreement(views, sphere=None):
+    """Return the Hull of Looks with masks that are not empty, and the Findings on whether it fits them.
+
+    sphere: the centre (3,) and radius of the unit sphere, if there is one. Masks that are cut off leave the hull
+    without an end that they show, so it is carved within that sphere, which is wrong if the hull only fits without it.
+    """
+    if sphere is None or not any_cut_off(views):
+        return judge_hull(views)
+    if agreement(views, np.median, sphere) >= AGREE:
+        hull, findings = judge_hull(views, sphere)
+        if not counted(findings, WRONG):
+            return hull, findings
+    hull, findings = judge_hull(views)
+    if counted(findings, WRONG):
+        return hull, findings
+    odd = {finding.view for finding in findings}
+    kept = [view for index, view in enumerate(views) if index not in odd]
+    inside = visual_hull(kept, ball=sphere)
+    if len(inside.points) and np.median(agreements(inside, kept)) >= AGREE:
+        return inside, findings
+    return hull, [*findings, Finding("cameras and masks agree, but not on an object inside the unit sphere; " + RENEW)]
+
+
+def judge_hull(views, ball=None):
+    """Return the Hull of some Looks, carved within `ball` as visual_hull has it, and the Findings on its agreement.
 
     A few views that contradict the others are found and left out of the hull.
     """
-    points, spacing = visual_hull(views)
-    shares = agreements(points, spacing, views) if len(points) else np.zeros(1)
+    hull = visual_hull(views, ball=ball)
+    shares = agreements(hull, views) if len(hull.points) else np.zeros(1)
     agreed, doubtful = np.median(shares), np.median(shares) < SURE or shares.min() < AGREE
-    odd = contradicting(views) if doubtful else []
+    odd = contradicting(views, ball) if doubtful else []
     if odd:
         kept = [view for index, view in enumerate(views) if index not in odd]
-        points, spacing = visual_hull(kept)
-        agreed = np.median(agreements(points, spacing, kept))
+        hull = visual_hull(kept, ball=ball)
+        agreed = np.median(agreements(hull, kept))
     reason = confirmed_reason(views, agreed) if doubtful else ""
     if agreed < AGREE or reason:
         text = (f"hull and mask share only {agreed:.0%} of their union in the median view, so cameras and masks "
                 "contradict one another; " if agreed > 0 else "no point of space lies in all masks; ")
-        return points, spacing, [Finding(text + (reason or "look in the picture for a wrong order of images, masks and "
-                                                 "cameras, for other axes, and for intrinsics of another image size"),
-                                         fatal=True)]
-    shares = agreements(points, spacing, views)
-    return points, spacing, [
-        Finding(f"its mask and the hull of the other views share only {share:.0%} of their union: its mask, its "
-                "camera or its place in the order is wrong; mend it or leave the view out", index)
-        for index, share in enumerate(shares) if share < (AGREE if index in odd else AGREE - 0.1)]
+        return hull, [Finding(text + (reason or "look in the picture for a wrong order of images, masks and cameras, "
+                                      "for other axes, and for intrinsics of another image size"), of_masks=True)]
+    findings = []
+    for index, share in enumerate(agreements(hull, views)):
+        if share < (AGREE if index in odd else AGREE - 0.1):
+            inverted = agreements(hull, [views[index]._replace(mask=~views[index].mask)])[0] > AGREE
+            findings.append(Finding(
+                f"its mask and the hull of the other views share only {share:.0%} of their union: " +
+                ("with black and white of its mask exchanged they agree" if inverted else "its mask, its camera or "
+                 "its place in the order is wrong; mend it or leave the view out"), index, LOOK, of_masks=True))
+    return hull, findings
 
 
-def contradicting(views):
+def contradicting(views, ball=None):
     """Return the indices of the few Looks (none, where few are not to blame) without which the others agree."""
-    few, odd = max(1, len(views) // 8), []
+    odd = []
     if len(views) > 12:  # the hull that few may contradict shows whether only few do, and those that are far off
-        points, spacing = visual_hull(views, COARSE, misses=few)
-        shares = agreements(points, spacing, views) if len(points) else np.zeros(1)
+        hull = visual_hull(views, COARSE, few(views), ball)
+        shares = agreements(hull, views) if len(hull.points) else np.zeros(1)
         if np.median(shares) < 0.8:
             return []
-        odd = [index for index in np.argsort(shares)[:few] if shares[index] < 0.5]
+        odd = [index for index in np.argsort(shares)[:few(views)] if shares[index] < 0.5]
     kept = [index for index in range(len(views)) if index not in odd]
-    agreed = agreement([views[index] for index in kept], np.mean)
-    while len(odd) < few and len(kept) > 3:
+    agreed = agreement([views[index] for index in kept], np.mean, ball)
+    while len(odd) < few(views) and len(kept) > 3:
         looks = [views[index] for index in kept]
         suspects = kept
         if len(kept) > 12:  # those that agree least with that hull
-            points, spacing = visual_hull(looks, COARSE, misses=few)
-            suspects = [kept[index] for index in np.argsort(agreements(points, spacing, looks))[:4]]
-        without = [agreement([views[index] for index in kept if index != suspect], np.mean) for suspect in suspects]
+            shares = agreements(visual_hull(looks, COARSE, few(views), ball), looks)
+            suspects = [kept[index] for index in np.argsort(shares)[:4]]
+        without = [agreement([views[index] for index in kept if index != suspect], np.mean, ball)
+                   for suspect in suspects]
         if max(without) < agreed + 0.01:
             break
         odd.append(suspects[int(np.argmax(without))])
@@ -372,7 +454,8 @@ def trials(views):
         yield reason, [view._replace(pose=view.pose @ np.diag(turn + (1.0,))) for view in views]
     yield ("with the poses inverted they agree: world to camera was taken for camera to world, or the reverse",
            [view._replace(pose=np.linalg.inv(view.pose)) for view in views])
-    yield "with black and white of the masks exchanged they agree", [v._replace(mask=~v.mask) for v in views]
+    yield ("with black and white of the masks exchanged they agree; the object must be white and the background black",
+           [view._replace(mask=~view.mask) for view in views])
     for factor in (0.5, 2, 0.25, 4):
         k = np.diag((factor, factor, 1.0))
         yield (f"with the intrinsics times {factor} they agree: they are for images of another size",
@@ -401,45 +484,56 @@ def judge_scale(matrices):
     return findings
 
 
-def judge_sphere(points, views, trusted):
+def judge_sphere(hull, views, odd):
     """Return the Findings on normalised Looks: whether the unit sphere holds the object and not the cameras.
 
-    points: of the hull (N, 3); trusted: whether that and the masks are.
+    odd: the views whose masks are not trusted, -1 where neither the hull nor any mask is.
     """
-    findings = []
-    renew = "make the scene anew with prepare.py, which finds the sphere, or mend scale_mat"
+    trusted = -1 not in odd
+    findings, inside, missing = [], [], {}
     for index, view in enumerate(views):
         centre, axis = view.pose[:3, 3], view.pose[:3, 2]
-        missing = ray_distances(view, np.argwhere(view.mask)[:, ::-1]) > 1 if view.mask.any() else np.zeros(1, bool)
+        missed = ray_distances(view, np.argwhere(view.mask)[:, ::-1]) > 1 if view.mask.any() else np.zeros(1, bool)
         if axis @ centre > 1:
-            findings.append(Finding("the unit sphere is behind the camera; z must point into the scene", index,
-                                    fatal=True))
+            findings.append(Finding("the unit sphere is behind the camera; z must point into the scene", index))
         elif np.linalg.norm(centre) < 1:
-            findings.append(Finding("the camera is inside the unit sphere; tracing starts outside it: " + renew, index))
-        elif trusted and missing.mean() > 0.01:
-            findings.append(Finding(f"{missing.mean():.0%} of the masked pixels' rays miss the unit sphere; clean the "
-                                    "mask of specks, or " + renew, index))
-        elif trusted and len(view.corners) and ray_distances(view, view.corners).max() > 1:
-            findings.append(Finding("some masked pixels' rays miss the unit sphere", index, wrong=False))
-    if trusted:
-        away = np.linalg.norm(points, axis=1)
-        if away.max() > 1.05:
-            findings.append(Finding(f"the visual hull reaches {away.max():.2f} from the centre of the unit sphere; "
-                                    + renew))
-        elif away.max() < 0.25:
-            findings.append(Finding(f"the visual hull reaches only {away.max():.2f} from the centre of the unit "
-                                    "sphere, so training starts far from it; " + renew))
+            inside.append(index)
+        elif trusted and index not in odd and missed.mean() > 0.01:
+            missing[index] = missed.mean()
+        elif trusted and index not in odd and len(view.corners) and ray_distances(view, view.corners).max() > 1:
+            findings.append(Finding("some masked pixels' rays miss the unit sphere", index, NOTICE))
+    text = "the camera is inside the unit sphere; tracing starts outside it: " + RENEW
+    findings += [Finding(text, index, LOOK if len(inside) <= few(views) else WRONG) for index in inside]
+    if missing:
+        most = max(missing.values())
+        text = (f"{'up to ' * (len(missing) > 1)}{most:.0%} of the masked pixels' rays miss the unit sphere; clean the "
+                "mask of specks, or " + RENEW)
+        level = LOOK if len(missing) <= few(views) else WRONG
+        findings += [Finding(text, index, level, of_masks=True) for index in missing]
+    if trusted and len(hull.points):
+        reach = np.linalg.norm(hull.points, axis=1).max()
+        if reach > 1.05 and not any_cut_off(views):
+            findings.append(Finding(f"the visual hull reaches {reach:.2f} from the centre of the unit sphere; "
+                                    + RENEW))
+        elif reach < 0.25:
+            findings.append(Finding(f"the visual hull reaches only {reach:.2f} from the centre of the unit sphere, so "
+                                    "training starts far from it; " + RENEW))
     return findings
 
 
 def say(findings, views):
     """Print the findings, one line each; what holds of several views is said once."""
-    for text, wrong in dict.fromkeys((finding.text, finding.wrong) for finding in findings):
+    for text, level in dict.fromkeys((finding.text, finding.level) for finding in findings):
         which = [finding.view for finding in findings if finding.text == text]
         names = ", ".join(str(i) for i in which[:12]) + (f" and {len(which) - 12} more" if len(which) > 12 else "")
         where = "" if which[0] < 0 else (f"view {names} ({views[which[0]].name}): " if len(which) == 1 else
                                          f"views {names}: ")
-        print(f"{'wrong' if wrong else 'notice'}: {where}{text}", file=sys.stderr)
+        print(f"{level}: {where}{text}", file=sys.stderr)
+
+
+def counted(findings, level):
+    """Return how many lines of that level the findings are."""
+    return len({finding.text for finding in findings if finding.level == level})
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
@@ -447,28 +541,29 @@ def say(findings, views):
 ORANGE, WHITE, BLUE, RED = (255, 140, 20), (255, 255, 255), (70, 150, 255), (230, 40, 40)
 
 
-def draw(path, title, views, points, spacing, findings, most=35):
-    """Draw normalised Looks: their cameras around the unit sphere, the hull (N, 3), and outlines over photographs."""
+def draw(path, title, views, hull, findings, most=35):
+    """Draw normalised Looks: their cameras around the unit sphere, the Hull, and outlines over photographs."""
     from matplotlib.figure import Figure
-    wrong = {finding.view for finding in findings if finding.wrong}
+    wrong = {finding.view for finding in findings if finding.level != NOTICE}
     shown = sorted(sorted(range(len(views)), key=lambda i: (i not in wrong, (i * 7919) % len(views)))[:most])
-    sheet = contact_sheet(views, shown, points, spacing, wrong)
+    sheet = contact_sheet(views, shown, hull, wrong)
     figure = Figure(figsize=(15, 15 * 0.64 * sheet.shape[0] / sheet.shape[1] + 0.9), dpi=80)
-    figure.suptitle(title, fontsize=13, x=0.01, ha="left")
+    figure.suptitle(printable(title), fontsize=13, x=0.01, ha="left", parse_math=False)
     height = 1 - 0.6 / figure.get_figheight()
     for place, (name, elevation, azimuth) in enumerate((("from the side", 18, -60), ("from above", 89.9, -90))):
         axes = figure.add_axes((0.0, height * (0.5 - 0.5 * place), 0.35, 0.5 * height), projection="3d")
-        draw_cameras(axes, views, points, wrong)
+        draw_cameras(axes, views, hull.points, wrong)
         axes.view_init(elevation, azimuth)
         figure.text(0.01, height * (1 - 0.5 * place) - 0.01, name, fontsize=10, va="top")
     axes = figure.add_axes((0.35, 0.005, 0.645, height - 0.01))
     axes.imshow(sheet, interpolation="lanczos")
     axes.set_axis_off()
-    with writing.replacing(path) as temporary:
+    with writing.replacing(path) as temporary, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a name in letters that the font lacks; it draws boxes
         figure.savefig(temporary)
 
 
-def contact_sheet(views, shown, points, spacing, wrong):
+def contact_sheet(views, shown, hull, wrong):
     """Return the shown Looks in one image, with the outlines of mask, hull and unit sphere."""
     tiles, columns = [], int(np.ceil(np.sqrt(1.3 * len(shown))))
     width = 1200 // columns
@@ -479,8 +574,8 @@ def contact_sheet(views, shown, points, spacing, wrong):
         tile = np.full((int(np.ceil(width * ratio)) + 20, width, 3), 255, np.uint8)
         picture = cv2.resize(view.image, None, fx=scale, fy=scale, interpolation=cv2.INTER_LINEAR)
         outlines = [(view.mask, WHITE, 2)]
-        if len(points):
-            outlines.append((silhouette(points, spacing, view), ORANGE, 2))
+        if len(hull.points):
+            outlines.append((silhouette(hull, view), ORANGE, 2))
         outlines.append((sphere_pixels(view), BLUE, 1))
         for mask, colour, thickness in outlines:
             large = cv2.resize(mask.astype(np.float32), picture.shape[1::-1], interpolation=cv2.INTER_CUBIC) > 0.5
@@ -490,11 +585,16 @@ def contact_sheet(views, shown, points, spacing, wrong):
         if index in wrong:
             cv2.rectangle(picture, (0, 0), (picture.shape[1] - 1, picture.shape[0] - 1), RED, 5)
         tile[20:20 + picture.shape[0], :picture.shape[1]] = picture[:tile.shape[0] - 20]
-        cv2.putText(tile, f"{index}: {view.name}"[:width // 8], (2, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.45, ink, 1,
-                    cv2.LINE_AA)
+        name = printable(f"{index}: {view.name}")[:width // 8]
+        cv2.putText(tile, name, (2, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.45, ink, 1, cv2.LINE_AA)
         tiles.append(cv2.copyMakeBorder(tile, 0, 2, 2, 2, cv2.BORDER_CONSTANT, value=WHITE))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)
     return np.concatenate([np.concatenate(tiles[i:i + columns], axis=1) for i in range(0, len(tiles), columns)])
+
+
+def printable(text):
+    """Return a text with ? for what no font can draw, such as the bytes of a name in another encoding."""
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def sphere_pixels(view):
@@ -541,14 +641,10 @@ def draw_cameras(axes, views, points, wrong):
 
 
 def upright_rotation(views):
-    """Return the rotation (3, 3) after which up, as most of the cameras have it, is z and they look along y."""
-    up = -np.mean([view.pose[:3, 1] for view in views], axis=0)
-    back = np.mean([view.pose[:3, 3] for view in views], axis=0)
-    up = up / np.linalg.norm(up) if np.linalg.norm(up) > 0.05 else np.array((0.0, 0.0, 1.0))
-    side = np.cross(up, back)
-    if np.linalg.norm(side) < 0.05 * np.linalg.norm(back) + 1e-9:
-        side = np.cross(up, np.roll(np.abs(up), 1) + (0.1, 0.2, 0.3))
-    side /= np.linalg.norm(side)
+    """Return the rotation (3, 3) after which up is z and they look, on the average, along y."""
+    poses = np.stack([view.pose for view in views])
+    up = helper.upright(poses)
+    side = helper.rightwards(up, poses[:, :3, 3].mean(axis=0))
     return np.stack([side, np.cross(up, side), up])
 
 
@@ -558,36 +654,58 @@ def picture_path(scene):
     return Path(f"prepare_{Path(scene).absolute().name}.png")
 
 
-def understand(views, picture, findings=(), sphere=None):
+def understand(views, scene, findings=(), sphere=None, mask_hint=str):
     """Find hull and sphere of some Looks, judge them, say the findings and draw the picture.
 
-    findings: earlier ones. sphere: the centre (3,) and radius of the unit sphere, None to find it. Returns centre,
-    radius and all findings.
+    scene: its folder. findings: earlier ones. sphere: the centre (3,) and radius of the unit sphere, None to find it.
+    mask_hint() is added to what is said of masks. Returns centre, radius and all findings. Raises UserError for fewer
+    than two masks that show something.
     """
     findings = [*findings, *judge_masks(views)]
-    usable = [index for index, view in enumerate(views) if view.mask.any()]
+    least = FULL if mostly_white(views) else 1
+    usable = [index for index, view in enumerate(views) if view.mask.any() and view.mask.mean() <= least]
     looks = [views[index] for index in usable]
     if len(looks) < 2:
-        say(findings, views)
-        raise UserError("a scene needs two views with masks at least, better dozens")
-    points, spacing, more = judge_agreement(looks)
-    findings += [finding if finding.view < 0 else finding._replace(view=usable[finding.view]) for finding in more]
+        say(hinted(findings, mask_hint), views)
+        raise UserError(f"{scene}: a scene needs two views with masks of the object at least, better dozens"
+                        + mask_hint())
+    hull, more = judge_agreement(looks, sphere)
+    more = [finding if finding.view < 0 else finding._replace(view=usable[finding.view]) for finding in more]
+    findings += more
+    odd = {finding.view for finding in more}
     if sphere is None:
-        odd = {finding.view for finding in findings if finding.wrong}
-        kept = [view for index, view in enumerate(views) if index not in odd]
-        sphere = enclosing_sphere(points, kept) if len(points) > 9 else first_region(looks)
+        sphere = enclosing_sphere(hull, [views[index] for index in usable if index not in odd] or looks)
+        if hull.ball is not None and -1 not in odd:
+            findings.append(Finding("the masks are cut off at so many borders that the object's extent is unknown; the "
+                                    "unit sphere is a guess, around what they show", level=NOTICE))
     centre, radius = sphere
-    units, points, spacing = normalised(views, centre, radius), (points - centre) / radius, spacing / radius
-    trusted = not any(finding.view < 0 for finding in more)
-    findings += judge_sphere(points, units, trusted)
+    units, hull = normalised(views, centre, radius), Hull((hull.points - centre) / radius, hull.spacing / radius)
+    findings += judge_sphere(hull, units, odd)
+    findings = hinted(findings, mask_hint)
     say(findings, views)
-    wrong = len({finding.text for finding in findings if finding.wrong})
-    draw(picture, f"{picture.stem[8:]}: {len(views)} views, {wrong or 'nothing'} wrong.   White: mask.   Orange: "
-         "visual hull; it hides the white where they agree.   Blue: unit sphere.", units, points, spacing, findings)
+    counts = [f"{counted(findings, WRONG) or 'nothing'} wrong"]
+    counts += [f"{counted(findings, LOOK)} to look at"] * bool(counted(findings, LOOK))
+    picture = picture_path(scene)
+    draw(picture, f"{picture.stem[8:]}: {len(views)} views, {', '.join(counts)}.   White: mask.   Orange: visual hull; "
+         "it hides the white where they agree.   Blue: unit sphere.", units, hull, findings)
     return centre, radius, findings
 
 
 KEPT = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg"}   # the formats that a scene holds, as Pillow names them
+
+
+def hinted(findings, mask_hint):
+    """Return the findings with mask_hint() after what is said of masks."""
+    hint = mask_hint() if any(finding.of_masks for finding in findings) else ""
+    return [finding._replace(text=finding.text + hint) if finding.of_masks else finding for finding in findings]
+
+
+def background_hint(views, threshold):
+    """Return what is to be known of the masks of some cameras_in views that --masks background made."""
+    if threshold is None:
+        found = [mask_files.background_threshold(pictures.read_image(view.image)) for view in views]
+        threshold = f"found at {min(found):.0f} to {max(found):.0f} grey levels"
+    return f" (of --masks background, --threshold {threshold}; another may be better)"
 
 
 def write_scene(folder, views, sources, threshold, downscale):
@@ -621,7 +739,7 @@ def write_scene(folder, views, sources, threshold, downscale):
 
 
 def prepare(args):
-    """Make the scene args.output."""
+    """Make the scene args.output; raise UserError, and write none, where something is wrong."""
     views, what = camera_files.read_views(args.input, args.images)
     root = Path(args.input) if Path(args.input).is_dir() else Path(args.input).parent
     missing = [view.image for view in views if not os.path.exists(str(view.image))]
@@ -635,11 +753,12 @@ def prepare(args):
     with folders.new_folder(args.output) as folder:
         looks, intrinsics = write_scene(folder, views, sources, args.threshold, args.downscale)
         picture = picture_path(args.output)
-        centre, radius, findings = understand(looks, picture)
-        fatal = [finding for finding in findings if finding.fatal]
-        if fatal:
-            where = f"view {fatal[0].view} ({looks[fatal[0].view].name}): " if fatal[0].view >= 0 else ""
-            raise UserError(f"{args.output}: not written; {where}{fatal[0].text}; see {picture}")
+        hint = partial(background_hint, views, args.threshold) if sources[0] == "background" else str
+        centre, radius, findings = understand(looks, args.output, mask_hint=hint)
+        wrong = [finding for finding in findings if finding.level == WRONG]
+        if wrong:
+            where = f"view {wrong[0].view} ({looks[wrong[0].view].name}): " if wrong[0].view >= 0 else ""
+            raise UserError(f"{args.output}: not written; {where}{wrong[0].text}; see {picture}")
         cameras, scale_mat = {}, np.diag((radius, radius, radius, 1.0))
         scale_mat[:3, 3] = centre
         for index, view in enumerate(views):
@@ -648,33 +767,43 @@ def prepare(args):
             cameras[f"world_mat_{index}"], cameras[f"scale_mat_{index}"] = world_mat, scale_mat
         np.savez(str(folder / "cameras.npz"), **cameras)
     print(f"{args.output}: {len(views)} views; the unit sphere lies at {np.array2string(centre, precision=4)}, radius "
-          f"{radius:.4g}; look at {picture}")
+          f"{radius:.4g}; look at {to_look_at(findings)}{picture}")
 
 
 def check(scene):
-    """Judge the scene in a folder; raise UserError where something is wrong."""
+    """Judge the scene in a folder, as `prepare` does; raise UserError where something is wrong."""
     path = Path(scene)
     image_files, mask_files = datasets.scene_files(path)
     matrices = datasets.read_matrices(path / "cameras.npz", len(image_files))
-    looks, shape = [], None
+    looks, shape, doubtful = [], None, []
     progress = tqdm(image_files, unit="view", dynamic_ncols=True)
     for index, (image_file, mask_file) in enumerate(zip(progress, mask_files)):
         try:
-            k, pose = helper.decompose_projection(matrices[f"world_mat_{index}"] @ matrices[f"scale_mat_{index}"])
-        except ValueError as error:
-            raise UserError(f"{path / 'cameras.npz'}: the camera of view {index} cannot be used: {error}")
-        image, mask = pictures.read_image(image_file), pictures.read_mask(mask_file)
+            with np.errstate(all="ignore"):     # what overflows is refused as not finite
+                projection = matrices[f"world_mat_{index}"] @ matrices[f"scale_mat_{index}"]
+                k, pose = helper.decompose_projection(projection)
+        except (ValueError, np.linalg.LinAlgError) as error:
+            raise UserError(f"{path / 'cameras.npz'}: the camera of view {index} cannot be used: {error}") from error
+        image, mask, doubts = pictures.read_pair(image_file, mask_file)
+        doubtful += doubts
         datasets.check_mask_size(mask_file, mask.shape, image_file, image.shape[:2])
         shape = shape or image.shape[:2]
         datasets.check_one_size(image_file, image.shape[:2], image_files[0], shape)
         looks.append(look(image_file.name, image, mask, k, pose))
+    pictures.say_doubtful(doubtful)
     findings = judge_scale([matrices[f"scale_mat_{index}"] for index in range(len(looks))])
-    findings = understand(looks, picture_path(scene), findings, sphere=(np.zeros(3), 1.0))[2]
-    count = len({finding.text for finding in findings if finding.wrong})
+    findings = understand(looks, scene, findings, sphere=(np.zeros(3), 1.0))[2]
+    count = counted(findings, WRONG)
     if count:
         raise UserError(f"{scene}: {count} thing{'s' * (count > 1)} to mend, in the lines above; see "
                         f"{picture_path(scene)}")
-    print(f"{scene}: {len(looks)} views, nothing wrong; look at {picture_path(scene)}")
+    print(f"{scene}: {len(looks)} views, nothing wrong; look at {to_look_at(findings)}{picture_path(scene)}")
+
+
+def to_look_at(findings):
+    """Return the words before the picture's name for those of the findings that are to be looked at."""
+    count = counted(findings, LOOK)
+    return f"the {'line that begins' if count == 1 else 'lines that begin'} with `look`, and at " if count else ""
 
 
 def main():

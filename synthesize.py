@@ -144,7 +144,7 @@ def path_of(args, views_cameras, views):
 def turntable(poses, view, frames):
     """The poses (frames, 4, 4) of a view's camera going once around the upright axis through the origin.
 
-    poses: (N, 4, 4), all cameras', whose mean says what is upright.
+    poses: (N, 4, 4), all cameras', which say what is upright, as helper.upright.
     """
     turns = np.eye(4)[None].repeat(frames, axis=0)
     angles = 2 * np.pi * np.arange(frames) / frames     # the next frame would be the first again

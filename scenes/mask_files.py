@@ -4,6 +4,7 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import skimage.filters
 import skimage.measure
 import skimage.morphology
 
@@ -11,6 +12,8 @@ import datasets
 from files import pictures
 from helper import UserError
 from scenes.camera_files import natural
+
+DARK = 40   # grey levels: a background below is dark, and so is what differs from it by less
 
 
 def mask_sources(views, choice, root):
@@ -76,19 +79,50 @@ def has_alpha(path):
 def background_mask(image, threshold=None):
     """Return the mask (H, W) bool of an object before a dark or uniform background.
 
-    The background's colour is the median along the image's border. The object is what differs from it by more than
-    `threshold` grey levels in some channel (None: by the spread along the border); then specks and gaps of a few
-    pixels and small holes are closed and pieces below a tenth of the largest dropped.
+    The object is what differs from the background's colour by more than `threshold` grey levels in some channel
+    (None: background_threshold's); then specks and gaps of a few pixels and small holes are closed and pieces below a
+    tenth of the largest dropped.
+    """
+    difference = background_difference(image)[0]
+    return cleaned(difference > (background_threshold(image) if threshold is None else threshold))
+
+
+def background_threshold(image):
+    """Return the difference from the background's colour, in grey levels, at which the object begins in an image.
+
+    Before a dark background it is 0.6 of Otsu's threshold, which leaves a dim stand out, and at most DARK, below
+    which an object has little. Before others, where the object's dark parts may differ as little as a stand does, it
+    is what three quarters of the border's pixels keep below. It is above the noise of the border in both.
+    """
+    difference, border, brightness = background_difference(image)
+    if brightness >= DARK:
+        return 8 + 2 * float(np.percentile(border, 75))     # of the border's pixels a quarter may be the object
+    low = 8 + 2 * float(np.median(border))                  # or more, be they object or stand
+    bright = difference[difference > low]
+    if not len(bright):
+        return low
+    difference = np.minimum(difference, np.percentile(bright, 90))  # or few highlights would part from all the rest
+    return max(low, min(DARK, 0.6 * float(skimage.filters.threshold_otsu(difference))))
+
+
+def background_difference(image):
+    """Return how much the pixels of an image differ from its background, the background's brightness with it.
+
+    All (H, W) and those along the border (N,), float32, the most of the channels, in grey levels. The background's
+    colour is the median along the border; its brightness is its brightest channel.
     """
     smooth = cv2.GaussianBlur(image, (0, 0), max(0.5, max(image.shape[:2]) / 1500)).astype(np.float32)
     width = max(1, min(image.shape[:2]) // 40)
     border = np.concatenate([side.reshape(-1, 3) for side in (smooth[:width], smooth[-width:], smooth[:, :width],
                                                               smooth[:, -width:])])
     colour = np.median(border, axis=0)
-    if threshold is None:  # of the border's pixels a quarter may be the object
-        threshold = 8 + 2 * np.percentile(np.abs(border - colour).max(axis=1), 75)
-    mask = (np.abs(smooth - colour).max(axis=2) > threshold).astype(np.uint8)
-    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3 + 2 * (max(image.shape[:2]) // 800),) * 2)
+    return np.abs(smooth - colour).max(axis=2), np.abs(border - colour).max(axis=1), float(colour.max())
+
+
+def cleaned(mask):
+    """Return a mask (H, W) bool without specks, gaps of a few pixels, small holes and small pieces."""
+    disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3 + 2 * (max(mask.shape) // 800),) * 2)
+    mask = mask.astype(np.uint8)
     mask = cv2.morphologyEx(cv2.morphologyEx(mask, cv2.MORPH_CLOSE, disc), cv2.MORPH_OPEN, disc) > 0
     mask = skimage.morphology.remove_small_holes(mask, mask.size // 1000)
     labels = skimage.measure.label(mask)

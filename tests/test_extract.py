@@ -205,7 +205,7 @@ def test_a_surface_that_leaves_the_unit_sphere_is_closed_by_it(direction):
 
 
 def test_where_the_sphere_cuts_the_normals_are_the_spheres():
-    helper.set_context("cpu", "0")
+    context.set_context("cpu", "0")
     network.initialize(Network(64, 8, 9), np.random.default_rng(0))
     mesh = trimesh.creation.icosphere(subdivisions=2)
     cut = mesh.vertices[:, 2] > 0

@@ -159,7 +159,7 @@ def run(tmp_path, monkeypatch, capsys):
             except SystemExit as stopped:
                 status = stopped.code
         out, error = capsys.readouterr()
-        said = [line for line in error.splitlines() if line.startswith(("error:", "wrong:", "notice:"))]
+        said = [line for line in error.splitlines() if line.startswith(("error:", "wrong:", "look:", "notice:"))]
         return status, out, "\n".join(said)
     return run
 
@@ -288,15 +288,143 @@ def test_masks_before_a_background(truth, run, tmp_path):
     assert agree.mean() > 0.97
 
 
+def on_a_stand(truth, level, rng):
+    """The images before black, with noise, the object on a post, `level` grey levels bright, from the lower border."""
+    k, poses, images, masks = truth
+    column, row = np.meshgrid(np.arange(SIZE), np.arange(SIZE))
+    shown = []
+    for image, mask in zip(images, masks):
+        stand = (np.abs(column - SIZE / 2) < 0.2 * SIZE) & (row > 0.6 * SIZE)
+        grey = rng.normal(0, 2, image.shape) + np.where(stand, level * (1 + 0.15 * np.sin(column / 3)), 0)[..., None]
+        shown.append(np.clip(np.where(mask[..., None] > 0, image, grey), 0, 255).astype(np.uint8))
+    return shown
+
+
+def overlap(mask, wanted):
+    return (mask & wanted).sum() / (mask | wanted).sum()
+
+
+@pytest.mark.parametrize("level", [10, 20, 30])
+def test_a_dark_stand_before_a_dark_background_is_not_the_object(level, truth):
+    shown = on_a_stand(truth, level, np.random.default_rng(0))
+    found = [overlap(mask_files.background_mask(image), mask > 0) for image, mask in zip(shown, truth[3])]
+    assert np.median(found) > 0.97 and min(found) > 0.94
+    for image in shown:
+        assert 8 < mask_files.background_threshold(image) <= mask_files.DARK
+
+
+def test_the_threshold_of_what_is_dim_or_empty_is_above_the_noise(truth):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, 2, (SIZE, SIZE, 3))
+    assert not mask_files.background_mask(np.clip(noise, 0, 255).astype(np.uint8)).any()
+    assert not mask_files.background_mask(np.zeros((SIZE, SIZE, 3), np.uint8)).any()
+    wanted = truth[3][0] > 0
+    dim = np.clip(np.where(wanted[..., None], 30, 0) + noise, 0, 255)
+    assert overlap(mask_files.background_mask(dim.astype(np.uint8)), wanted) > 0.97
+    dim[wanted & (rng.random(wanted.shape) < 0.03)] = 255    # highlights
+    assert overlap(mask_files.background_mask(dim.astype(np.uint8)), wanted) > 0.9
+
+
+def test_what_is_said_of_masks_before_a_background_names_the_threshold(truth, run, tmp_path):
+    images = on_a_stand(truth, 60, np.random.default_rng(0))
+    source = middlebury(tmp_path / "input", (*truth[:2], images, truth[3]))
+    _, _, error = run(source, "--output", "mine", "--masks", "background")
+    assert "the mask touches" in error
+    assert all("--threshold found at " in line for line in error.splitlines() if "the mask touches" in line)
+    status, _, error = run(source, "--output", "other", "--masks", "background", "--threshold", 254)
+    assert status == 2 and "mask is empty" in error
+    assert all("--threshold 254" in line for line in error.splitlines())
+
+
+@pytest.mark.parametrize("level", [255, 128])
+def test_masks_that_show_no_object_are_said_in_one_line(level, truth, run, refused, tmp_path):
+    source = plain(tmp_path / "input", truth)
+    for name, image in zip(NAMES, truth[2]):
+        save(source / "images" / name, np.dstack([image, np.full(image.shape[:2], level, np.uint8)]))
+    error = refused(source, "two views with masks", options=("--masks", "alpha"))
+    assert error.startswith("wrong: views 0, 1, ") and "white everywhere" in error and error.count("\n") == 1
+
+
+def test_a_few_white_masks_are_known_from_many(truth, run, tmp_path):
+    white = truth[3][:1] + [np.full_like(truth[3][0], 255)] + truth[3][2:]
+    status, _, error = run(plain(tmp_path / "input", (*truth[:3], white)), "--output", "mine")
+    assert status == 0 and "look: view 1 (view_6.png): " in error
+
+
+def test_inverted_masks_are_refused_by_prepare_too(truth, refused, tmp_path):
+    inverted = (*truth[:3], [255 - mask for mask in truth[3]])
+    refused(plain(tmp_path / "input", inverted), "black and white of the masks exchanged", "prepare_scene.png")
+
+
 def test_the_hull_holds_the_object(truth):
     k, poses, images, masks = truth
     looks = [prepare.look(*view[:2], view[2] > 0, k, view[3]) for view in zip(NAMES, images, masks, poses)]
-    points, spacing = prepare.visual_hull(looks)
-    nearest = np.sqrt(((world_points()[::20, None] - points[None, ::7]) ** 2).sum(axis=2).min(axis=1))
-    assert nearest.max() < 7 * spacing
-    assert prepare.agreements(points, spacing, looks).min() > 0.95
-    centre, radius = prepare.enclosing_sphere(points, looks)
-    assert np.linalg.norm(points - centre, axis=1).max() < radius
+    hull = prepare.visual_hull(looks)
+    nearest = np.sqrt(((world_points()[::20, None] - hull.points[None, ::7]) ** 2).sum(axis=2).min(axis=1))
+    assert nearest.max() < 7 * hull.spacing
+    assert prepare.agreements(hull, looks).min() > 0.95
+    centre, radius = prepare.enclosing_sphere(hull, looks)
+    assert np.linalg.norm(hull.points - centre, axis=1).max() < radius
+
+
+def close_ups(zoom, count=9):
+    """Intrinsics, poses, images, masks of cameras before the object, so near that its ends are outside the images."""
+    k = make_scene.camera_intrinsics(SIZE)
+    k[:2, :2] *= zoom
+    directions = make_scene.fibonacci_sphere(400)
+    directions = directions[directions @ np.array((0.86, 0, 0.51)) > 0.77][::400 // (9 * count)][:count]
+    poses, images, masks = [], [], []
+    for direction in directions:
+        pose = make_scene.look_at(make_scene.DISTANCE * direction, np.zeros(3), (0, 0, 1))
+        image, mask = make_scene.render(k, pose, SIZE)
+        poses.append(pose), images.append(image), masks.append(mask)
+    return k, np.stack(poses), images, masks
+
+
+def scene_of(folder, views, radius=None):
+    """Write close_ups as the authors' form, with the unit sphere of that radius where one is given."""
+    k, poses, images, masks = views
+    arrays = {}
+    for index, (pose, image, mask) in enumerate(zip(poses, images, masks)):
+        save(folder / "image" / f"{index:03d}.png", image)
+        save(folder / "mask" / f"{index:03d}.png", mask)
+        arrays[f"world_mat_{index}"] = np.linalg.inv(pose)
+        arrays[f"world_mat_{index}"][:3] = k @ arrays[f"world_mat_{index}"][:3]
+        if radius:
+            arrays[f"scale_mat_{index}"] = np.diag((radius, radius, radius, 1.0))
+    np.savez(folder / "cameras.npz", **arrays)
+    return folder
+
+
+def test_an_object_that_the_images_cut_off_is_not_wrong(run, tmp_path):
+    views = close_ups(1.7)
+    assert all(prepare.touched_edges(mask) for mask in views[3])
+    status, _, error = run("--check", scene_of(tmp_path / "right", views, 1.0))
+    assert status == 0 and error.startswith("notice: views 0, 1, ") and error.count("\n") == 0
+    for radius, words in ((0.4, "wrong:"), (3.0, "inside the unit sphere")):    # that the sphere is wrong is still seen
+        status, _, error = run("--check", scene_of(tmp_path / f"{radius}", views, radius))
+        assert status == 2 and words in error
+    inverted = (*views[:3], [255 - mask for mask in views[3]])
+    status, _, error = run("--check", scene_of(tmp_path / "inverted", inverted, 1.0))
+    assert status == 2 and "black and white of the masks exchanged" in error
+
+
+def test_the_sphere_of_an_object_that_the_images_cut_off(run, tmp_path):
+    status, _, error = run(scene_of(tmp_path / "input", close_ups(1.7)), "--output", "mine")
+    assert status == 0 and "the unit sphere is a guess" in error and error.count("\n") == 1
+    scene = datasets.load_scene(tmp_path / "mine")
+    assert np.linalg.norm(scene.scale_mat[:3, 3]) < 0.2 and 0.6 < scene.scale_mat[0, 0] < 1.2
+    status, _, error = run("--check", "mine")
+    assert status == 0 and error.startswith("notice: ") and error.count("\n") == 0
+
+
+def test_no_camera_is_inside_the_sphere_of_a_near_object(truth, run, tmp_path):
+    hull = prepare.Hull(0.45 * make_scene.fibonacci_sphere(500), 0.02)
+    looks = []
+    for direction in make_scene.fibonacci_sphere(VIEWS):
+        pose = make_scene.look_at(direction, np.zeros(3), (0, 0, 1))
+        looks.append(prepare.look("x", np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), bool), np.eye(3), pose))
+    assert 0.45 < prepare.enclosing_sphere(hull, looks)[1] < 1
 
 
 # --- what is said of wrong scenes -----------------------------------------------------------------------------------
@@ -310,6 +438,14 @@ def test_check_of_a_right_scene_and_the_picture(truth, run, tmp_path):
     orange = np.abs(picture.astype(int) - prepare.ORANGE).max(axis=2) < 60
     assert orange.mean() > 0.002 and picture.shape[1] > 800
     assert not (np.abs(picture.astype(int) - prepare.RED).max(axis=2) < 20).mean() > 0.001
+
+
+@pytest.mark.parametrize("name", ["o$\\frac{$", "$x$ & 100%", "\u4e2d\u6587"])
+def test_a_picture_of_any_name(name, truth, run, tmp_path, recwarn):
+    source = unnormalised(tmp_path / "input", truth)
+    status, _, error = run(source, "--output", name, drawn=True)
+    assert (status, error) == (0, "") and (tmp_path / f"prepare_{name}.png").is_file()
+    assert not [warning for warning in recwarn if issubclass(warning.category, UserWarning)]
 
 
 def wrong_cameras(truth, change):
@@ -338,8 +474,10 @@ def test_a_picture_is_drawn_of_wrong_cameras(truth, run, tmp_path):
 def test_one_wrong_view_is_named(truth, run, tmp_path):
     changed = wrong_cameras(truth, lambda poses: poses[:3] + [poses[6]] + poses[4:])
     status, _, error = run(plain(tmp_path / "input", changed), "--output", "mine")
-    assert status == 0 and error.startswith("wrong: view 3 (view_8.png): ") and error.count("\n") == 0
+    assert status == 0 and error.startswith("look: view 3 (view_8.png): ") and error.count("\n") == 0
     datasets.load_scene(tmp_path / "mine")
+    status, out, error = run("--check", "mine")     # which judges as it did when it was made
+    assert status == 0 and error.startswith("look: view 3 (003_view_8.png): ") and "`look`" in out
 
 
 def test_one_view_that_looks_away_is_refused_by_name(truth, refused, tmp_path):
@@ -378,6 +516,15 @@ def test_check_of_scale_matrices(words, change, truth, run, tmp_path):
     assert (status, error) == (0, "") if not words else (status == 2 and words in error)
 
 
+@pytest.mark.parametrize("size", [1e155, 1e200])
+def test_check_of_cameras_that_overflow(size, truth, run, tmp_path, recwarn):
+    folder = spoiled(tmp_path, truth, lambda arrays: arrays.update(
+        world_mat_3=arrays["world_mat_3"] * size, scale_mat_3=arrays["scale_mat_3"] * size))
+    status, _, error = run("--check", folder)
+    assert status == 2 and "cameras.npz: the camera of view 3 cannot be used" in error and "\n" not in error
+    assert not [warning for warning in recwarn if issubclass(warning.category, RuntimeWarning)]
+
+
 def test_check_of_masks(truth, run, tmp_path):
     folder = spoiled(tmp_path, truth, lambda arrays: None)
     mask = np.asarray(Image.open(folder / "mask/002.png"))
@@ -385,7 +532,7 @@ def test_check_of_masks(truth, run, tmp_path):
     save(folder / "mask/004.png", np.roll(mask, SIZE // 2, axis=1))
     status, _, error = run("--check", folder)
     assert status == 2 and "view 2 (002.png): the mask is empty" in error
-    assert "notice: view 4 (004.png): the mask touches" in error and "wrong: view 4 (004.png)" in error
+    assert "notice: view 4 (004.png): the mask touches" in error and "look: view 4 (004.png)" in error
     for index in range(VIEWS):
         save(folder / f"mask/{index:03d}.png", 255 - truth[3][index])
     status, _, error = run("--check", folder)
@@ -515,3 +662,25 @@ def test_scan65_is_normalised_as_its_authors_did(tmp_path, run, capsys):
     scale_mat = datasets.load_scene(tmp_path / "scan65").scale_mat
     assert np.linalg.norm(scale_mat[:3, 3] - authors[:3, 3]) < 0.1 * authors[0, 0]
     assert 0.9 < scale_mat[0, 0] / authors[0, 0] < 1.15
+
+
+def test_scan24_is_right_and_its_sphere_is_found(tmp_path, run):
+    source = SHARED / "data" / "dtu_scan24"
+    if not source.is_dir():
+        pytest.skip("DTU's scan 24 (shared/data/dtu_scan24) is not there")
+    with np.load(source / "cameras.npz") as stored:
+        for folder, kinds in (("right", ("world", "scale")), ("anew", ("world",))):
+            for name in ("image", "mask"):
+                (tmp_path / folder / name).mkdir(parents=True)
+                for path in sorted((source / name).iterdir())[::5]:
+                    (tmp_path / folder / name / path.name).symlink_to(path)
+            np.savez(tmp_path / folder / "cameras.npz", **{f"{kind}_mat_{index}": stored[f"{kind}_mat_{5 * index}"]
+                                                           for index in range(10) for kind in kinds})
+        authors = stored["scale_mat_0"]
+    status, out, error = run("--check", "right")        # its masks touch three borders, or all four
+    assert status == 0 and "nothing wrong" in out and error.startswith("notice: views 0, 1, ") and "\n" not in error
+    status, _, error = run("anew", "--output", "scan24", "--downscale", 4)
+    assert status == 0 and "the unit sphere is a guess" in error
+    scale_mat = datasets.load_scene(tmp_path / "scan24").scale_mat
+    assert np.linalg.norm(scale_mat[:3, 3] - authors[:3, 3]) < 0.2 * authors[0, 0]
+    assert 1 / 1.3 < scale_mat[0, 0] / authors[0, 0] < 1.3

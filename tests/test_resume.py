@@ -19,7 +19,7 @@ import make_scene
 import report
 import train
 from conftest import ROOT, write_demo_config
-from files import folders
+from files import folders, writing
 from training import checkpoints, log, step
 
 VIEWS, EPOCHS = 4, 5
@@ -71,7 +71,7 @@ def start(folder, name, *more, **changes):
 
 def at_step(monkeypatch, step, action):
     """Have `action()` called in the midst of the `step`-th step from now on."""
-    place, count = train.place_points, [0]
+    place, count = step.place_points, [0]
 
     def place_points(*arguments):
         count[0] += 1
@@ -79,7 +79,7 @@ def at_step(monkeypatch, step, action):
             action()
         return place(*arguments)
 
-    monkeypatch.setattr(train, "place_points", place_points)
+    monkeypatch.setattr(step, "place_points", place_points)
 
 
 def contents(folder):
@@ -170,7 +170,7 @@ def test_a_run_that_is_killed_while_it_writes(home, capfd, write, step, models):
     done = subprocess.run([sys.executable, "-c", KILLED, str(write), "--context", "cpu", "--config",
                            write_config(home), "--monitor-path", home / name], cwd=str(ROOT), stderr=subprocess.DEVNULL)
     folder = home / f"{name}_tiny"
-    assert done.returncode == -signal.SIGKILL and list(folder.glob(helper.UNFINISHED + "*"))
+    assert done.returncode == -signal.SIGKILL and list(folder.glob(folders.UNFINISHED + "*"))
     assert len(list(folder.glob("model_*.h5"))) == models
     for model in folder.glob("model_*.h5"):
         nn.load_parameters(str(model))
@@ -188,7 +188,7 @@ def test_a_complete_run_that_is_killed_in_its_last_page(home, capfd):
     done = subprocess.run([sys.executable, "-c", KILLED, "8", "--context", "cpu", "--config", config, "--monitor-path",
                            home / "page"], cwd=str(ROOT), stderr=subprocess.DEVNULL)
     assert done.returncode == -signal.SIGKILL and (folder / "model_00000.h5").exists()
-    assert [path.suffix for path in folder.glob(helper.UNFINISHED + "*")] == [".html"]
+    assert [path.suffix for path in folder.glob(folders.UNFINISHED + "*")] == [".html"]
     assert start(home, "page", "--resume", train__epochs=1) == 0 and "is trained" in capfd.readouterr().out
     assert not list(folder.glob(".*"))
 
@@ -200,16 +200,16 @@ def test_what_a_killed_process_leaves_goes_and_nothing_else(tmp_path):
     for name in names:
         child = os.fork()
         if child == 0:
-            with helper.replacing(tmp_path / name):
+            with writing.replacing(tmp_path / name):
                 os.kill(os.getpid(), signal.SIGKILL)
         os.waitpid(child, 0)
     left = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(left) == len(names) and {path.suffix for path in left} >= {".txt", ".h5", ".npy", ".png", ".mp4", ".ply"}
-    others = [".hidden-12345678.h5", ".state-12345678.h5", *(helper.UNFINISHED + end for end in ("a.txt", "12345678"))]
+    others = [".hidden-12345678.h5", ".state-12345678.h5", *(folders.UNFINISHED + end for end in ("a.txt", "12345678"))]
     for name in others[:-1]:
         (tmp_path / name).write_text("a user's")
     (tmp_path / others[-1]).mkdir()
-    with helper.replacing(tmp_path / "mesh.ply") as temporary:
+    with writing.replacing(tmp_path / "mesh.ply") as temporary:
         script = "import helper, sys\nhelper.remove_unfinished(sys.argv[1])"
         subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=str(ROOT), check=True)
         temporary.write_text("whole")
@@ -222,7 +222,7 @@ def test_the_scripts_that_write_to_a_run_remove_what_is_left_there(home, capfd):
     assert start(home, "left", train__epochs=1) == 0
     folder = home / "left_tiny"
     for script in (extract, evaluate, report):
-        left = [folder / f"{helper.UNFINISHED}abcdefg{digit}.ply" for digit in range(3)]
+        left = [folder / f"{folders.UNFINISHED}abcdefg{digit}.ply" for digit in range(3)]
         for path in left:
             path.write_text("half")
         words = [folder] if script is report else ["--context", "cpu", "--config", folder / "tiny.yaml",
@@ -322,11 +322,11 @@ name, path = sys.argv[1:]
 conf = types.SimpleNamespace(data=types.SimpleNamespace(path="tiny"))
 for number in range(60):
     try:
-        with contextlib.redirect_stdout(sys.stderr), helper.new_run_folder(conf, path) as folder:
+        with contextlib.redirect_stdout(sys.stderr), folders.new_run_folder(conf, path) as folder:
             with open(folder / f"{name}-{number}", "x"):
                 time.sleep(0.001)
             assert os.listdir(folder) == [f"{name}-{number}"]
-            helper.check_held(folder)
+            folders.check_held(folder)
         print(f"{name}-{number}")
     except helper.UserError as error:
         assert "another training writes there" in str(error), error
@@ -411,8 +411,8 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
 
 
 def test_a_surface_that_is_gone_is_told_once(home, monkeypatch, capfd):
-    place = train.place_points
-    monkeypatch.setattr(train, "place_points", lambda *a: place(*a)._replace(hit_in_mask=np.zeros(64, bool)))
+    place = step.place_points
+    monkeypatch.setattr(step, "place_points", lambda *a: place(*a)._replace(hit_in_mask=np.zeros(64, bool)))
     assert start(home, "gone") == 0
     said = capfd.readouterr()
     assert (said.out + said.err).count("no ray has met the surface") == 1

@@ -3,6 +3,7 @@ import imageio.v2 as imageio
 import nnabla as nn
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 import helper
 import make_scene
@@ -23,6 +24,66 @@ def ring(*degrees):
 def test_a_turntable_goes_once_around_the_upright_axis():
     poses = synthesize.turntable(ring(10, 130, 250), 1, 36)
     assert poses == pytest.approx(ring(*(130 + 10 * np.arange(36))), abs=1e-9)
+
+
+def rolled(poses, *degrees):
+    """Poses whose cameras are rolled about their axes by these angles in turn."""
+    rolls = Rotation.from_euler("z", [degrees[i % len(degrees)] for i in range(len(poses))], degrees=True).as_matrix()
+    poses = poses.copy()
+    poses[:, :3, :3] = poses[:, :3, :3] @ rolls
+    return poses
+
+
+def dome(count, least=0.0):
+    """Poses of cameras all over a hemisphere, or its part at this height and more, that look at its middle."""
+    places = make_scene.fibonacci_sphere(int(2 * count / (1 - least)))
+    return np.stack([make_scene.look_at(2.5 * place, (0, 0, 0), (0, 0, 1)) for place in places if place[2] > least])
+
+
+def off(poses):
+    """The angle in degrees between what helper.upright says of these poses, turned somehow, and z."""
+    turn = np.eye(4)
+    turn[:3, :3] = Rotation.from_rotvec((0.3, -1.1, 0.7)).as_matrix()
+    return np.degrees(np.arccos(np.clip(helper.upright(turn @ poses) @ turn[:3, 2], -1, 1)))
+
+
+CIRCLE = np.linspace(0, 360, 16, endpoint=False)
+
+
+@pytest.mark.parametrize("degrees", [(90,), (-90,), (90, -90), (0, 90), (0, 90, 0, -90)])
+@pytest.mark.parametrize("poses", [ring(*CIRCLE), ring(0, 120, 240), ring(*CIRCLE[:10]), dome(16), dome(60),
+                                   dome(20, 0.5)], ids=["ring", "three", "arc", "sparse dome", "dome", "cap"])
+def test_up_is_the_axis_of_cameras_that_lie_on_their_sides(poses, degrees):
+    assert off(rolled(poses, *degrees)) < 10
+
+
+@pytest.mark.parametrize("poses", [ring(10), ring(10, 40), ring(*CIRCLE[:4]), ring(*CIRCLE), dome(60)])
+def test_up_is_the_mean_of_the_cameras_where_they_agree(poses):
+    mean = -poses[:, :3, 1].mean(axis=0)
+    assert helper.upright(poses) @ mean / np.linalg.norm(mean) > np.cos(np.radians(3))
+    mean = -rolled(poses, 180)[:, :3, 1].mean(axis=0)       # photographs upside down are believed
+    assert helper.upright(rolled(poses, 180)) @ mean > 0
+
+
+def test_up_where_nothing_says_it():
+    for poses in (rolled(ring(0, 180), 90), rolled(ring(0, 180), 90, -90), rolled(ring(5, 5), 0, 180),
+                  rolled(np.eye(4)[None].repeat(4, axis=0), 0, 90, 180, 270)):
+        assert np.linalg.norm(helper.upright(poses)) == pytest.approx(1)
+    one = rolled(ring(10), 90)
+    assert helper.upright(one) == pytest.approx(-one[0, :3, 1])
+
+
+def test_a_turntable_of_photographs_that_lie_on_their_side_turns_about_the_rings_axis():
+    poses = rolled(ring(*CIRCLE), 90)
+    heights = synthesize.turntable(poses, 1, 12)[:, 2, 3]
+    assert heights == pytest.approx(poses[:, 2, 3].mean())
+
+
+def test_right_of_someone_who_looks_along_any_direction():
+    assert helper.rightwards(np.array((0.0, 0, 1)), np.array((0.0, -3, 1))) == pytest.approx([1, 0, 0])
+    for back in ((0, 0, 1), (0, 0, -5), (0, 0, 0)):
+        right = helper.rightwards(np.array((0.0, 0, 1)), np.array(back, float))
+        assert np.linalg.norm(right) == pytest.approx(1) and right[2] == 0
 
 
 def test_between_cameras_of_a_ring_lie_those_of_the_ring():
@@ -87,7 +148,7 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
 @pytest.mark.parametrize("without", [["view"], ["normal"], ["feature"], ["view", "normal"], ["normal", "feature"],
                                      ["view", "normal", "feature"]])
 def test_another_models_renderer_that_is_not_given_everything(tmp_path, without):
-    helper.set_context("cpu", "0")
+    context.set_context("cpu", "0")
     points = np.random.default_rng(3).normal(size=(50, 3)).astype(np.float32)
     network.initialize(Network(80, 5 if "feature" in without else 8, 9, without=list(without)), np.random.default_rng(1))
     checkpoints.save_model(tmp_path / "other.h5")
