@@ -211,7 +211,7 @@ MOST_VIEWS = 100000
 
 
 def between(least, most):
-    """Return what SETTINGS has for numbers from `least` to `most`: a function that allows them, and the words for it."""
+    """Return what SETTINGS has for numbers from `least` to `most`: a function that allows them, and the words."""
     return lambda v: least <= v <= most, f"between {least} and {most}"
 
 
@@ -537,6 +537,7 @@ def copy_config(path, folder):
 
 # --- cameras and rays -------------------------------------------------------------------------------------------------
 
+@np.errstate(all="ignore")      # what is not finite in the end is refused
 def decompose_projection(projection):
     """Decompose P = K [R | t] into intrinsics and pose.
 
@@ -554,7 +555,10 @@ def decompose_projection(projection):
     pose = np.eye(4)
     pose[:3, :3] = rotation.T
     pose[:3, 3] = centre[:3, 0] / centre[3, 0]
-    return intrinsics / intrinsics[2, 2], pose
+    intrinsics = intrinsics / intrinsics[2, 2]
+    if not (np.isfinite(pose).all() and np.isfinite(intrinsics).all()):
+        raise ValueError("its numbers are too large or too small")
+    return intrinsics, pose
 
 
 def pixel_rays(uv, intrinsics, pose):
