@@ -343,7 +343,7 @@ def read_pickle(file):
         elif name in ("SETITEM", "SETITEMS"):
             items = take_off(marks.pop() if name == "SETITEMS" else len(stack) - 2)
             if not all(type(key) is str or is_count(key) for key in items[::2]):
-                raise UserError("has a dict whose keys are neither texts nor small numbers; it is no checkpoint of a model")
+                raise UserError("has a dict whose keys are neither texts nor small numbers; it is no model's")
             dict.update(nesting.put(stack[-1], items[1::2]), zip(items[::2], items[1::2]))
         elif name in ("APPEND", "APPENDS"):
             items = take_off(marks.pop() if name == "APPENDS" else len(stack) - 1)

@@ -163,14 +163,15 @@ def load_cameras(path, count):
     intrinsics, poses = np.empty((count, 3, 3)), np.empty((count, 4, 4))
     for view in range(count):
         where = f"{path}: the camera of view {view} (world_mat_{view} @ scale_mat_{view})"
-        try:
-            with np.errstate(over="ignore", invalid="ignore"):      # decompose_projection refuses it
+        with np.errstate(all="ignore"):     # what is not finite is refused
+            try:
                 projection = matrices[f"world_mat_{view}"] @ matrices[f"scale_mat_{view}"]
-            intrinsics[view], poses[view] = decompose_projection(projection)
-        except ValueError as error:
-            raise UserError(f"{where} cannot be used: {error}; mend these two matrices")
-        # The sphere reaches 1 beyond its centre along the camera's axis: no ray of such a camera meets it.
-        if poses[view, :3, 2] @ poses[view, :3, 3] > 1.0:
+                intrinsics[view], poses[view] = decompose_projection(projection)
+            except ValueError as error:
+                raise UserError(f"{where} cannot be used: {error}; mend these two matrices") from error
+            # The sphere reaches 1 beyond its centre along the camera's axis: no ray of such a camera meets it.
+            behind = not poses[view, :3, 2] @ poses[view, :3, 3] <= 1.0
+        if behind:
             raise UserError(f"{where} has the unit sphere behind it; z must point into the scene, and "
                             "scale_mat map the unit sphere to the object")
     return intrinsics, poses, matrices["scale_mat_0"]

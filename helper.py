@@ -105,6 +105,7 @@ def argument_parser(description, config=True, model=False):
 
 # --- cameras and rays -------------------------------------------------------------------------------------------------
 
+@np.errstate(all="ignore")      # what is not finite in the end is refused
 def decompose_projection(projection):
     """Decompose P = K [R | t] into intrinsics and pose.
 
@@ -122,7 +123,10 @@ def decompose_projection(projection):
     pose = np.eye(4)
     pose[:3, :3] = rotation.T
     pose[:3, 3] = centre[:3, 0] / centre[3, 0]
-    return intrinsics / intrinsics[2, 2], pose
+    intrinsics = intrinsics / intrinsics[2, 2]
+    if not (np.isfinite(pose).all() and np.isfinite(intrinsics).all()):
+        raise ValueError("its numbers are too large or too small")
+    return intrinsics, pose
 
 
 class Camera(NamedTuple):

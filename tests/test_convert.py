@@ -3,6 +3,8 @@ import base64
 import os
 import pickle
 import struct
+import subprocess
+import sys
 import tracemalloc
 import warnings
 import zipfile
@@ -416,6 +418,101 @@ def test_storages_that_unpack_to_more_than_the_file(tmp_path):
         archive.writestr("archive/data.pkl", tensor_program(count=2 ** 24))
         archive.writestr("archive/data/a", bytes(2 ** 26))
     assert "more than it holds" in refused_in_little_memory(path)
+
+
+def changed_directory(content, place, value):
+    """The bytes of a zip in whose directory each file has `value`, four bytes, at a place."""
+    content, start = bytearray(content), content.find(b"PK\1\2")
+    while start >= 0:
+        content[start + place:start + place + 4] = struct.pack("<I", value)
+        start = content.find(b"PK\1\2", start + 4)
+    return bytes(content)
+
+
+def test_storages_whose_size_is_a_lie(tmp_path):
+    path = tmp_path / "compressed.pth"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", tensor_program())
+        archive.writestr("archive/data/a", bytes(2 ** 26))
+    path.write_bytes(changed_directory(path.read_bytes(), 24, 56))
+    assert "is compressed" in refused_in_little_memory(path)
+    path = write_zip(tmp_path, tensor_program(), {"a": bytes(56)})
+    for size in (0, 55, 57, 2 ** 31):
+        path.write_bytes(changed_directory(path.read_bytes(), 24, size))
+        refused_in_little_memory(path)
+
+
+def test_a_zip_of_many_files(tmp_path):
+    path = write_zip(tmp_path, tensor_program(), {"a": bytes(56)}, [(str(number), b"") for number in range(10 ** 4)])
+    assert "more than 10000 files" in refusal(path)
+
+
+def test_a_zip_whose_numbers_have_changed(tmp_path):
+    path = write_zip(tmp_path, tensor_program(), {"a": b"\1" * 56})
+    path.write_bytes(path.read_bytes().replace(b"\1" * 9, b"\1" * 8 + b"\2"))
+    assert "is damaged" in refusal(path)
+
+
+PAIRS = b"".join(b"h%ch%c\x86q%c" % (k, k, k + 1) for k in range(50))      # each tuple holds the one before twice
+NESTED = {
+    "a key that holds itself doubled": b"\x80\x02)q\0" + PAIRS + b"}h\x32Ns.",
+    "a key of tuples": b"\x80\x02})Ns.",
+    "keys of one hash": b"\x80\x02}(" + b"".join(convert.pickled(k * (2 ** 61 - 1), [], False) + b"N"
+                                                 for k in range(8, 20000)) + b"u.",
+    "a function": b"\x80\x02)q\0" + PAIRS + b")R.",
+    "a text for a function": b"\x80\x02X\x17\0\0\0collections OrderedDict)R.",
+    "a storage's key": b"\x80\x02)q\0(X\7\0\0\0storagectorch\nFloatStorage\n" + PAIRS + b"X\3\0\0\0cpuK\1tQ.",
+    "a storage's type": b"\x80\x02)q\0(X\7\0\0\0storage" + PAIRS + b"X\1\0\0\0aX\3\0\0\0cpuK\1tQ.",
+    "a tensor's shape": b"\x80\x02)q\0ctorch._utils\n_rebuild_tensor_v2\n(K\1K\0" + PAIRS + b"h\x32tR.",
+    "tuples in tuples": b"\x80\x02)" + b"\x85" * 99990 + b".",
+    "tuples in tuples, more": b"\x80\x02)" + b"\x85" * 2000000 + b".",
+    "lists in lists": b"\x80\x02]" + b"q\0]h\0a" * 20000 + b".",
+    "lists in lists, from without": b"\x80\x02]q\0" + b"h\0]q\0a0" * 9 + b".",
+    "dicts in dicts": b"\x80\x02" + b"}K\1" * 9 + b"N" + b"s" * 9 + b".",
+    "a list that holds itself": b"\x80\x02]q\0h\0a.",
+    "instructions without end": b"\x80\x02" + b"N" * 2 ** 17 + b".",
+}
+
+
+READ_NESTED = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+from pathlib import Path
+from test_convert import NESTED, refusal, write_old, write_zip
+folder = Path(sys.argv[3])
+for name, program in NESTED.items():
+    print(name, refusal(write_zip(folder, program)), refusal(write_old(folder, program)), flush=True)
+"""
+
+
+def test_instructions_that_nest_or_hash_without_end(tmp_path):
+    """In a process of its own: Python may crash where it goes into such values, or never come out."""
+    done = subprocess.run([sys.executable, "-c", READ_NESTED, str(ROOT), str(ROOT / "tests"), str(tmp_path)],
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
+    said = [line for line in done.stdout.splitlines() if "[nnabla][INFO]" not in line]
+    assert [name for name, line in zip(NESTED, said) if line.startswith(name)] == list(NESTED)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    for name in ("pipe.pth", "pipe.h5"):
+        os.mkfifo(tmp_path / name)
+    assert "pipe.pth: not a regular file" in refused("convert.py", "pipe.pth", "--output", "a.h5", cwd=tmp_path)
+    assert "pipe.h5: not a regular file" in refused("convert.py", "pipe.h5", "--output", "a.pth", cwd=tmp_path)
+
+
+def test_networks_of_more_numbers_than_a_configuration_may_have():
+    with pytest.raises(helper.UserError, match=r"network.width \* network.layers must be at most 64,000,000"):
+        convert.wanted_shapes("a.pth", architecture.parameter_shapes(4096, 8, 9))
+    assert convert.wanted_shapes("a.pth", architecture.parameter_shapes(512, 256, 9))
+
+
+def test_a_model_of_ours_that_is_not_finite_is_not_turned(tmp_path):
+    ours = dict(small_network(), **{"cameras/pose": np.ones((2, 7))})
+    assert len(convert.their_parameters("a.h5", ours)[0]) == len(ours) - 1
+    for name in ("implicit/0/v", "cameras/pose"):
+        with pytest.raises(helper.UserError, match=f"a.h5: {name} has values that are not finite"):
+            convert.their_parameters("a.h5", {**ours, name: ours[name] * np.nan})
 
 
 def test_a_model_of_ours_that_claims_more_than_it_holds(tmp_path):

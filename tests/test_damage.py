@@ -1,5 +1,7 @@
 """Broken and hostile files: seeded random damage to everything that the scripts read. They refuse it in one line of
 their own, with status 2 and nothing written, or, where the damage left a file that is one, go on to compute."""
+import json
+import os
 import subprocess
 import sys
 import warnings
@@ -18,7 +20,7 @@ import helper
 import make_scene
 import network
 import train
-from backends import context
+from backends import architecture, context
 from config.settings import Network
 from conftest import ROOT
 from training import checkpoints
@@ -190,6 +192,124 @@ def test_a_model_that_unpacks_to_more_than_its_size(tmp_path):
         file.create_dataset("large", (2000, 2000), "f4", compression="gzip")
     with pytest.raises(helper.UserError, match="not a readable"):
         checkpoints.load_model(path, {"implicit/0/v": (39, 64)})
+
+
+def many(file):
+    for number in range(300):       # each is smaller than the file, which holds none of them
+        file.create_dataset(str(number), (10000,), "f4")
+
+
+def in_one_chunk(file):
+    """A number that unpacks to 40 MB."""
+    file.create_dataset("implicit/0/v", (1,), "f4", maxshape=(None,), chunks=(10 ** 7,), compression="gzip")[0] = 1.0
+
+
+def deep(file):
+    for _ in range(3000):       # HDF5 goes into them by recursion
+        file = file.create_group("g")
+
+
+def more_than_any_model_has(file):
+    for number in range(checkpoints.MOST_ARRAYS + 1):
+        file.create_dataset(str(number), (), "f4")
+
+
+@pytest.mark.parametrize("fill", [many, in_one_chunk, deep, more_than_any_model_has], ids=lambda fill: fill.__name__)
+def test_a_model_that_claims_more_than_it_holds(tmp_path, monkeypatch, fill):
+    path = tmp_path / "model_00000.h5"
+    monkeypatch.setattr(checkpoints, "MOST_ARRAYS", 400)
+    with h5py.File(str(path), "w") as file:
+        fill(file)
+        file["large"] = np.zeros(20000)     # room for each of them
+    with pytest.raises(helper.UserError, match="model_00000.h5: not a readable .h5 checkpoint"):
+        checkpoints.read_arrays(path)
+
+
+@pytest.mark.parametrize("about", [np.array(5 * ["x" * 10 ** 6], dtype=object), "x" * 2 ** 19, np.zeros(3),
+                                   np.bytes_(b"\xff")], ids=["texts", "long", "numbers", "bytes"])
+def test_a_model_with_another_attribute_than_ours(tmp_path, about):
+    with h5py.File(str(tmp_path / "model.h5"), "w") as file:
+        file["x"], file.attrs["about"] = np.zeros(3), about
+    with pytest.raises(helper.UserError, match="not a readable"):
+        checkpoints.read_arrays(tmp_path / "model.h5")
+
+
+def test_a_model_that_is_a_pipe_or_too_large(tmp_path):
+    os.mkfifo(str(tmp_path / "model_00000.h5"))
+    for read in (checkpoints.model_file, checkpoints.read_arrays):
+        with pytest.raises(helper.UserError, match="not a regular file"):
+            read(tmp_path / "model_00000.h5")
+    with open(str(tmp_path / "large.h5"), "wb") as file:
+        file.truncate(checkpoints.MOST_BYTES + 1)
+    with pytest.raises(helper.UserError, match="more than 1073741824 bytes"):
+        checkpoints.read_arrays(tmp_path / "large.h5")
+
+
+def test_a_model_beyond_single_precision(tmp_path):
+    with h5py.File(str(tmp_path / "model.h5"), "w") as file:
+        file["implicit/0/v"] = np.full((39, 64), 1e300)
+    with pytest.raises(helper.UserError, match="implicit/0/v has values that are not finite"):
+        checkpoints.load_model(tmp_path / "model.h5", {"implicit/0/v": (39, 64)})
+
+
+def resumed(folder, progress={}, arrays={}):
+    """Write a state with a checksum that is right, these things in it changed, and read it as train.py does."""
+    shapes = architecture.parameter_shapes(64, 8, 4)
+    network.initialize(64, 8, 4, 0.6, np.random.default_rng(0))
+    solver = S.Adam()
+    solver.set_parameters(nn.get_parameters())
+    whole = {"step": 7, "steps": 2, "views": 2, "ranks": 1, "loss": 0.5, "elapsed": 1.0, "lap": -1.0,
+             "config": {"train.rays": 8}}
+    checkpoints.save_state(folder, {"solver": solver}, whole, {"loss": [1.0]})
+    kept = {**checkpoints.read_arrays(folder / "state.h5")[0], **arrays}
+    about = {**whole, "format": checkpoints.STATE_FORMAT, "checksum": checkpoints.checksum(kept), **progress}
+    with h5py.File(str(folder / "state.h5"), "w") as file:
+        for name, array in kept.items():
+            file[name] = array
+        file.attrs["about"] = json.dumps({name: value for name, value in about.items() if value is not None})
+    state = checkpoints.load_state(folder, shapes)
+    checkpoints.restore_state(state, {"solver": solver})
+    return state
+
+
+def test_the_state_that_the_next_tests_spoil_is_fine(tmp_path):
+    assert resumed(tmp_path).progress["step"] == 7
+    assert resumed(tmp_path, {"views": None, "ranks": None}).progress["steps"] == 2     # as states once were
+    more = {"parameters/implicit/9/v": np.zeros(3), "parameters/new/x": np.full(3, np.nan)}
+    assert set(resumed(tmp_path, arrays=more).parameters) == set(architecture.parameter_shapes(64, 8, 4))
+
+
+@pytest.mark.parametrize("name, values", [
+    ("step", [-1, 1.0, "7", None, 2 ** 63, True]), ("steps", [0, -2, 3, 2.0, 10 ** 9]),
+    ("views", [0, "2", [2], 5, 2.0]), ("ranks", [0, -1, 2, "1", 10 ** 30]), ("loss", ["x", np.nan, np.inf, 1]),
+    ("elapsed", [np.nan, -np.inf, "1", 1e300]), ("lap", [np.nan, {}]),
+    ("config", [None, [], "x", {"train.rays": {}}, {"train.rays": [[1]]}, {"a": None}]),
+])
+def test_states_with_impossible_progress(tmp_path, name, values):
+    for value in values:
+        with pytest.raises(helper.UserError, match="state.h5: its [a-z]+ cannot be .*; the file is damaged"):
+            resumed(tmp_path, {name: value})
+
+
+@pytest.mark.parametrize("name, array", [
+    ("solver/implicit/0/v/t", np.array(np.nan)), ("solver/implicit/0/v/t", np.array(-1)),
+    ("solver/implicit/0/v/t", np.array(2 ** 31)), ("solver/implicit/0/v/t", np.array(1.5)),
+    ("solver/implicit/0/v/t", np.zeros(1, int)), ("solver/implicit/0/v/var", np.full((39, 64), 1e300)),
+    ("solver/implicit/0/v/mean", np.full((39, 64), np.inf, np.float32)),
+    ("series/loss", np.zeros((2, 2))), ("series/loss", np.array([np.nan])), ("series/other", np.array(1.0)),
+    ("parameters/implicit/0/v", np.zeros((39, 63))), ("parameters/cameras/pose", np.zeros((2, 7))),
+])
+def test_states_with_impossible_numbers(tmp_path, name, array):
+    with pytest.raises(helper.UserError, match="state.h5: "):
+        resumed(tmp_path, arrays={name: array})
+
+
+@pytest.mark.parametrize("about", ["[" * 50000, "9" * 50000, "NaN", "{}", "null", '{"format": []}'])
+def test_states_whose_progress_is_none(tmp_path, about):
+    with h5py.File(str(tmp_path / "state.h5"), "w") as file:
+        file["x"], file.attrs["about"] = np.zeros(3), about
+    with pytest.raises(helper.UserError, match="no training state of this program"):
+        checkpoints.load_state(tmp_path, {})
 
 
 def test_a_model_with_values_that_are_not_finite(tmp_path):

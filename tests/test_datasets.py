@@ -1,9 +1,12 @@
 """Scenes on disk: what is read and what is refused, cameras against pixels, the training feed."""
+
 import io
 import os
 import shutil
 import socket
 import struct
+import tracemalloc
+import zipfile
 
 import cv2
 import numpy as np
@@ -459,6 +462,54 @@ def test_refuses_what_is_no_npz(folder):
     with path.open("wb") as file:
         np.save(file, np.eye(4))
     refused(folder, path, "not a readable .npz")
+
+
+def in_little_memory(call, *arguments):
+    tracemalloc.start()
+    try:
+        message = call(*arguments)
+        assert tracemalloc.get_traced_memory()[1] < 2 ** 24
+        return message
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+@pytest.mark.parametrize("suffix", ["", ".npy"])
+def test_matrices_that_unpack_to_any_size(folder, compression, suffix):
+    path, large = folder / "cameras.npz", b"\x93NUMPY\1\0\x76\0" + bytes(2 ** 26)
+    header = b"{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000, 4)}".ljust(117) + b"\n"
+    for content in (large, large[:10] + header + bytes(2 ** 26), large[:10] + header):
+        with zipfile.ZipFile(path, "w", compression) as file:
+            file.writestr("world_mat_0" + suffix, content)
+        in_little_memory(refused, folder, path, "cameras.npz: ")
+        whole = bytearray(path.read_bytes())
+        place = whole.index(b"PK\1\2")
+        whole[place + 24:place + 28] = (128).to_bytes(4, "little")        # the size, which is a lie
+        path.write_bytes(whole)
+        in_little_memory(refused, folder, path, "cameras.npz: ")
+
+
+def test_matrices_without_a_suffix(folder):
+    """numpy.load takes them too."""
+    wanted = datasets.load_cameras(folder / "cameras.npz", VIEWS)
+    with zipfile.ZipFile(folder / "cameras.npz") as file:
+        entries = {name[:-4]: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(folder / "cameras.npz", "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in entries.items():
+            file.writestr(name, content)
+    for found, expected in zip(datasets.load_cameras(folder / "cameras.npz", VIEWS), wanted):
+        assert np.array_equal(found, expected)
+
+
+def test_cameras_that_are_no_file_or_a_large_one(folder):
+    path = folder / "cameras.npz"
+    with path.open("ab") as file:
+        file.truncate(2 ** 25)
+    refused(folder, path, "more than 16777216 bytes")
+    path.unlink()
+    os.mkfifo(str(path))
+    refused(folder, path, "not a regular file", "a scene holds")
 
 
 class Trap:

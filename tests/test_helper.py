@@ -7,6 +7,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 from typing import List
 
@@ -188,6 +189,115 @@ def test_refuses_broken_yaml(tmp_path):
     assert "not a text file" in refusal_of_text(tmp_path, b"\xff\xfe\xfa")
 
 
+@pytest.mark.parametrize("text, says", [
+    ("data: !!bool x", "cannot be parsed"), ("data: !!timestamp x", "cannot be parsed"),
+    ("data: !!int ''", "cannot be parsed"), ("data: 2001-13-45", "cannot be parsed"),
+    ("a: &a [x]\nb: *a", "no aliases"), ("&a {b: *a}", "no aliases"),
+    ("a: {b: 1, b: 2}", "the key 'b' is given twice"), ("{1: a, 1: b}", "the key 1 is given twice"),
+    ("? [1]\n: 2\n? [1]\n: 2", "unhashable"), ("<<: {a: 1}", "merge"), ("!!" + 9999 * "x" + " y", "!" + 99 * "x"),
+])
+def test_yaml_that_is_none_of_a_configuration(tmp_path, text, says):
+    said = refusal_of_text(tmp_path, text)
+    assert "line " in said or says == "cannot be parsed"
+    assert "not valid YAML (" in said and says.replace("!x", "tag:yaml.org,2002:x") in said and len(said) < 300
+
+
+@pytest.mark.parametrize("key", [9999 * "k", "0x" + 9999 * "f", "[1, 2]", "{a: b}", "~", '"a\\nb"'])
+def test_keys_that_are_none(tmp_path, key):
+    assert len(refusal_of_text(tmp_path, f"? {key}\n: 1\n")) < 300
+
+
+def test_a_configuration_of_any_length_is_refused_at_once(tmp_path):
+    start = time.monotonic()
+    for text in ("".join(f"key{number}: 1\n" for number in range(50000)), "# \n" * 2 ** 24):
+        assert "more than 65536 bytes" in refusal_of_text(tmp_path, text)
+    assert "unknown key key0" in refusal_of_text(tmp_path, "".join(f"key{number}: 1\n" for number in range(4000)))
+    assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("number", ["10_000_000_000", "0x" + 9999 * "f", 5000 * "9", "1" + 5000 * ":1", "-5", "1e300",
+                                    ".inf"])
+def test_numbers_beyond_any_use(tmp_path, tree, number):
+    """Every number of a configuration has its bounds."""
+    for section, key in KEYS:
+        kind = settings.SETTINGS[section][key][0]
+        if kind in (int, float) or kind == [int]:
+            spoilt = copy.deepcopy(tree)
+            spoilt[section][key] = ["NUMBER"] if kind == [int] else "NUMBER"
+            said = refusal_of_text(tmp_path, yaml.safe_dump(spoilt).replace("NUMBER", number))
+            assert f"{section}.{key} must be" in said or "not valid YAML" in said and len(number) > 4300
+            assert len(said) < 300
+
+
+@pytest.mark.parametrize("section, key", [(section, key) for section, key in KEYS
+                                          if settings.SETTINGS[section][key][0] in (int, float)])
+def test_bounds_are_told_and_allowed(tmp_path, tree, section, key):
+    kind, (allowed, says) = settings.SETTINGS[section][key]
+    bounds = [float(word) for word in says.split() if word[0].isdigit()]
+    most = bounds[-1] if key not in ("radius", "outline_rays") else 0.99
+    assert allowed(kind(most)) and not allowed(kind(most * 1.02 + 1))
+    tree[section][key] = int(most * 2 + 1)
+    assert f"{section}.{key} must be {says}, not {tree[section][key]}" in refusal(tmp_path, tree)
+
+
+@pytest.mark.parametrize("name", ["alpha_doubled_after", "learning_rate_halved_after"])
+def test_schedules_without_end(tmp_path, tree, name):
+    for epochs in (65 * [1], [100001]):
+        tree["train"][name] = epochs
+        assert f"train.{name} must be at most 64 epochs in ascending order" in refusal(tmp_path, tree)
+
+
+@pytest.mark.parametrize("changes, says", [
+    ({"network": {"width": 4096}},
+     "network.width * network.width * network.layers must be at most 64,000,000, not 150,994,944"),
+    ({"train": {"rays": 65536}, "tracer": {"samples": 1000}},
+     "train.rays * tracer.samples must be at most 16,000,000, not 65,536,000"),
+    ({"train": {"rays": 65536}, "network": {"width": 1024}},
+     "train.rays * network.width * network.layers must be at most 500,000,000"),
+])
+def test_numbers_that_are_together_beyond_any_use(tmp_path, tree, changes, says):
+    for section, keys in changes.items():
+        tree[section].update(keys)
+    assert says in refusal(tmp_path, tree)
+
+
+def test_large_numbers_that_a_machine_of_today_can_do(tmp_path, tree):
+    tree["network"].update(width=2048, feature=1024)
+    tree["train"].update(epochs=100000, rays=16384, seed=2 ** 32 - 1, save_every=100000)
+    tree["tracer"].update(samples=512)
+    tree["extract"].update(resolution=1024)
+    (tmp_path / "large.yaml").write_text(yaml.safe_dump(tree))
+    assert settings.load_config(tmp_path / "large.yaml").network.width == 2048
+
+
+def test_names_that_no_system_has(tmp_path, tree):
+    for name in (300 * "x", "a/" + 201 * "x", 400 * "xx/", 101 * "\xe9"):
+        tree["data"]["path"] = name
+        assert "data.path must be a folder, not " in refusal(tmp_path, tree)
+    tree["data"]["path"] = "/srv/" + 200 * "x"
+    (tmp_path / "long.yaml").write_text(yaml.safe_dump(tree))
+    assert settings.load_config(tmp_path / "long.yaml").data.path == tree["data"]["path"]
+
+
+def test_files_that_are_none(tmp_path):
+    os.mkfifo(str(tmp_path / "pipe"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "loop").symlink_to("loop")
+    helper.check_is_file(tmp_path / "file")
+    helper.check_is_file(str(tmp_path / "link"))
+    for name, says in (("pipe", "not a regular file"), (".", "not a regular file"), ("none", "no such file; make it"),
+                       ("file/none", "no such file"), ("loop", "cannot be read (Too many"),
+                       (300 * "x", "cannot be read (File name"), ("a\0b", "cannot be read")):
+        with pytest.raises(helper.UserError) as raised:
+            helper.check_is_file(tmp_path / name, "make it")
+        assert str(raised.value).startswith(f"{tmp_path / name}: {says}")
+    with pytest.raises(helper.UserError, match="not a regular file"):
+        helper.check_is_file("/dev/zero")
+    with pytest.raises(helper.UserError, match="pipe: not a regular file"):
+        settings.load_config(tmp_path / "pipe")
+
+
 def test_refuses_a_configuration_that_is_not_there(tmp_path):
     for path in (tmp_path / "none.yaml", tmp_path):
         with pytest.raises(helper.UserError) as raised:
@@ -226,7 +336,7 @@ def test_decompose_projection_refuses_what_is_no_camera():
     flat = fine.copy()
     flat[1] = flat[0]
     for matrix, reason in ((flat, "singular"), (np.zeros((3, 4)), "singular"), (fine * np.nan, "not finite"),
-                           (fine + [0, 0, 0, np.inf], "not finite")):
+                           (fine + [0, 0, 0, np.inf], "not finite"), (fine + [0, 0, 0, 1e200], "too large or too small")):
         with pytest.raises(ValueError, match=reason):
             helper.decompose_projection(matrix)
 

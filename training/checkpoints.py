@@ -262,8 +262,8 @@ def is_setting(value):
 
 def damaged_progress(path, name, found):
     """Return the UserError for a state whose progress has an impossible value."""
-    return helper.UserError(f"{path}: its {name} cannot be {helper.SHORT.repr(found.get(name))}; the file is damaged, so "
-                            "start without --resume")
+    return helper.UserError(f"{path}: its {name} cannot be {helper.SHORT.repr(found.get(name))}; the file is damaged, "
+                            "so start without --resume")
 
 
 def restore_state(state, solvers):
@@ -281,8 +281,8 @@ def restore_state(state, solvers):
                 raise helper.UserError(f"{state.path}: has no state of this {solver_name} for {name}; start without --resume")
             t = found.pop("t")
             if t.dtype.kind not in "iu" or not 0 <= t < 2 ** 31 or not all(map(is_finite, found.values())):
-                raise helper.UserError(f"{state.path}: the state of its {solver_name} for {name} has impossible numbers; "
-                                       "the file is damaged, so start without --resume")
+                raise helper.UserError(f"{state.path}: the state of its {solver_name} for {name} has impossible "
+                                       "numbers; the file is damaged, so start without --resume")
             kept.t = int(t)
             kept.pstate = {part: nn.Variable.from_numpy_array(array.astype(np.float32, copy=False))
                            for part, array in found.items()}
