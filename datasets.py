@@ -79,7 +79,8 @@ def scene_files(path):
         print(f"notice: {path}: ignored {listed(names)} (not {', '.join(SUFFIXES)})", file=sys.stderr)
     for folder, files in ((path / "image", image_files), (path / "mask", mask_files)):
         if not files:
-            raise UserError(f"{folder}: no images here; put one per view, as {', '.join(SUFFIXES)}")
+            raise UserError(f"{folder}: no images here; put one per view, as {', '.join(SUFFIXES)}, and convert "
+                            "others")
     if len(image_files) != len(mask_files):
         raise UserError(f"{path}: {len(image_files)} files in image/ but {len(mask_files)} in mask/; "
                         "each image needs one mask, paired by sorted name")
@@ -231,7 +232,7 @@ def say_doubtful(files):
 
 @contextlib.contextmanager
 def opened(path):
-    """Yield a picture as Pillow opens it, and its file; within, whatever fails becomes a UserError that it cannot be read.
+    """Yield a picture as Pillow opens it, and its file; what fails within becomes a UserError that it cannot be read.
 
     Raises UserError for what is no regular file, too large, or no picture.
     """
