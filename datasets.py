@@ -9,6 +9,7 @@ and pixel centres are at integers (u, v).
 import contextlib
 import io
 import itertools
+import logging
 import os
 import struct
 import sys
@@ -38,6 +39,9 @@ COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YC
 WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # the numbers of TIFF's tags, which are EXIF's too
 FURTHER_TAGS = (34665, 34853, 40965)        # those that lead to further directories of tags
 TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of damaged pictures is told in one line
 
 
 class Scene(NamedTuple):
