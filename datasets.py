@@ -68,7 +68,8 @@ def scene_files(path):
         print(f"notice: {path}: ignored {pictures.listed(names)} (not {', '.join(SUFFIXES)})", file=sys.stderr)
     for folder, files in ((path / "image", image_files), (path / "mask", mask_files)):
         if not files:
-            raise UserError(f"{folder}: no images here; put one per view, as {', '.join(SUFFIXES)}")
+            raise UserError(f"{folder}: no images here; put one per view, as {', '.join(SUFFIXES)}, and convert "
+                            "others")
     if len(image_files) != len(mask_files):
         raise UserError(f"{path}: {len(image_files)} files in image/ but {len(mask_files)} in mask/; "
                         "each image needs one mask, paired by sorted name")

@@ -5,6 +5,7 @@ Imports nothing of the other scripts.
 import argparse
 import contextlib
 import errno
+import logging
 import os
 import signal
 import stat
@@ -25,6 +26,7 @@ class UserError(Exception):
 
 def run(main):
     """Call `main()` as a script's body: a UserError ends it with its one line and status 2, Ctrl-C with status 130."""
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs of a damaged picture is told in one line
     for stream in (sys.stdout, sys.stderr):     # a file's name may hold what the terminal's encoding has not
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

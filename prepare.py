@@ -23,6 +23,7 @@ from typing import NamedTuple, Optional
 
 import cv2
 import numpy as np
+from numpy.polynomial.polynomial import polyval
 from tqdm import tqdm
 
 import datasets
@@ -108,40 +109,44 @@ def read_view(view, mask_source, threshold):
 
 def undistorted(picture, intrinsics, view):
     """Return a picture as a pinhole camera of the same intrinsics would have taken it; black where it saw nothing."""
-    coefficients, seen = np.array(view.distortion), bent_once(picture.shape[:2], intrinsics, view)
+    coefficients, end = np.array(view.distortion), distortion_end(picture.shape[:2], intrinsics, view)
     try:
         if view.fisheye:
             straight = cv2.fisheye.undistortImage(picture, intrinsics, coefficients, Knew=intrinsics)
         else:
             straight = cv2.undistort(picture, intrinsics, coefficients)
     except cv2.error as error:      # of sides that are too long for it, say
-        raise UserError(f"{view.image}: OpenCV cannot undo its distortion ({error.err}); undistort it before") from error
-    straight[~seen] = 0
+        raise UserError(f"{view.image}: its distortion cannot be undone ({error.err}); undistort it before") from error
+    if np.isfinite(end):
+        straight[np.hypot(*image_plane(picture.shape[:2], intrinsics)) > end] = 0
     return straight
 
 
-def bent_once(shape, intrinsics, view):
-    """Return where in an image (h, w) bool a lens' distortion is one: it must grow outwards, or it would show a place
-    twice. Raises UserError where it folds or stretches the middle so much that the coefficients must be wrong."""
-    height, width = shape
-    u, v = (np.arange(width) - intrinsics[0, 2]) / intrinsics[0, 0], (np.arange(height) - intrinsics[1, 2]) / \
-        intrinsics[1, 1]
-    radius = np.hypot(u, v[:, None])
+def image_plane(shape, intrinsics):
+    """Return x (w,) and y (h, 1) of the pixels of an image (h, w), in focal lengths from its principal point."""
+    x, y = ((np.arange(shape[1 - axis]) - intrinsics[axis, 2]) / intrinsics[axis, axis] for axis in (0, 1))
+    return x.astype(np.float32), y.astype(np.float32)[:, None]
+
+
+def distortion_end(shape, intrinsics, view):
+    """Return how far from the principal point, in focal lengths, a lens' distortion is one, inf for everywhere: it must
+    grow outwards, or it would show a place twice. Raises UserError where it folds or stretches the middle of the image
+    (h, w) so much that its coefficients must be wrong."""
     with np.errstate(all="ignore"):
-        r = np.linspace(0, radius.max(), 2000)
+        r = np.linspace(0, np.hypot(*(np.abs(side).max() for side in image_plane(shape, intrinsics))), 2000)
         if view.fisheye:
             angle = np.arctan(r)
-            bent = angle * np.polynomial.polynomial.polyval(angle ** 2, (1, *view.distortion))
+            bent = angle * polyval(angle ** 2, (1, *view.distortion))
         else:
             k1, k2, _, _, k3, k4, k5, k6 = (*view.distortion, 0, 0, 0, 0)[:8]
-            bent = r * np.polynomial.polynomial.polyval(r ** 2, (1, k1, k2, k3)) / \
-                np.polynomial.polynomial.polyval(r ** 2, (1, k4, k5, k6))
+            bent = r * polyval(r ** 2, (1, k1, k2, k3)) / polyval(r ** 2, (1, k4, k5, k6))
         grows = np.diff(bent) > 0   # False for NaN
+        stretch = bent[len(r) // 2] / r[len(r) // 2]
     end = np.inf if grows.all() else r[grows.argmin()]
-    if end < 0.5 * r[-1] or not 0.1 < bent[len(r) // 2] / r[len(r) // 2] < 10:
-        raise UserError(f"{view.image}: its camera's distortion {tuple(view.distortion)} folds or tears the image; mend "
-                        "these coefficients")
-    return radius <= end
+    if end < 0.5 * r[-1] or not 0.1 < stretch < 10:
+        raise UserError(f"{view.image}: its camera's distortion {tuple(view.distortion)} folds or tears the image; "
+                        "mend these coefficients")
+    return end
 
 
 def look(name, image, mask, intrinsics, pose):
@@ -701,7 +706,7 @@ def hinted(findings, mask_hint):
 
 
 def background_hint(views, threshold):
-    """Return what is to be known of the masks of some cameras_in views that --masks background made."""
+    """Return what is to be known of the masks of some camera_files views that --masks background made."""
     if threshold is None:
         found = [mask_files.background_threshold(pictures.read_image(view.image)) for view in views]
         threshold = f"found at {min(found):.0f} to {max(found):.0f} grey levels"

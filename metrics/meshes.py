@@ -241,7 +241,7 @@ def below(folder, name):
 
 
 def read_mat(path, *names):
-    """The arrays of those names in a MATLAB file, all of real numbers; UserError where it has none or cannot be read."""
+    """The arrays of those names in a MATLAB file, all of numbers; UserError where it lacks one or cannot be read."""
     return read_apart(read_arrays, path, *names)
 
 

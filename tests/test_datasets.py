@@ -210,7 +210,8 @@ def smooth(height=HEIGHT, width=WIDTH):
 
 @pytest.mark.parametrize("suffix, mode, options", [
     (".tif", "RGB", {}), (".tif", "RGB", {"compression": "tiff_lzw"}), (".tiff", "RGB", {"compression": "jpeg"}),
-    (".tif", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (5, 5))]}), (".tif", "RGB", {"big_tiff": True}),
+    (".tif", "RGB", {"save_all": True, "append_images": [Image.new("RGB", (5, 5))]}),
+    (".tif", "RGB", {"big_tiff": True}),
     (".webp", "RGB", {"lossless": True}), (".webp", "RGB", {"save_all": True, "lossless": True, "append_images":
                                                             [Image.new("RGB", (WIDTH, HEIGHT))]}),
     (".bmp", "RGB", {}), (".jpg", "CMYK", {"quality": 98}), (".tif", "CMYK", {}), (".png", "RGBA", {}),

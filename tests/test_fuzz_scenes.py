@@ -1,4 +1,4 @@
-"""What strangers' scenes hold: whatever the bytes, the readers return or refuse in one line, in bounded memory and time.
+"""What strangers' scenes hold: whatever the bytes, the readers return or refuse in one line, in bounds.
 
 Pictures, cameras in every form with what prepare.py makes of them, and the meshes and MATLAB files of evaluate.py.
 """
