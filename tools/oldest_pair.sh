@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# oldest_pair.sh: compare with the authors' numbers on the oldest Python and nnabla that we support, 3.8 and 1.22.0,
+# in a venv of its own, .venv-oldest. Where there is no Python 3.8, say so and do nothing.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+nnabla=("nnabla==1.22.0" "numpy<1.24" "protobuf<3.21" h5py)    # it does not ask for these bounds itself
+venv=.venv-oldest
+stamp=$venv/made-of         # what the venv was made of; written once all of it is in place
+wanted=$(printf '%s\n' "${nnabla[@]}" && cat requirements.txt requirements-dev.txt)
+
+# Print the Pythons that are called 3.8, also among pyenv's; its shims are among them and may not run.
+candidates() {
+    type -aP python3.8 || true
+    ls -d {"${PYENV_ROOT:-}",~/.pyenv}/versions/3.8.*/bin/python3.8 2> /dev/null || true
+}
+
+python=
+while read -r candidate; do
+    "$candidate" -c "import sys, venv; sys.exit(sys.version_info[:2] != (3, 8))" 2> /dev/null || continue
+    python=$candidate && break
+done < <(candidates)
+if [ -z "$python" ]; then
+    echo "no Python 3.8 with the module venv here: the oldest pair is not tested"
+    exit 0
+fi
+
+if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
+    echo "setting up $venv with $("$python" --version) and nnabla 1.22.0: about a minute"
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+    grep -h -v -E '^(nnabla|numpy|h5py)==|^-r' requirements.txt requirements-dev.txt > "$venv/others.txt"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check "pip>=20.3"
+    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -r "$venv/others.txt" "${nnabla[@]}"
+    echo "$wanted" > "$stamp"
+fi
+
+# Every test that takes the authors' numbers has the name of their file, idr_reference, in its own.
+"$venv/bin/python" -m pytest --disable-warnings -k "test_network or idr_reference" \
+    tests/test_network.py tests/test_ray_tracer.py tests/test_convert.py
