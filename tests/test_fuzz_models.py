@@ -252,9 +252,9 @@ def read_state(path):
     train.tell_resumed(state, settings.load_config(ROOT / "config" / "default.yaml"))
     checkpoints.restore_state(state, {"solver": S.Adam(1e-3)})
     first, steps = state.progress["step"], state.progress["steps"]
-    log = log.EpochLog(None, steps, first, max(first - 1, 0) // steps, state)
-    log.add(first, dict.fromkeys(("loss", "color", "mask", "eikonal"), 0.0), hits=1.0, learning_rate=1.0, alpha=1.0)
-    json.dumps(log.times())
+    series = log.EpochLog(None, steps, state, first, max(first - 1, 0) // steps)
+    series.add(first, **dict.fromkeys(log.STEP_SERIES, 1.0))
+    json.dumps(series.times())
 
 
 READERS = {"model": read_model, "any": read_any_model, "state": read_state}
