@@ -7,6 +7,7 @@ import contextlib
 import errno
 import logging
 import os
+import reprlib
 import signal
 import stat
 import sys
@@ -44,6 +45,17 @@ def run(main):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+class Shortened(reprlib.Repr):
+    """repr for an error's one line: short, whatever a file holds."""
+
+    def repr_int(self, x, level):
+        return super().repr_int(x, level) if abs(x) < 10 ** 40 else "a number of more than 40 digits"
+
+
+SHORT = Shortened()
+SHORT.maxlevel = 2
 
 
 def check_is_file(path, mend=""):

@@ -6,14 +6,13 @@ anew, and use it.
 """
 import math
 import re
-import reprlib
 from collections.abc import Hashable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from typing import List
 
 import yaml
 
-from helper import UserError, check_is_file
+from helper import SHORT, UserError, check_is_file
 
 MOST_TEXT = 1 << 16     # bytes of a configuration; ours have 3,000
 MOST_EPOCHS = 100000    # the names of models have five digits
@@ -144,17 +143,6 @@ def optional_defaults() -> dict:
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
-
-class Shortened(reprlib.Repr):
-    """repr for an error's one line: short, whatever a file holds."""
-
-    def repr_int(self, x, level):
-        return super().repr_int(x, level) if abs(x) < 10 ** 40 else "a number of more than 40 digits"
-
-
-SHORT = Shortened()
-SHORT.maxlevel = 2
-
 
 class ConfigLoader(yaml.SafeLoader):
     """Safe YAML, with 1e-4 as a number (YAML 1.2 has it so, 1.1 calls it a text), and without aliases and double

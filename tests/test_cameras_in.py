@@ -135,7 +135,7 @@ def test_the_cameras_size_tells_how_a_photograph_is_meant(suffix, orientation, m
     np.testing.assert_array_equal(images, [expected] * VIEWS)
     for file in files:
         with Image.open(file) as picture:   # no mark is left by which another program would turn it
-            assert picture.getexif().get(datasets.ORIENTATION, 1) == 1
+            assert picture.getexif().get(pictures.ORIENTATION, 1) == 1
     notices = [line for line in capsys.readouterr().err.splitlines() if line.startswith("notice")]
     assert len(notices) == (0 if told else 1) and all("view_0" in notice for notice in notices)
 

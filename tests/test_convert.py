@@ -503,8 +503,8 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 def test_networks_of_more_numbers_than_a_configuration_may_have():
     with pytest.raises(helper.UserError, match=r"network.width \* network.layers must be at most 64,000,000"):
-        convert.wanted_shapes("a.pth", architecture.parameter_shapes(4096, 8, 9))
-    assert convert.wanted_shapes("a.pth", architecture.parameter_shapes(512, 256, 9))
+        convert.wanted_shapes("a.pth", architecture.parameter_shapes(Network(4096, 8, 9)))
+    assert convert.wanted_shapes("a.pth", architecture.parameter_shapes(Network(512, 256, 9)))
 
 
 def test_a_model_of_ours_that_is_not_finite_is_not_turned(tmp_path):

@@ -115,8 +115,9 @@ import sys, warnings
 sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
 import numpy as np
 import helper, network
-from training import checkpoints
+from backends import architecture
 from config.settings import Network
+from training import checkpoints
 from pathlib import Path
 from test_damage import damaged
 path, rng, counts = Path(sys.argv[2]), np.random.default_rng(0), {True: 0, False: 0}
@@ -254,7 +255,7 @@ def test_a_model_beyond_single_precision(tmp_path):
 
 def resumed(folder, progress={}, arrays={}):
     """Write a state with a checksum that is right, these things in it changed, and read it as train.py does."""
-    shapes = architecture.parameter_shapes(64, 8, 4)
+    shapes = architecture.parameter_shapes(Network(64, 8, 4))
     network.initialize(64, 8, 4, 0.6, np.random.default_rng(0))
     solver = S.Adam()
     solver.set_parameters(nn.get_parameters())
@@ -276,7 +277,7 @@ def test_the_state_that_the_next_tests_spoil_is_fine(tmp_path):
     assert resumed(tmp_path).progress["step"] == 7
     assert resumed(tmp_path, {"views": None, "ranks": None}).progress["steps"] == 2     # as states once were
     more = {"parameters/implicit/9/v": np.zeros(3), "parameters/new/x": np.full(3, np.nan)}
-    assert set(resumed(tmp_path, arrays=more).parameters) == set(architecture.parameter_shapes(64, 8, 4))
+    assert set(resumed(tmp_path, arrays=more).parameters) == set(architecture.parameter_shapes(Network(64, 8, 4)))
 
 
 @pytest.mark.parametrize("name, values", [

@@ -246,8 +246,8 @@ def test_heic_is_named(tmp_path):
 
 def save_turned(path, stored, orientation):
     exif = Image.Exif()
-    exif[datasets.ORIENTATION] = orientation
-    options = {"tiffinfo": {datasets.ORIENTATION: orientation}} if path.suffix == ".tif" else {"exif": exif}
+    exif[pictures.ORIENTATION] = orientation
+    options = {"tiffinfo": {pictures.ORIENTATION: orientation}} if path.suffix == ".tif" else {"exif": exif}
     Image.fromarray(stored).save(path, quality=98, **({"lossless": True} if path.suffix == ".webp" else {}), **options)
 
 

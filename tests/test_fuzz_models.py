@@ -69,7 +69,7 @@ def read_file(path, content, read):
 # --- configurations ---------------------------------------------------------------------------------------------------
 
 DEFAULT = (ROOT / "config" / "default.yaml").read_bytes()
-KEYS = [(section, key) for section, settings in settings.SETTINGS.items() for key in settings]
+KEYS = [tuple(name.split(".")) for name in settings.flat(settings.load_config(ROOT / "config" / "default.yaml"))]
 YAML_WORDS = one_of(
     "!!bool x", "!!timestamp x", "!!int x", "!!int ''", "!!float ''", "!!binary \xe9", "!!set {a, b}", "!!omap [a]",
     "!!pairs [{a: b}]", "!!map x", "!!seq x", "!!python/object/apply:os.abort []", "9999-12-31 23:59:59 -23:59",
@@ -102,7 +102,7 @@ def test_configurations_with_other_values(folder, changes, spelt):
     conf = read_file(folder / "a.yaml", text.encode("utf-8", "surrogatepass"), settings.load_config)
     if not isinstance(conf, helper.UserError):
         net = conf.network
-        shapes = architecture.parameter_shapes(net.width, net.feature, net.layers, net.without)
+        shapes = architecture.parameter_shapes(net)
         assert sum(map(np.prod, shapes.values())) < 10 ** 8 and conf.train.rays * conf.tracer.samples < 10 ** 8
         for milestones in (conf.train.alpha_doubled_after, conf.train.learning_rate_halved_after):
             assert np.isfinite(np.float32(train.scheduled(conf.train.alpha, 2.0, milestones, 10 ** 6)))

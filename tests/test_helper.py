@@ -220,21 +220,21 @@ def test_a_configuration_of_any_length_is_refused_at_once(tmp_path):
 def test_numbers_beyond_any_use(tmp_path, tree, number):
     """Every number of a configuration has its bounds."""
     for section, key in KEYS:
-        kind = settings.SETTINGS[section][key][0]
-        if kind in (int, float) or kind == [int]:
+        kind = SECTIONS[section][key].type
+        if kind in (int, float, List[int]):
             spoilt = copy.deepcopy(tree)
-            spoilt[section][key] = ["NUMBER"] if kind == [int] else "NUMBER"
+            spoilt[section][key] = ["NUMBER"] if kind == List[int] else "NUMBER"
             said = refusal_of_text(tmp_path, yaml.safe_dump(spoilt).replace("NUMBER", number))
             assert f"{section}.{key} must be" in said or "not valid YAML" in said and len(number) > 4300
             assert len(said) < 300
 
 
 @pytest.mark.parametrize("section, key", [(section, key) for section, key in KEYS
-                                          if settings.SETTINGS[section][key][0] in (int, float)])
+                                          if SECTIONS[section][key].type in (int, float)])
 def test_bounds_are_told_and_allowed(tmp_path, tree, section, key):
-    kind, (allowed, says) = settings.SETTINGS[section][key]
+    kind, (allowed, says) = SECTIONS[section][key].type, SECTIONS[section][key].metadata["allowed"]
     bounds = [float(word) for word in says.split() if word[0].isdigit()]
-    most = bounds[-1] if key not in ("radius", "outline_rays") else 0.99
+    most = bounds[-1] if key not in ("radius", "outline_fraction") else 0.99
     assert allowed(kind(most)) and not allowed(kind(most * 1.02 + 1))
     tree[section][key] = int(most * 2 + 1)
     assert f"{section}.{key} must be {says}, not {tree[section][key]}" in refusal(tmp_path, tree)

@@ -210,7 +210,7 @@ def test_what_a_killed_process_leaves_goes_and_nothing_else(tmp_path):
         (tmp_path / name).write_text("a user's")
     (tmp_path / others[-1]).mkdir()
     with writing.replacing(tmp_path / "mesh.ply") as temporary:
-        script = "import helper, sys\nhelper.remove_unfinished(sys.argv[1])"
+        script = "import sys\nfrom files import folders\nfolders.remove_unfinished(sys.argv[1])"
         subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=str(ROOT), check=True)
         temporary.write_text("whole")
     assert (tmp_path / "mesh.ply").read_text() == "whole"

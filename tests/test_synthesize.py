@@ -131,7 +131,7 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
         network.initialize(Network(width, feature, 9), np.random.default_rng(seed))
         checkpoints.save_model(tmp_path / f"{name}.h5")
         stored[name] = {part: parameters(part) for part in ("implicit", "rendering")}
-    synthesize.take_appearance(tmp_path / "other.h5", 8)
+    synthesize.take_appearance(tmp_path / "other.h5", Network(64, 8, 9))
     for part, owner in (("implicit", "ours"), ("rendering", "other")):
         assert len(parameters(part)) == len(stored[owner][part])
         assert all(map(np.array_equal, parameters(part), stored[owner][part]))
@@ -142,7 +142,7 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
     own_rgb, own_normals = network.shade(points, -points)
     assert np.array_equal(normals, own_normals) and np.abs(rgb - own_rgb).max() > 0.01
     with pytest.raises(helper.UserError, match="unfit.h5.* 38 numbers .* 41, with network.feature 8 .* the same"):
-        synthesize.take_appearance(tmp_path / "unfit.h5", 8)
+        synthesize.take_appearance(tmp_path / "unfit.h5", Network(64, 8, 9))
 
 
 @pytest.mark.parametrize("without", [["view"], ["normal"], ["feature"], ["view", "normal"], ["normal", "feature"],
@@ -156,8 +156,8 @@ def test_another_models_renderer_that_is_not_given_everything(tmp_path, without)
     checkpoints.save_model(tmp_path / "whole.h5")
     network.initialize(Network(64, 8, 6, without=list(without)), np.random.default_rng(0))
     own_rgb, own_normals = network.shade(points, -points, without)
-    synthesize.take_appearance(tmp_path / "other.h5", 8, without)
+    synthesize.take_appearance(tmp_path / "other.h5", Network(64, 8, 6, without=list(without)))
     rgb, normals = network.shade(points, -points, without)
     assert np.array_equal(normals, own_normals) and np.abs(rgb - own_rgb).max() > 1e-3
     with pytest.raises(helper.UserError, match="whole.h5: .* 41 numbers .* network.without"):
-        synthesize.take_appearance(tmp_path / "whole.h5", 8, without)
+        synthesize.take_appearance(tmp_path / "whole.h5", Network(64, 8, 6, without=list(without)))

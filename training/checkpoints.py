@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 
 import helper
-from backends import architecture, context
+from backends import architecture
 from config import settings
 from files import folders, writing
 
@@ -60,6 +60,7 @@ def open_run(args):
 
     Sets the context. Raises UserError as the functions that it calls do.
     """
+    from backends import context  # here: report.py and prepare.py do without nnabla
     conf = settings.load_config(args.config)
     model = model_file(args.model_load_path)
     context.set_context(args.context, args.device_id)

@@ -78,7 +78,7 @@ class World:
             raise helper.UserError(says)
 
 
-def connect(context, device_id):
+def connect(where, device_id):
     """Set nnabla's context as context.set_context does, and return the World that this process is in.
 
     Of several processes each takes the GPU of its number on its machine. Raises UserError where the processes were
@@ -90,9 +90,9 @@ def connect(context, device_id):
             if "OMPI_COMM_WORLD_SIZE" not in os.environ and os.environ.get(name, "1") not in ("", "1"):
                 raise helper.UserError(f"{name} says that there are {os.environ[name]} processes, but they were not "
                                        "started by Open MPI's mpirun, which nnabla's communicator needs (see README.md)")
-        context.set_context(context, device_id)
+        context.set_context(where, device_id)
         return World()
-    if context == "cpu":
+    if where == "cpu":
         raise helper.UserError(f"--context cpu with {here.size} processes: nnabla joins processes on GPUs only; on the "
                                "CPU one process takes all cores, so start it without mpirun")
     if device_id != "0":
