@@ -299,13 +299,16 @@ def test_states_with_impossible_progress(tmp_path, name, values):
     ("solver/implicit/0/v/mean", np.full((39, 64), np.inf, np.float32)),
     ("series/loss", np.zeros((2, 2))), ("series/loss", np.array([np.nan])), ("series/other", np.array(1.0)),
     ("parameters/implicit/0/v", np.zeros((39, 63))), ("parameters/cameras/pose", np.zeros((2, 7))),
+    ("parameters/cameras/pose", np.full((2, 7), 1e300)), ("parameters/cameras/pose", np.full((2, 7), 1e-300)),
 ])
 def test_states_with_impossible_numbers(tmp_path, name, array):
+    warnings.simplefilter("error")
     with pytest.raises(helper.UserError, match="state.h5: "):
         resumed(tmp_path, arrays={name: array})
 
 
-@pytest.mark.parametrize("about", ["[" * 50000, "9" * 50000, "NaN", "{}", "null", '{"format": []}'])
+@pytest.mark.parametrize("about", ["[" * 50000, "9" * 50000, "NaN", "{}", "null", '{"format": []}'],
+                         ids=lambda about: about[:9])
 def test_states_whose_progress_is_none(tmp_path, about):
     with h5py.File(str(tmp_path / "state.h5"), "w") as file:
         file["x"], file.attrs["about"] = np.zeros(3), about

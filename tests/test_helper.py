@@ -195,14 +195,15 @@ def test_refuses_broken_yaml(tmp_path):
     ("a: &a [x]\nb: *a", "no aliases"), ("&a {b: *a}", "no aliases"),
     ("a: {b: 1, b: 2}", "the key 'b' is given twice"), ("{1: a, 1: b}", "the key 1 is given twice"),
     ("? [1]\n: 2\n? [1]\n: 2", "unhashable"), ("<<: {a: 1}", "merge"), ("!!" + 9999 * "x" + " y", "!" + 99 * "x"),
-])
+], ids=lambda text: text[:20])
 def test_yaml_that_is_none_of_a_configuration(tmp_path, text, says):
     said = refusal_of_text(tmp_path, text)
     assert "line " in said or says == "cannot be parsed"
     assert "not valid YAML (" in said and says.replace("!x", "tag:yaml.org,2002:x") in said and len(said) < 300
 
 
-@pytest.mark.parametrize("key", [9999 * "k", "0x" + 9999 * "f", "[1, 2]", "{a: b}", "~", '"a\\nb"'])
+@pytest.mark.parametrize("key", [9999 * "k", "0x" + 9999 * "f", "[1, 2]", "{a: b}", "~", '"a\\nb"'],
+                         ids=lambda key: key[:9])
 def test_keys_that_are_none(tmp_path, key):
     assert len(refusal_of_text(tmp_path, f"? {key}\n: 1\n")) < 300
 
@@ -216,7 +217,7 @@ def test_a_configuration_of_any_length_is_refused_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("number", ["10_000_000_000", "0x" + 9999 * "f", 5000 * "9", "1" + 5000 * ":1", "-5", "1e300",
-                                    ".inf"])
+                                    ".inf"], ids=lambda number: number[:9])
 def test_numbers_beyond_any_use(tmp_path, tree, number):
     """Every number of a configuration has its bounds."""
     for section, key in KEYS:
@@ -336,7 +337,8 @@ def test_decompose_projection_refuses_what_is_no_camera():
     flat = fine.copy()
     flat[1] = flat[0]
     for matrix, reason in ((flat, "singular"), (np.zeros((3, 4)), "singular"), (fine * np.nan, "not finite"),
-                           (fine + [0, 0, 0, np.inf], "not finite"), (fine + [0, 0, 0, 1e200], "too large or too small")):
+                           (fine + [0, 0, 0, np.inf], "not finite"),
+                           (fine + [0, 0, 0, 1e200], "too large or too small")):
         with pytest.raises(ValueError, match=reason):
             helper.decompose_projection(matrix)
 

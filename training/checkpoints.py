@@ -96,8 +96,6 @@ def check_parameters(path, arrays, shapes):
     trained cameras beside are such."""
     if POSE in arrays:
         check_pose(f"{path}: {POSE}", arrays[POSE].shape)
-        if not np.linalg.norm(arrays[POSE][:, :4], axis=1).all():
-            raise helper.UserError(f"{path}: {POSE} has a quaternion of length 0; the file is damaged")
         shapes = {**shapes, POSE: arrays[POSE].shape}
     for name, shape in shapes.items():
         if name not in arrays:
@@ -108,6 +106,8 @@ def check_parameters(path, arrays, shapes):
         if not is_finite(arrays[name]):
             raise helper.UserError(f"{path}: {name} has values that are not finite; the file is damaged, or its training "
                             "failed; use an earlier one")
+    if POSE in arrays and np.linalg.norm(arrays[POSE][:, :4].astype(np.float64), axis=1).min() < 1e-10:
+        raise helper.UserError(f"{path}: {POSE} has a quaternion of length 0; the file is damaged")
 
 
 def is_finite(array):
