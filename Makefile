@@ -4,11 +4,12 @@ PYTHON ?=
 python := .venv/bin/python
 run := results_demo
 
-.PHONY: help env demo test fuzz bench clean
+.PHONY: help env demo lint test fuzz bench clean
 
 help:
 	@echo "make demo    make the embedded scene, train on it, render, extract and evaluate"
 	@echo "make test    run the tests"
+	@echo "make lint    look for mistakes with ruff"
 	@echo "make fuzz    feed the readers thousands of damaged files (FUZZ=2000 of each)"
 	@echo "make bench   measure where the time of a training step goes"
 	@echo "make clean   remove .venv, data/demo and the caches (never a result)"
@@ -29,6 +30,9 @@ demo: env
 test: env
 	$(python) -m pytest
 
+lint: env
+	$(python) -m ruff check
+
 fuzz: env
 	$(python) -m pytest --hypothesis-profile many tests/test_fuzz*.py
 
@@ -37,4 +41,4 @@ bench: env
 
 clean:
 	[ ! -e .venv/made-by-make ] || rm -rf .venv
-	rm -rf data/demo .pytest_cache __pycache__ tests/__pycache__
+	rm -rf .venv-oldest data/demo .pytest_cache .ruff_cache __pycache__ */__pycache__

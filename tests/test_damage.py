@@ -256,7 +256,7 @@ def test_a_model_beyond_single_precision(tmp_path):
 def resumed(folder, progress={}, arrays={}):
     """Write a state with a checksum that is right, these things in it changed, and read it as train.py does."""
     shapes = architecture.parameter_shapes(Network(64, 8, 4))
-    network.initialize(64, 8, 4, 0.6, np.random.default_rng(0))
+    network.initialize(Network(64, 8, 4), np.random.default_rng(0))
     solver = S.Adam()
     solver.set_parameters(nn.get_parameters())
     whole = {"step": 7, "steps": 2, "views": 2, "ranks": 1, "loss": 0.5, "elapsed": 1.0, "lap": -1.0,

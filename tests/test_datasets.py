@@ -409,7 +409,7 @@ def test_refuses_a_tiff_whose_tags_share_their_bytes(tmp_path):
     Image.fromarray(smooth()).save(picture, "TIFF")
     whole = bytearray(b"II*\0" + struct.pack("<I", 8 + (1 << 20)) + bytes(1 << 20))
     for bomb in (struct.pack("<H", 2001) + struct.pack("<HHII", 256, 3, 1, 8) + entries(2000, 40000) + bytes(4),
-                 struct.pack("<H", 1) + struct.pack("<HHII", datasets.FURTHER_TAGS[0], 4, 1, len(whole) + 18) + bytes(4)
+                 struct.pack("<H", 1) + struct.pack("<HHII", pictures.FURTHER_TAGS[0], 4, 1, len(whole) + 18) + bytes(4)
                  + struct.pack("<H", 2000) + entries(2000, 40000) + bytes(4)):
         (tmp_path / "bomb.tif").write_bytes(whole + bomb)
         assert "more than the file has" in refusal(pictures.read_image, tmp_path / "bomb.tif")

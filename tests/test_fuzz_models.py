@@ -29,7 +29,7 @@ from fuzzing import TELLING_BYTES, damaged, keeps_its_promise
 from training import checkpoints, log
 
 SIZES = (64, 2, 3)      # width, feature and layers of the model that is damaged
-SHAPES = architecture.parameter_shapes(*SIZES)
+SHAPES = architecture.parameter_shapes(settings.Network(*SIZES))
 NUMBERS = st.one_of(st.integers(-2, 300), st.integers(), st.floats(), st.sampled_from(
     [0, 1, 10 ** 9, 2 ** 31, 2 ** 32, 2 ** 63, 2 ** 64, 10 ** 400, 1e308, float("nan"), float("inf"), True, None]))
 CHILD = """

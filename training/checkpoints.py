@@ -240,8 +240,8 @@ def load_state(folder, shapes):
 
 def check_progress(path, progress):
     """Raise UserError unless the progress of the state at `path` is one that a training can have had."""
-    whole = {"step": (0, MOST_STEPS), "steps": (1, helper.MOST_VIEWS), "views": (1, helper.MOST_VIEWS),
-             "ranks": (1, helper.MOST_VIEWS)}
+    whole = {"step": (0, MOST_STEPS), "steps": (1, settings.MOST_VIEWS), "views": (1, settings.MOST_VIEWS),
+             "ranks": (1, settings.MOST_VIEWS)}
     found = {"views": progress.get("steps"), "ranks": 1, **progress}    # states of one process once lacked these two
     for name, (least, most) in whole.items():
         if type(found.get(name)) is not int or not least <= found[name] <= most:

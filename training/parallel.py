@@ -20,6 +20,7 @@ import nnabla as nn
 import numpy as np
 
 import helper
+from backends import context
 
 PATIENCE = 3.0      # seconds in which mpirun has surely ended the others after one has failed
 
