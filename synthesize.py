@@ -93,7 +93,7 @@ def check_arguments(args):
     if args.output and Path(args.output).suffix.lower() not in (".mp4", ".gif"):
         raise helper.UserError(f"--output {args.output}: the name must end in .mp4 or .gif")
     if args.output:
-        helper.check_target(args.output)
+        writing.check_target(args.output)
     if args.path and args.depth:
         raise helper.UserError("--depth writes numbers for single views; leave it or --path out")
     if args.frames < 2:

@@ -54,7 +54,7 @@ def main():
         if is_complete(state, conf.train.epochs, len(views), num_ranks):
             print(f"{folder} is trained: {state.progress['step'] // state.progress['steps']} epochs, where "
                   f"{args.config} wants {conf.train.epochs}; raise train.epochs there to train on")
-            helper.remove_unfinished(folder)
+            folders.remove_unfinished(folder)
             return
     world = parallel.connect(args.context, args.device_id)
     warnings.simplefilter("ignore", RuntimeWarning)     # NumPy's, on overflow: check_losses looks at the losses instead
@@ -159,7 +159,7 @@ class Training:
             for epoch in range(self.first_epoch, conf.epochs):
                 self.set_schedules(epoch)
                 for step in range(max(self.first_step, epoch * steps), (epoch + 1) * steps):
-                    stopping = self.take_step(step, epoch, len(stop))
+                    stopping = self.take_step(step, epoch, stop)
                     if stopping or time.monotonic() - self.saved > STATE_EVERY:
                         self.save(step + 1)
                     if stopping:
@@ -177,10 +177,10 @@ class Training:
             self.camera_solver.learning_rate = conf.camera_learning_rate * factor
         self.alpha = scheduled(conf.alpha, 2.0, conf.alpha_doubled_after, epoch)
 
-    def take_step(self, step, epoch, num_signals):
+    def take_step(self, step, epoch, stop):
         """Take one step: draw rays, search their points, compute the gradients, update, log.
 
-        Returns whether a process has had a signal to stop, of which this one has had num_signals.
+        Returns whether a process is to stop; this one is where `stop`, the signals that it has had, is not empty.
         """
         batch, world = self.batch, self.world
         rng = helper.random_numbers(self.conf.train.seed, helper.SAMPLES, step * world.size + world.rank)
@@ -193,8 +193,8 @@ class Training:
         losses = self.step.compute_gradients(self.solver, batch, placed, self.alpha, rng)
         world.mean_gradients()
         self.batch = next(self.batches)       # while the GPU is still at work on the step
-        means = world.mean({**{name: float(losses[name].d) for name in LOSSES}, "hits": placed.hit_in_mask.sum(),
-                            "signals": num_signals})
+        losses = {name: float(losses[name].d) for name in LOSSES}
+        means = world.mean({**losses, "hits": placed.hit_in_mask.sum(), "signals": len(stop)})
         stopping = means.pop("signals") > 0
         check_losses(means, step, epoch, self.folder)
         self.solver.update()

@@ -9,7 +9,6 @@ import pytest
 from PIL import Image
 from test_datasets import refusal, save_turned, smooth
 
-import datasets
 import prepare
 from files import pictures
 from scenes import camera_files, mask_files

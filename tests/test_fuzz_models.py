@@ -8,6 +8,7 @@ import subprocess
 import sys
 import warnings
 import zipfile
+from pathlib import Path
 
 import h5py
 import hypothesis.strategies as st
@@ -229,7 +230,7 @@ def serve():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                said = keeps_its_promise(lambda: READERS[kind](helper.Path(path)))
+                said = keeps_its_promise(lambda: READERS[kind](Path(path)))
         except BaseException as error:
             said = f"broken: {error!r}"
         print(f"answer: {str(said)[:3000]!r}", flush=True)

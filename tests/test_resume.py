@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -71,7 +72,7 @@ def start(folder, name, *more, **changes):
 
 def at_step(monkeypatch, step, action):
     """Have `action()` called in the midst of the `step`-th step from now on."""
-    place, count = step.place_points, [0]
+    place, count = train.place_points, [0]
 
     def place_points(*arguments):
         count[0] += 1
@@ -79,14 +80,14 @@ def at_step(monkeypatch, step, action):
             action()
         return place(*arguments)
 
-    monkeypatch.setattr(step, "place_points", place_points)
+    monkeypatch.setattr(train, "place_points", place_points)
 
 
 def contents(folder):
     """Everything that a run leaves but for times: {file: bytes}, and of models and the state their numbers."""
     files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for name in ("time.timer.txt", "report.html"):
-        files.pop(train.Path(name), None)
+        files.pop(Path(name), None)
     for name in files:
         if name.suffix == ".h5":
             files[name] = numbers(folder / name)
@@ -130,14 +131,14 @@ def test_an_interruption_in_the_very_last_step(home, monkeypatch):
 
 
 def test_an_interruption_while_rendering(home, monkeypatch):
-    validate = train.validate
+    validate = train.Training.validate
 
     def interrupted(*arguments):
         os.kill(os.getpid(), signal.SIGTERM)
         return validate(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "validate", interrupted)
+        patch.setattr(train.Training, "validate", interrupted)
         assert start(home, "rendering") == 143
     state = checkpoints.load_state(home / "rendering_tiny", {})
     assert state.progress["step"] == 2 * VIEWS + 1      # not lost: the epoch's end, and one step more
@@ -288,7 +289,7 @@ def test_a_folder_that_is_moved_during_the_run(home, monkeypatch, capfd, move, m
         if moment == "step":
             at_step(patch, 2 * VIEWS + 2, lambda: move(folder))
         else:       # while the render of the second epoch is written
-            validate, sync, render = train.validate, os.fsync, []
+            validate, sync, render = train.Training.validate, os.fsync, []
 
             def fsync(handle):
                 if render and folder.exists():
@@ -296,7 +297,7 @@ def test_a_folder_that_is_moved_during_the_run(home, monkeypatch, capfd, move, m
                     render.clear()
                 sync(handle)
 
-            patch.setattr(train, "validate", lambda *a: render.append(1) or validate(*a))
+            patch.setattr(train.Training, "validate", lambda *a: render.append(1) or validate(*a))
             patch.setattr(os, "fsync", fsync)
         assert start(home, "roaming") == 2
     said = [line for line in capfd.readouterr().err.splitlines() if "tiny" in line and "block/s" not in line]
@@ -316,13 +317,14 @@ def test_a_folder_that_is_moved_during_the_run(home, monkeypatch, capfd, move, m
 
 # Starts runs in one folder, each of which leaves a file of its own there, and tells of each how it went.
 STARTS = """
-import contextlib, os, sys, time, types
+import contextlib, os, sys, time
 import helper
+from files import folders
+from pathlib import Path
 name, path = sys.argv[1:]
-conf = types.SimpleNamespace(data=types.SimpleNamespace(path="tiny"))
 for number in range(60):
     try:
-        with contextlib.redirect_stdout(sys.stderr), folders.new_run_folder(conf, path) as folder:
+        with contextlib.redirect_stdout(sys.stderr), folders.new_run_folder(Path(path + "_tiny")) as folder:
             with open(folder / f"{name}-{number}", "x"):
                 time.sleep(0.001)
             assert os.listdir(folder) == [f"{name}-{number}"]
@@ -411,8 +413,8 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
 
 
 def test_a_surface_that_is_gone_is_told_once(home, monkeypatch, capfd):
-    place = step.place_points
-    monkeypatch.setattr(step, "place_points", lambda *a: place(*a)._replace(hit_in_mask=np.zeros(64, bool)))
+    place = train.place_points
+    monkeypatch.setattr(train, "place_points", lambda *a: place(*a)._replace(hit_in_mask=np.zeros(64, bool)))
     assert start(home, "gone") == 0
     said = capfd.readouterr()
     assert (said.out + said.err).count("no ray has met the surface") == 1
