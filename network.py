@@ -168,8 +168,8 @@ def main():
         errors.append(np.abs(sdf(points) - (np.linalg.norm(points, axis=1) - args.R)).mean())
         path = f"sdf_contour_D{net.width:03d}_L{args.L:03d}.png"
         draw_contour(sdf, args.R, f"initial sdf, width {net.width}, {args.L} layers", path)
-        print(f"width {net.width}: mean absolute error {errors[-1]:.4f} against the sphere of radius {args.R} in [-1, 1]^3, "
-              f"{path}")
+        print(f"width {net.width}: mean absolute error {errors[-1]:.4f} against the sphere of radius {args.R} in "
+              f"[-1, 1]^3, {path}")
     if len(args.Ds) > 1:
         path = f"sdf_error_L{args.L:03d}.png"
         draw_errors(args.Ds, errors, path)

@@ -84,7 +84,7 @@ def training_views(config, conf, scene):
 
 @contextlib.contextmanager
 def open_folder(args, conf, folder, state, world):
-    """Yield the run's folder, held by this process and with the configuration in it, if this is the process that writes.
+    """Yield the run's folder. The process that writes holds it, and puts the configuration into it.
 
     Without a `state` to go on from, the folder is new.
     """
@@ -125,9 +125,9 @@ class Training:
             checkpoints.restore_state(state, self.solvers)
             self.first_step, self.loss = state.progress["step"], state.progress["loss"]
             self.scene = self.scene._replace(poses=cameras.trained_poses(self.scene.poses, state.path))
-        self.world.check_same([self.first_step, settings.flat(conf)], "the processes do not begin alike: each needs the "
-                              "same configuration and, with --resume, the same run's folder; let the machines share "
-                              "their files")
+        self.world.check_same([self.first_step, settings.flat(conf)],
+                              "the processes do not begin alike: each needs the same configuration and, with --resume, "
+                              "the same run's folder; let the machines share their files")
         self.pose = cameras.parameter()
         self.sdf, self.shade = network.sdf_evaluator(), network.shader(conf.network)
         self.step = TrainingStep(conf.network.without, LossWeights(conf.train.mask_weight, conf.train.eikonal_weight),
@@ -253,18 +253,20 @@ class Training:
         scene, factor, tracer = self.scene, self.conf.train.validation_downscale, self.conf.tracer
         photograph = datasets.shrink_image(scene.images[view], factor) / np.float32(255)
         mask = datasets.shrink_mask(scene.masks[view], factor)
-        camera = helper.Camera(datasets.shrink_intrinsics(scene.intrinsics[view], factor), scene.poses[view], mask.shape)
+        intrinsics = datasets.shrink_intrinsics(scene.intrinsics[view], factor)
+        camera = helper.Camera(intrinsics, scene.poses[view], mask.shape)
         render = synthesize.render_view(self.sdf, self.shade, camera, tracer)
         depth = np.repeat(synthesize.depth_grey(render)[..., None], 3, axis=-1)
-        writing.write_image(path, np.concatenate([photograph, render.rgb, synthesize.normal_colors(render), depth], axis=1))
+        panels = [photograph, render.rgb, synthesize.normal_colors(render), depth]
+        writing.write_image(path, np.concatenate(panels, axis=1))
         writing.write_image(path.with_name(f"{path.stem}_shape.png"),
                            synthesize.shape_picture(self.sdf, self.shade, scene, view, tracer))
         return images.psnr(images.squared_error(render.rgb, photograph, mask))
 
 
-LOST = ("no ray has met the surface within its mask; the surface has shrunk to nothing or grown beyond the unit sphere. "
-        "The usual causes: cameras that are not normalised to the unit sphere or masks that are missing (prepare.py "
-        "SCENE --check tells), or a train.learning_rate that is too high")
+LOST = ("no ray has met the surface within its mask; the surface has shrunk to nothing or grown beyond the unit "
+        "sphere. The usual causes: cameras that are not normalised to the unit sphere or masks that are missing "
+        "(prepare.py SCENE --check tells), or a train.learning_rate that is too high")
 
 
 def scheduled(start, factor, milestones, epoch):

@@ -3,11 +3,15 @@ from typing import NamedTuple, Tuple
 
 import nnabla as nn
 import nnabla.functions as F
+import nnabla.solvers as S
 import numpy as np
 
+import datasets
 import network
 import ray_tracer
+from backends import context
 from backends.gpu import constant, row_sums
+from config.settings import Network, Tracer
 
 LOSSES = ("loss", "color", "mask", "eikonal")       # the total first
 
@@ -23,11 +27,11 @@ class LossWeights(NamedTuple):
     eikonal: float
 
 
-def place_points(sdf, batch, tracer, rng) -> Placed:
+def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng) -> Placed:
     """Find the point of each ray that carries its loss.
 
-    sdf: what network.sdf_evaluator gives; batch: a datasets.Batch; tracer: the configuration's section, whose sphere
-    tracing is for renders alone; rng: of the samples' places.
+    sdf: what network.sdf_evaluator gives; tracer: the configuration's section, whose sphere tracing is for renders
+    alone; rng: of the samples' places.
     """
     settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
     t, hit_in_mask = ray_tracer.hit_or_least_sdf(sdf, batch.origin, batch.directions, batch.mask,
@@ -66,9 +70,8 @@ class TrainingGraph:
 
     Inputs: points (num_rays + num_rays // 2, 3), the rays' points and then the uniform ones; directions and rgb
     (num_surface, 3); color_weights (num_surface, 1), 0 for a ray without a hit in its mask; object_mask and
-    mask_weights (num_rays, 1), 0 for a ray with a hit; alpha (1, 1).
-    forward() computes `losses`, a Variable for each name of LOSSES; backward() adds the total's gradient to those of the
-    parameters.
+    mask_weights (num_rays, 1), 0 for a ray with a hit; alpha (1, 1). forward() computes `losses`, a Variable for each
+    name of LOSSES; backward() adds the total's gradient to those of the parameters.
     """
 
     def __init__(self, without, weights: LossWeights, num_rays, num_surface, want_grad_rays=False):
@@ -103,8 +106,8 @@ class TrainingGraph:
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
         """Return the loss's gradients with respect to the rays' points (R, 3) and the directions (num_surface, 3).
 
-        Only with want_grad_rays, after backward(). The eikonal loss has no part in them, and the distance along a ray is
-        held constant.
+        Only with want_grad_rays, after backward(). The eikonal loss has no part in them, and the distance along a ray
+        is held constant.
         """
         return self.surface.grad_points()[:self.num_rays], self.directions.g.copy()
 
@@ -167,3 +170,18 @@ class TrainingStep:
         found_points, found_directions = graph.grad_rays()
         grad_points[order], grad_directions[order[:len(found_directions)]] = found_points, found_directions
         return grad_points, grad_directions
+
+
+def compile_functions():
+    """Take one tiny step on the CPU, so that Numba compiles and caches all that a training calls (some 15 s)."""
+    context.set_context("cpu", "0")
+    rng, num_rays, net = np.random.default_rng(0), 16, Network(width=64, feature=4, layers=6)
+    network.initialize(net, rng)
+    sdf = network.sdf_evaluator()
+    origin, directions = np.float32([0, 0, -2.5]), 0.3 * rng.random((num_rays, 3), np.float32) + np.float32([0, 0, 1])
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    mask, weights = np.arange(num_rays) % 2 == 0, np.ones(num_rays, np.float32)
+    batch = datasets.Batch(0, origin, directions, directions, mask, weights)
+    ray_tracer.trace(sdf, origin, directions)
+    placed = place_points(sdf, batch, Tracer(samples=16), rng)
+    TrainingStep(net.without, LossWeights(100.0, 0.1), num_rays).compute_gradients(S.Adam(), batch, placed, 50.0, rng)
