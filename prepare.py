@@ -94,6 +94,7 @@ def check(scene):
 # --- judging ----------------------------------------------------------------------------------------------------------
 
 def no_hint():
+    """Return the hint for masks of which there is nothing to say."""
     return ""
 
 

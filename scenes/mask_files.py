@@ -136,8 +136,7 @@ def background_difference(image):
 
 
 def cleaned(mask):
-    """Return a mask (H, W) bool with gaps of a few pixels and small holes closed, and without specks and pieces smaller
-    than a tenth of the largest."""
+    """Return a mask (H, W) bool without specks, gaps and small holes, nor pieces below a tenth of the largest."""
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3 + 2 * (max(mask.shape) // 800),) * 2)
     mask = mask.astype(np.uint8)
     mask = cv2.morphologyEx(cv2.morphologyEx(mask, cv2.MORPH_CLOSE, disc), cv2.MORPH_OPEN, disc) > 0

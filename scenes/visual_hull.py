@@ -95,9 +95,9 @@ def grid(low, high, cells):
 def carve(points, reach, looks, most_misses):
     """Return for each point (N, 3) two counts (N,) int: the views that could show it, and the masks that it meets.
 
-    A view could show every point, in its frame or not. Only if its mask touches the border, points outside the frame
-    do not count for it. A point meets a mask at most `reach` away, a length at the point's depth. Points with more than
-    most_misses views that could show them and do not are dropped; their counts stop there.
+    A view is taken to show the whole object, so it could show every point, even outside its frame. If its mask touches
+    the border, it could show only the points in its frame. A point meets a mask that is at most `reach` away, a length
+    at the point's depth. A point is dropped, and its counts stop, once it misses more than most_misses masks.
     """
     seen, met = np.zeros(len(points), int), np.zeros(len(points), int)
     away = [cv2.distanceTransform((~look.mask).astype(np.uint8), cv2.DIST_L2, 5) for look in looks]
@@ -149,8 +149,11 @@ def find_hull(looks, cells=FINE, misses=0, ball=None):
 
 
 def first_region(looks):
-    """Return a first guess of the object's place, a Ball: about the point nearest to the rays of the masks' centroids,
-    with the median of the masks' extents there."""
+    """Return a first guess of the object's place, a Ball.
+
+    Its centre is nearest, by least squares, to the rays through the masks' centroids. Its radius is 1.2 times the
+    median of the masks' half extents there.
+    """
     origins, directions = np.stack([look.pose[:3, 3] for look in looks]), []
     for look in looks:
         v, u = np.nonzero(look.mask)
@@ -162,8 +165,10 @@ def first_region(looks):
 
 
 def shown_ball(looks, centre):
-    """Return the Ball about `centre` (3,) that half of the Looks frame: 1.2 times the median of the distances that the
-    rays of their masks reach."""
+    """Return the Ball about `centre` (3,) that holds what half of the Looks show.
+
+    Its radius is 1.2 times the median over the Looks of how far from the centre a masked ray passes at most.
+    """
     return Ball(centre, 1.2 * np.median([ray_distances(look, look.corners, centre).max() for look in looks]) + 1e-9)
 
 
