@@ -1,10 +1,10 @@
-"""Make the embedded scene: a teapot, known exactly, seen from all around, in the authors' data convention.
+"""Make the embedded scene, a teapot with an exactly known surface, in the data convention of IDR's authors.
 
     python make_scene.py --output data/demo --views 32 --held-out 6 --size 96
 
-writes image/, mask/ and cameras.npz (the training views first, then the held-out ones), surface.ply (100,000
-points of the exact surface and their normals, in the frame of the unit sphere) and scene.json (the settings).
-The same settings give the same bytes. `--camera-noise 3 3` adds cameras_linear_init.npz, the same cameras but inexact.
+writes image/, mask/ and cameras.npz (training views first, then held-out ones), surface.ply (100,000 points of the
+exact surface with normals, in the unit sphere's coordinates) and scene.json (the settings). The same settings give the
+same bytes. `--camera-noise 3 3` adds cameras_linear_init.npz, the same cameras with noise.
 """
 import argparse
 import json
@@ -21,18 +21,18 @@ import helper
 import ray_tracer
 from files import folders
 
-# --- the object: balls swept along discs, a circle and lines; z is up ---------------------------------------
-
+# --- the object: balls swept along discs, a circle and lines; z is up -------------------------------------------------
 
 def lengths(vectors):
-    """Return the lengths (N,) of vectors (N, 2 or 3); np.linalg.norm takes five times as long over so few columns."""
+    """Return the lengths (N,) of vectors (N, 2 or 3), five times as fast as np.linalg.norm."""
     return np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
 
 
 def from_disc(points, centre, width, radius):
-    """Return the vectors (N, 3) to `points` (N, 3) from the nearest of a level disc, and the radius there.
+    """Return the vectors (N, 3) from the nearest points of a horizontal disc to `points` (N, 3), and the ball's radius.
 
-    A part is what balls about all points of its skeleton fill, so |vector| - radius is its exact distance.
+    A part is the union of balls about the points of its skeleton, here a disc of radius `width`. So |vector| - radius
+    is its exact signed distance.
     """
     offsets = points - np.array(centre, points.dtype)
     across = lengths(offsets[:, :2])[:, None]
@@ -41,7 +41,7 @@ def from_disc(points, centre, width, radius):
 
 
 def from_circle(points, centre, width, radius):
-    """As from_disc, for a circle that stands in the x-z plane."""
+    """Return the same as from_disc for a circle of radius `width` in the x-z plane."""
     offsets = points - np.array(centre, points.dtype)
     across = lengths(offsets[:, ::2])[:, None]
     offsets[:, ::2] *= 1 - width / np.maximum(across, 1e-12)
@@ -49,21 +49,24 @@ def from_circle(points, centre, width, radius):
 
 
 def from_line(points, start, end, start_radius, end_radius):
-    """As from_disc, for a line along which the ball grows or shrinks: a cone with round ends."""
+    """Return the same as from_disc, but with radii (N,), for a line along which the radius changes linearly.
+
+    That is a cone with round ends.
+    """
     axis = np.subtract(end, start)
     length = np.linalg.norm(axis)
     axis, slope = (axis / length).astype(points.dtype), (start_radius - end_radius) / length
     offsets = points - np.array(start, points.dtype)
-    along = np.einsum("ij,j->i", offsets, axis)      # offsets @ axis, without the threads of the matrix library
+    along = np.einsum("ij,j->i", offsets, axis)      # offsets @ axis, without BLAS's threads
     lateral = lengths(offsets - along[:, None] * axis)
-    along -= lateral * slope / np.sqrt(1 - slope ** 2)  # to the ball that is nearest, not its centre
+    along -= lateral * slope / np.sqrt(1 - slope ** 2)  # of the ball whose surface is nearest
     along = np.clip(along, 0, length)
     return offsets - along[:, None] * axis, start_radius - along * slope
 
 
 TEAL, CREAM, GOLD, RED = (0.07, 0.50, 0.55), (0.95, 0.87, 0.72), (0.96, 0.70, 0.16), (0.84, 0.20, 0.16)
-AXIS = 0.05  # where the pot's axis stands, on x
-PARTS = (  # shape, its measures, colour
+AXIS = 0.05  # x of the pot's axis
+PARTS = (  # shape, its arguments, colour
     (from_disc, ((AXIS, 0, -0.05), 0.13, 0.42), CREAM),  # body
     (from_disc, ((AXIS, 0, -0.45), 0.24, 0.06), GOLD),  # foot
     (from_disc, ((AXIS, 0, 0.34), 0.21, 0.07), GOLD),  # lid
@@ -72,42 +75,42 @@ PARTS = (  # shape, its measures, colour
     (from_line, ((0.36, 0, -0.16), (0.60, 0, 0.02), 0.19, 0.105), TEAL),  # spout
     (from_line, ((0.60, 0, 0.02), (0.675, 0, 0.23), 0.105, 0.075), TEAL),
 )
-SUN = np.array((0.5, -0.4, 0.77)) / np.linalg.norm((0.5, -0.4, 0.77))  # the direction towards it
-SKY, GROUND = np.array((0.54, 0.58, 0.60)), np.array((0.66, 0.60, 0.52))  # light from above, and from below
+SUN = np.array((0.5, -0.4, 0.77)) / np.linalg.norm((0.5, -0.4, 0.77))  # unit vector towards it
+SKY, GROUND = np.array((0.54, 0.58, 0.60)), np.array((0.66, 0.60, 0.52))  # ambient light from above and from below
 BACKGROUND = 0.25
-OBJECT_RADIUS = 0.79  # the object lies within; the cameras are framed on it
+OBJECT_RADIUS = 0.79  # the object lies in this sphere, which fills the images
 SURFACE_SAMPLES = 100000
-DISTANCE = 2.75  # of the cameras from the origin, in radii of the unit sphere
-SCALE, OFFSET = 250.0, (40.0, -70.0, 620.0)  # the unit sphere in world units, say millimetres
+DISTANCE = 2.75  # of the cameras from the origin
+SCALE, OFFSET = 250.0, (40.0, -70.0, 620.0)  # radius and centre of the unit sphere in world units, such as millimetres
 
 
-def measure(points):
-    """Return each part's signed distance (parts, N) and the vector from its skeleton (parts, N, 3)."""
+def part_distances(points):
+    """Return the parts' signed distances (parts, N) and the vectors from their skeletons (parts, N, 3)."""
     offsets, radii = zip(*[shape(points, *measures) for shape, measures, _ in PARTS])
     return np.stack([lengths(o) - r for o, r in zip(offsets, radii)]), np.stack(offsets)
 
 
 def exact_sdf(points):
-    """Return the signed distance (N,) float32 of `points` (N, 3): exact on and outside the surface.
+    """Return the signed distances (N,) float32 of `points` (N, 3), exact on and outside the surface.
 
-    Inside, where parts overlap, the surface may be farther than it says, never nearer.
+    Inside, where parts overlap, it is a bound: the surface may be farther, never nearer.
     """
-    return measure(points)[0].min(axis=0).astype(np.float32)
+    return part_distances(points)[0].min(axis=0).astype(np.float32)
 
 
 def exact_normals(points):
-    """Return the unit gradient (N, 3) float32 of exact_sdf at `points` (N, 3): its normals there."""
-    distances, offsets = measure(points)
+    """Return the normals (N, 3) float32 at `points` (N, 3), the unit gradient of exact_sdf."""
+    distances, offsets = part_distances(points)
     normals = offsets[distances.argmin(axis=0), np.arange(len(points))]
     return (normals / lengths(normals)[:, None]).astype(np.float32)
 
 
 def paint(points):
-    """Return the colour (N, 3) of the surface at `points` (N, 3); parts and glaze blend softly."""
-    distances = measure(points)[0]
+    """Return the albedo (N, 3) in [0, 1] of the surface at `points` (N, 3). Parts and glaze blend softly."""
+    distances = part_distances(points)[0]
     weights = np.exp(-(distances - distances.min(axis=0)) / 0.012)
     colours = np.repeat(np.array([colour for *_, colour in PARTS])[:, None], len(points), axis=1)
-    edge = 0.02 + 0.09 * np.sin(5 * np.arctan2(points[:, 1], points[:, 0] - AXIS))  # of the glaze, run down
+    edge = 0.02 + 0.09 * np.sin(5 * np.arctan2(points[:, 1], points[:, 0] - AXIS))  # height of the glaze's edge
     glazed = 1 / (1 + np.exp(-(points[:, 2] - edge) / 0.015))
     colours[0] += glazed[:, None] * (np.array(TEAL) - CREAM)
     return (weights[..., None] * colours).sum(axis=0) / weights.sum(axis=0)[:, None]
@@ -116,7 +119,7 @@ def paint(points):
 def shade(points, directions):
     """Return the colour (N, 3) float32 in [0, 1] of surface `points` (N, 3) seen along `directions` (N, 3).
 
-    Light from sky and ground, less in creases, a sun without cast shadows, and its highlight (Blinn, 1977).
+    Ambient light from sky and ground, less in creases; a sun without cast shadows; its highlight (Blinn, 1977).
     """
     normals = exact_normals(points)
     openness = np.clip(exact_sdf(points + 0.15 * normals) / 0.15, 0, 1)
@@ -130,7 +133,7 @@ def shade(points, directions):
 
 
 def surface_mesh(resolution=128):
-    """Return the object as a trimesh from marching cubes on `resolution`^3 samples of [-1, 1]^3."""
+    """Return the object as a trimesh.Trimesh, by marching cubes on resolution^3 samples of [-1, 1]^3."""
     axis = np.linspace(-1, 1, resolution, dtype=np.float32)
     grid = np.stack(np.meshgrid(axis, axis, axis, indexing="ij"), axis=-1).reshape(-1, 3)
     volume = np.concatenate([exact_sdf(block) for block in np.array_split(grid, 32)])
@@ -140,22 +143,24 @@ def surface_mesh(resolution=128):
 
 
 def surface_samples(count, rng):
-    """Return points (count, 3) float32, nearly uniform on the surface, |sdf| < 1e-4; rng: np.random's."""
+    """Return points (count, 3) float32, nearly uniform on the surface, with |sdf| < 1e-4. rng: a numpy Generator."""
     mesh = surface_mesh()
     corners = mesh.triangles[rng.choice(len(mesh.faces), count, p=mesh.area_faces / mesh.area)]
     points = (rng.dirichlet((1, 1, 1), count)[:, None] @ corners)[:, 0].astype(np.float32)
     off = np.arange(count)
-    while off.size:  # Newton steps; a point in a crease needs several, from one part's surface to the other's
+    while off.size:  # Newton steps; a point in a crease needs several, between two parts
         points[off] -= exact_sdf(points[off])[:, None] * exact_normals(points[off])
         off = off[np.abs(exact_sdf(points[off])) > 2e-6]
     return points
 
 
-# --- the cameras: x right, y down, z into the scene; pixels at integers -------------------------------------
-
+# --- the cameras: x right, y down, z into the scene; pixel centres at integers ----------------------------------------
 
 def look_at(eye, target, up):
-    """Return the pose (4, 4), camera to world, at `eye` towards `target`; `up` is not along the view."""
+    """Return the pose (4, 4), camera to world, of a camera at `eye` that looks at `target`, all (3,).
+
+    up: a vector that is upwards in the image, not along the view.
+    """
     forward = np.subtract(target, eye) / np.linalg.norm(np.subtract(target, eye))
     right = np.cross(forward, up)
     right /= np.linalg.norm(right)
@@ -165,14 +170,14 @@ def look_at(eye, target, up):
 
 
 def fibonacci_sphere(count):
-    """Return `count` unit vectors (count, 3) spread evenly over all directions."""
+    """Return unit vectors (count, 3) spread evenly over all directions: the Fibonacci lattice."""
     i = np.arange(count)
     z, angle = 1 - (2 * i + 1) / count, i * np.pi * (3 - np.sqrt(5))
     return np.stack([np.sqrt(1 - z * z) * np.cos(angle), np.sqrt(1 - z * z) * np.sin(angle), z], axis=1)
 
 
 def view_directions(views, held_out):
-    """Return unit vectors to the cameras (views + held_out, 3), held-out ones last, in the widest gaps."""
+    """Return unit vectors (views + held_out, 3) to the cameras, the held-out ones last, each in the widest gap."""
     directions, candidates = fibonacci_sphere(views), fibonacci_sphere(2000)
     for _ in range(held_out):
         farthest = (candidates @ directions.T).max(axis=1).argmin()
@@ -181,13 +186,16 @@ def view_directions(views, held_out):
 
 
 def camera_intrinsics(size):
-    """Return K (3, 3): the sphere of OBJECT_RADIUS at DISTANCE fills `size` x `size` pixels."""
+    """Return K (3, 3) with which the sphere of OBJECT_RADIUS at DISTANCE fills size x size pixels."""
     focal = size / 2 * np.sqrt((DISTANCE / OBJECT_RADIUS) ** 2 - 1)
     return np.array([[focal, 0, (size - 1) / 2], [0, focal, (size - 1) / 2], [0, 0, 1]])
 
 
 def world_matrices(intrinsics, pose):
-    """Return world_mat = K [R | t] in world units and scale_mat, the unit sphere's place there (4, 4)."""
+    """Return world_mat and scale_mat, both (4, 4): K [R | t] in world units, and the unit sphere to world units.
+
+    intrinsics: (3, 3). pose: (4, 4), camera to the unit sphere's coordinates.
+    """
     scale_mat = np.diag((SCALE, SCALE, SCALE, 1.0))
     scale_mat[:3, 3] = OFFSET
     pose = pose.copy()
@@ -198,8 +206,11 @@ def world_matrices(intrinsics, pose):
 
 
 def disturbed(pose, degrees, percent, rng):
-    """Return a pose (4, 4) turned about a random axis and moved; the root mean squares, of the angle and of the
-    movement as a share of the distance from the origin, are `degrees` and `percent`."""
+    """Return a pose (4, 4) with random rotation and translation added.
+
+    degrees: root mean square of the angle. percent: that of the translation, of the distance from the origin. rng: a
+    numpy Generator.
+    """
     noisy = pose.copy()
     turn = Rotation.from_rotvec(rng.normal(0.0, np.radians(degrees) / 3 ** 0.5, 3))
     noisy[:3, :3] = turn.as_matrix() @ pose[:3, :3]
@@ -208,7 +219,7 @@ def disturbed(pose, degrees, percent, rng):
 
 
 def render(intrinsics, pose, size):
-    """Return the image (size, size, 3) and its mask (size, size), 0 or 255, both uint8; one ray per pixel."""
+    """Return the image (size, size, 3) and its mask (size, size) of 0 and 255, both uint8, from one ray per pixel."""
     origin, directions = helper.pixel_rays(helper.pixel_grid(size, size), intrinsics, pose)
     t, hit = ray_tracer.trace(exact_sdf, origin, directions, sphere_tracing_steps=200)
     image = np.full((size * size, 3), BACKGROUND, np.float32)
@@ -217,13 +228,12 @@ def render(intrinsics, pose, size):
     return image, np.where(hit, 255, 0).astype(np.uint8).reshape(size, size)
 
 
-# --- the scene on disk --------------------------------------------------------------------------------------
-
+# --- the scene on disk ------------------------------------------------------------------------------------------------
 
 def write_scene(folder, views, held_out, size, camera_noise):
-    """Write the scene to an empty folder; returns the share of the pixels that show the object.
+    """Write the scene to an empty folder. Return the fraction of pixels that show the object.
 
-    camera_noise: None, or degrees and percent as `disturbed` takes them.
+    camera_noise: the degrees and percent of `disturbed`, None for no noisy cameras.
     """
     (folder / "image").mkdir()
     (folder / "mask").mkdir()
@@ -251,15 +261,16 @@ def write_scene(folder, views, held_out, size, camera_noise):
 
 
 def made_already(output, settings):
-    """Tell whether `output` holds the scene of these settings; UserError if it holds anything else."""
+    """Tell whether `output` holds the scene of these settings. Raise UserError if it holds anything else."""
     if not output.exists():
         return False
     try:
         if not any(output.iterdir()):
             return False
         earlier = json.loads((output / "scene.json").read_text())
-    except (OSError, ValueError):
-        raise helper.UserError(f"{output}: is there, not made by this script; choose another --output")
+    except (OSError, ValueError) as error:
+        raise helper.UserError(f"{output}: exists, but this script did not make it; choose another --output") \
+            from error
     if earlier != settings:
         raise helper.UserError(f"{output}: made with other settings; choose another --output or remove it")
     return True
@@ -269,12 +280,12 @@ def main():
     parser = argparse.ArgumentParser(description="Make the embedded scene.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", default="data/demo", help="the scene's folder")
-    parser.add_argument("--views", type=int, default=32, help="views to train on, all around")
-    parser.add_argument("--held-out", type=int, default=6, help="further views, to measure on")
+    parser.add_argument("--views", type=int, default=32, help="training views, all around")
+    parser.add_argument("--held-out", type=int, default=6, help="further views, to evaluate on")
     parser.add_argument("--size", type=int, default=96, help="pixels along the sides of an image")
     parser.add_argument("--camera-noise", type=float, nargs=2, metavar=("DEGREES", "PERCENT"),
-                        help="also write cameras_linear_init.npz, the cameras turned and moved by about so much (of "
-                             "their distance), to train cameras from")
+                        help="also write cameras_linear_init.npz, to train cameras from: the cameras turned by about "
+                             "so many degrees and moved by about so many percent of their distance")
     args = parser.parse_args()
     for flag, value, least, most in (("--views", args.views, 1, 1000), ("--held-out", args.held_out, 0, 1000),
                                      ("--size", args.size, 8, 1024)):
@@ -293,7 +304,7 @@ def main():
         covered = write_scene(scene, args.views, args.held_out, args.size, args.camera_noise)
         (scene / "scene.json").write_text(json.dumps(settings) + "\n")
     print(f"{output}: {args.views} views to train on and {args.held_out} held out, {args.size}x{args.size} "
-          f"pixels, the object on {covered:.0%} of them; surface.ply holds its exact surface")
+          f"pixels, {covered:.0%} of them on the object; surface.ply holds its exact surface")
 
 
 if __name__ == "__main__":

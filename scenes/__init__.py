@@ -1,4 +1,4 @@
-"""From photographs to a scene: cameras and masks as other programs write them, the visual hull, checks, and the overview picture.
+"""From photographs to a scene: other programs' cameras and masks, the visual hull, the checks, the overview picture.
 
-prepare.py puts these together. What a scene is once it is on disk, datasets.py says.
+prepare.py puts these together. datasets.py defines the scene on disk.
 """

@@ -1,8 +1,8 @@
 """Cameras as other programs write them -> views: COLMAP, NeRF's transforms.json, Middlebury, cameras.npz, K R t.
 
-Files from strangers are data: nothing is unpickled, a path that they name stays inside the folder that it is
-relative to, and what does not fit is refused in one line. The pixel centres of COLMAP and transforms.json are
-at half numbers; here, as everywhere else, they are at whole ones.
+The files are not trusted: nothing is unpickled, the paths that they name must stay inside the folder to which they are
+relative, and bad values are refused in one line. COLMAP and transforms.json have pixel centres at half-integers; here,
+as everywhere else, they are at integers.
 """
 import json
 import os
@@ -20,16 +20,16 @@ from helper import SHORT, UserError, check_is_file, decompose_projection
 
 FORMATS = """a COLMAP model (cameras and images, .bin or .txt, in the folder itself, sparse/ or sparse/0/), \
 transforms.json, cameras.npz, a Middlebury *_par.txt, or cameras.json with K, R and t of each image"""
-MAX_NAME = 4096  # bytes; a longer name in a COLMAP file means a broken file
-MOST_TEXT = 20 * 10 ** 6    # bytes of a text file that is read whole: JSON may take forty times as much memory
-MOST_LINE = 10 ** 8         # characters of a line in a file that is not: COLMAP writes all keypoints of an image in one
+MAX_NAME = 4096             # bytes of a name in a COLMAP file; a longer one means a broken file
+MOST_TEXT = 20 * 10 ** 6    # bytes of a text file that is read whole; parsed JSON may take forty times the memory
+MOST_LINE = 10 ** 8         # characters of a line of COLMAP's, which may hold all keypoints of an image
 MOST_VIEWS = 20000
-MAX_PART, MAX_PATH = 255, 1000  # bytes of a name, as systems have it, and of a path that a file gives
-FARTHEST = 1e12             # of numbers that a camera may have: beyond, what is computed from them is noise
-LONGEST_SIDE = 10 ** 6      # pixels, of the image that a camera is for
+MAX_PART, MAX_PATH = 255, 1000  # bytes of a file's name, the usual limit, and of a path in a camera file
+FARTHEST = 1e12             # the largest number in a camera; beyond, double precision gives noise
+LONGEST_SIDE = 10 ** 6      # pixels of a camera's image
 
-# COLMAP's camera models, by their numbers in cameras.bin: name and parameters. Those that OpenCV can undo say
-# where its k1, k2, p1, p2, k3 ... (or, for a fisheye, k1 to k4) come from; the others have None.
+# COLMAP's camera models in the order of their numbers in cameras.bin: name and parameters. Distortion coefficients have
+# OpenCV's names.
 COLMAP_MODELS = [
     ("SIMPLE_PINHOLE", "f cx cy"),
     ("PINHOLE", "fx fy cx cy"),
@@ -43,25 +43,25 @@ COLMAP_MODELS = [
     ("RADIAL_FISHEYE", "f cx cy k1 k2"),
     ("THIN_PRISM_FISHEYE", "fx fy cx cy k1 k2 p1 p2 k3 k4 sx1 sy1"),
 ]
-UNUSABLE = ("FOV", "THIN_PRISM_FISHEYE")
+UNUSABLE = ("FOV", "THIN_PRISM_FISHEYE")    # OpenCV cannot undo their distortion
 OPENCV_ORDER = ("k1", "k2", "p1", "p2", "k3", "k4", "k5", "k6")
 
 
 class View(NamedTuple):
     image: Path                             # the photograph
-    mask: Optional[Path]                    # its mask, where the cameras' file names one
+    mask: Optional[Path]                    # its mask, if the camera file names one
     intrinsics: np.ndarray                  # (3, 3) float64, pixels
     pose: np.ndarray                        # (4, 4) float64, camera to world; x right, y down, z into the scene
-    size: Optional[Tuple[int, int]] = None  # width and height of the image that the intrinsics are for, where said
-    distortion: Tuple[float, ...] = ()      # OpenCV's coefficients; none: a pinhole camera
-    fisheye: bool = False                   # whether they are those of OpenCV's fisheye model
+    size: Optional[Tuple[int, int]] = None  # width and height of the image for these intrinsics, if known
+    distortion: Tuple[float, ...] = ()      # OpenCV's coefficients; () for a pinhole camera
+    fisheye: bool = False                   # the coefficients are of OpenCV's fisheye model
 
 
 def read_views(source, images=None):
-    """Read the views that `source`, a folder or a camera file, describes.
+    """Read the Views of `source`, a folder or a camera file.
 
-    images: the folder of the photographs, None to look for it. Returns the views in the order of their names and a
-    text that says what was read. Raises UserError where nothing is recognised and where a file does not fit.
+    images: the folder of the photographs, None to look for it. Returns the Views in the order of their names and a text
+    that says what was read. Raises UserError if no cameras are recognised or a file is bad.
     """
     source = Path(source)
     if not os.path.exists(str(source)):
@@ -71,7 +71,7 @@ def read_views(source, images=None):
         raise UserError(f"--images {str(images)[:1000]}: no such folder")
     reader, path = recognise(source)
     root = source if source.is_dir() else source.parent
-    with np.errstate(all="ignore"):     # what is not finite then is refused below
+    with np.errstate(all="ignore"):     # values that are not finite are refused below
         views = reader(path, Path(images) if images else None)
         check_views(path, views)
     relative = os.path.relpath(str(path), str(root))
@@ -79,7 +79,7 @@ def read_views(source, images=None):
 
 
 def recognise(source):
-    """Return the reader for a folder or a camera file, and the path that it reads; UserError where there is none."""
+    """Return the reader for a folder or a camera file, and the path to read. Raise UserError if there is none."""
     if source.is_dir():
         found = cameras_of_folder(source)
         if found:
@@ -100,9 +100,9 @@ def recognise(source):
 
 
 def cameras_of_folder(folder, single=True):
-    """Return the reader for the cameras in a folder, and the path that it reads; None where there are none.
+    """Return the reader for the cameras in a folder and the path to read, None if there are none.
 
-    Raises UserError where there are several files and a `single` one is wanted.
+    With `single`, raises UserError if there are several files of a format.
     """
     for name in ("transforms.json", "transforms_train.json"):
         if os.path.isfile(str(folder / name)):
@@ -119,21 +119,21 @@ def cameras_of_folder(folder, single=True):
     return None
 
 
-# --- what the readers share -------------------------------------------------------------------------------------------
+# --- shared by the readers --------------------------------------------------------------------------------------------
 
-def natural(name):
-    """Return a key that sorts names as people do: view_2 before view_10."""
-    parts = re.split(r"([0-9]+)", str(name))    # text, digits, text, ...; a number without zeros in front is larger
-    digits = [part.lstrip("0") for part in parts[1::2]]     # where it is longer, and int() has a limit
+def natural_key(name):
+    """Return a sort key by which view_2 comes before view_10."""
+    parts = re.split(r"([0-9]+)", str(name))    # text, digits, text, ...
+    digits = [part.lstrip("0") for part in parts[1::2]]     # ordered by length first; int() refuses long ones
     keys = [(-1, part) for part in parts]
     keys[1::2] = [(len(part), part) for part in digits]
     return keys
 
 
-def inside(folder, name, source):
-    """Return folder / name for a path that the file `source` names; UserError where it leads out of the folder.
+def path_inside(folder, name, source):
+    """Return folder / name for a path in the file `source`. Raise UserError if it leads out of the folder.
 
-    Links in the folder are followed: they are of the user's making, the name is not.
+    Links in the folder are followed: the user made them, but not the name.
     """
     name = str(name).replace("\\", "/")
     path = os.path.normpath(name)
@@ -146,7 +146,7 @@ def inside(folder, name, source):
 
 
 def read_text(path):
-    """Return a text file whole; UserError where it cannot be read."""
+    """Return the contents of a text file. Raise UserError if it is too large or cannot be read."""
     check_is_file(path)
     try:
         if os.path.getsize(str(path)) > MOST_TEXT:
@@ -162,7 +162,7 @@ def unreadable(path, error):
 
 
 def text_lines(path):
-    """Yield (number from 1, line) of a text file that may be larger than the memory; UserError as read_text."""
+    """Yield (number from 1, line) of a text file of any size. Raise UserError if it cannot be read."""
     check_is_file(path)
     try:
         with open(str(path), encoding="utf-8-sig") as file:
@@ -175,7 +175,10 @@ def text_lines(path):
 
 
 def read_json(path, wanted):
-    """Return a JSON file's mapping, its numbers as floats; UserError where it is broken or something else."""
+    """Return the mapping in a JSON file, all numbers as floats. Raise UserError for other contents.
+
+    wanted: what it must hold, for the message.
+    """
     def mapping(pairs):
         tree = dict(pairs)
         if len(tree) < len(pairs):
@@ -183,7 +186,7 @@ def read_json(path, wanted):
             raise UserError(f"{path}: the key {twice[:200]!r} is given twice; remove one")
         return tree
 
-    try:    # whole numbers as floats too: int() takes minutes for some, and refuses others
+    try:    # integers as floats, too: int() is slow for long ones, or refuses them
         tree = json.loads(read_text(path), parse_int=float, object_pairs_hook=mapping)
     except (ValueError, RecursionError) as error:
         where = f", line {error.lineno}" if hasattr(error, "lineno") else ""
@@ -193,15 +196,15 @@ def read_json(path, wanted):
     return tree
 
 
-def number(value, where):
-    """Return `value` as a float if it is a finite number; UserError naming `where` otherwise."""
+def finite_number(value, where):
+    """Return `value` if it is a finite float. Raise UserError naming `where` otherwise."""
     if not (type(value) is float and abs(value) < FARTHEST):
         raise UserError(f"{where} must be a finite number, not {SHORT.repr(value)}")
     return value
 
 
 def matrix(value, shapes, where):
-    """Return nested lists as a float64 array of one of the `shapes`; UserError naming `where` otherwise."""
+    """Return nested lists as a finite float64 array of one of the `shapes`. Raise UserError naming `where` if unfit."""
     try:
         array = np.array(value, np.float64)
         fits = array.shape in shapes and bool(np.isfinite(array).all())
@@ -214,11 +217,12 @@ def matrix(value, shapes, where):
 
 
 def camera_matrix(fx, fy, cx, cy):
+    """Return the intrinsics (3, 3)."""
     return np.array([[fx, 0.0, cx], [0.0, fy, cy], [0.0, 0.0, 1.0]])
 
 
 def pose_from(rotation, translation):
-    """Return the pose (4, 4) of x_camera = R x_world + t."""
+    """Return the pose (4, 4), camera to world, of x_camera = R x_world + t."""
     pose = np.eye(4)
     pose[:3, :3] = rotation.T
     pose[:3, 3] = -rotation.T @ translation
@@ -226,13 +230,13 @@ def pose_from(rotation, translation):
 
 
 def check_count(path, count):
-    """Raise UserError for more views than one can train on: to read them would take long."""
+    """Raise UserError for more views than anyone trains on, which would take long to read."""
     if count > MOST_VIEWS:
         raise UserError(f"{path}: has more than {MOST_VIEWS} cameras; leave some out")
 
 
 def check_views(path, views):
-    """Raise UserError unless there are views, each of another photograph, with cameras that can be used."""
+    """Raise UserError unless there are Views, of different photographs and with usable cameras."""
     if not views:
         raise UserError(f"{path}: has no cameras; name another file or folder")
     seen = set()
@@ -244,8 +248,8 @@ def check_views(path, views):
 
 
 def check_camera(path, view):
-    """Raise UserError unless the view's pose is a rigid motion, its focal lengths are positive, its image has a size
-    and all numbers are such that one can compute with them."""
+    """Raise UserError for a View whose pose is no rigid motion, whose focal lengths or image size are not positive, or
+    whose numbers are not finite or too large to compute with."""
     where = f"{path}: the camera of {view.image.name}"
     for values in (view.pose, view.intrinsics, view.distortion):
         if not (np.isfinite(values).all() and np.abs(values).max(initial=0) < FARTHEST):
@@ -266,7 +270,7 @@ def check_camera(path, view):
 
 
 def picture_folder(folders):
-    """Return the first of the folders that holds pictures; UserError where none does."""
+    """Return the first of the folders with photographs. Raise UserError if none has any."""
     for folder in folders:
         if os.path.isdir(str(folder)) and datasets.picture_files(folder, datasets.PHOTOGRAPHS)[0]:
             return folder
@@ -275,50 +279,49 @@ def picture_folder(folders):
 
 
 # --- COLMAP -----------------------------------------------------------------------------------------------------------
-# A short reader of our own: pycolmap (wheels for 3.8 to 3.10 up to 3.12.5, 54 MB installed) insists on the points
-# and tracks, which are not needed here, takes a truncated cameras.bin for whole, and loops for ever on other
-# truncated files.
+# Why not pycolmap (3.12.5 is the last with wheels for Python 3.8; 54 MB): it insists on points and tracks, which are
+# not needed here, accepts a truncated cameras.bin, and loops forever on other truncated files.
 
 def colmap_models(folder):
-    """Return the folders of the COLMAP models in a folder or where COLMAP and nerfstudio put them."""
-    places = [folder, folder / "sparse"] + sorted((folder / "sparse").glob("[0-9]*"), key=natural)
-    places += sorted((folder / "colmap" / "sparse").glob("[0-9]*"), key=natural)
+    """Return the folders of COLMAP models: `folder` itself, and where COLMAP and nerfstudio put them in it."""
+    places = [folder, folder / "sparse"] + sorted((folder / "sparse").glob("[0-9]*"), key=natural_key)
+    places += sorted((folder / "colmap" / "sparse").glob("[0-9]*"), key=natural_key)
     return [place for place in places
             if any(all(os.path.isfile(str(place / f"{name}{suffix}")) for name in ("cameras", "images"))
                    for suffix in (".bin", ".txt"))]
 
 
 def largest_model(models):
-    """Return the model with the most images: COLMAP starts a new one where photographs do not connect."""
+    """Return the model with the most images, and say so: COLMAP makes several if photographs do not connect."""
     if len(models) == 1:
         return models[0]
     counts = [len(colmap_images(model)) for model in models]
     best = counts.index(max(counts))
-    print(f"notice: {len(models)} COLMAP models, of {', '.join(map(str, counts))} images; reading {models[best]}, for "
-          "another name its folder")
+    print(f"notice: {len(models)} COLMAP models, of {', '.join(map(str, counts))} images; reading {models[best]}; to "
+          "read another, name its folder")
     return models[best]
 
 
 def read_colmap(model, images):
-    """Read a COLMAP model, text or binary, in the folder `model`, as views."""
+    """Read the COLMAP model, text or binary, in the folder `model` as Views."""
     cameras, posed = colmap_cameras(model), colmap_images(model)
     if not posed:
         raise UserError(f"{model}: no image is registered in this model; COLMAP found no cameras")
-    # Beside the model, or where it lies in a workspace: images/ and sparse/0/.
+    # images/ lies beside the model, or up to three levels up as in a workspace with images/ and sparse/0/.
     parents = [model, model.absolute().parent, model.absolute().parent.parent, model.absolute().parent.parent.parent]
     folder = images or picture_folder([parent / "images" for parent in parents])
     views = []
-    for name, rotation, translation, camera in sorted(posed, key=lambda entry: natural(entry[0])):
+    for name, rotation, translation, camera in sorted(posed, key=lambda entry: natural_key(entry[0])):
         if camera not in cameras:
             raise UserError(f"{model}: image {name[:200]} has the camera {str(camera)[:20]}, which the model's cameras "
                             "lack")
-        image = inside(folder, name, model)
+        image = path_inside(folder, name, model)
         views.append(View(image, None, pose=pose_from(rotation, translation), **cameras[camera]))
     return views
 
 
 def colmap_cameras(model):
-    """Return {number: what View takes of it} for the cameras of a COLMAP model."""
+    """Return {camera's number: View's intrinsics, size, distortion and fisheye} of a COLMAP model."""
     path = model / "cameras.bin"
     if path.is_file():
         rows = binary_cameras(path)
@@ -337,7 +340,7 @@ def colmap_images(model):
 
 
 def colmap_intrinsics(where, name, width, height, values):
-    """Return intrinsics, size and distortion, as View names them, of a COLMAP camera."""
+    """Return View's intrinsics, size, distortion and fisheye as a dict. values: parameters of COLMAP's model `name`."""
     names = dict(COLMAP_MODELS).get(name)
     if names is None or name in UNUSABLE:
         raise UserError(f"{where}: the model {name[:40]} cannot be undistorted here; run colmap image_undistorter and "
@@ -354,7 +357,7 @@ def colmap_intrinsics(where, name, width, height, values):
 
 
 def quaternion_rotation(q, where):
-    """Return the rotation (3, 3) of a quaternion w, x, y, z; UserError where it is 0 or not finite."""
+    """Return the rotation (3, 3) of a quaternion w, x, y, z. Raise UserError if it is 0 or not finite."""
     q = np.array(q, np.float64)
     length = np.linalg.norm(q)
     if not (np.isfinite(length) and length > 1e-6):
@@ -366,7 +369,7 @@ def quaternion_rotation(q, where):
 
 
 def unpack(file, layout):
-    """Return the next little-endian values of a binary file; ValueError where it ends."""
+    """Return the next little-endian values of a binary file. Raise ValueError at its end. layout: as struct's."""
     size = struct.calcsize("<" + layout)
     content = file.read(size)
     if len(content) < size:
@@ -375,7 +378,7 @@ def unpack(file, layout):
 
 
 def binary_rows(path, read_row):
-    """Return read_row(file) for each entry of a COLMAP binary file; UserError where it is not whole."""
+    """Return [read_row(file), ...] for the entries of a COLMAP binary file. Raise UserError if it is damaged."""
     try:
         with open(str(path), "rb") as file:
             count, = unpack(file, "Q")
@@ -410,32 +413,33 @@ def binary_images(path):
         _, *values, camera = unpack(file, "i7di")
         start, name = file.tell(), file.read(MAX_NAME)
         if b"\0" not in name:
-            raise ValueError("a name has no end: truncated, or not COLMAP's")
+            raise ValueError("a name does not end: truncated, or not COLMAP's")
         name = name[:name.index(b"\0")]
         file.seek(start + len(name) + 1)
         points, = unpack(file, "Q")
         if file.tell() + 24 * points > size:
             raise ValueError("it ends too early: truncated, or not COLMAP's")
-        file.seek(24 * points, os.SEEK_CUR)  # x, y and the 3D point of each keypoint
+        file.seek(24 * points, os.SEEK_CUR)  # x, y and the 3D point's number of each keypoint
         return name.decode("utf-8"), values, camera
     return binary_rows(path, row)
 
 
-def whole(word):
-    """Return a word as an int; ValueError for what is none, or has so many digits that int() would take long."""
+def parse_int(word):
+    """Return a word as an int. Raise ValueError if it is none, or too long: int() is slow for many digits."""
     if len(word) > 20:
         raise ValueError
     return int(word)
 
 
 def text_cameras(path):
-    """Return what binary_cameras does, of a cameras.txt."""
+    """Return the rows of a cameras.txt as binary_cameras does."""
     rows = []
     for index, line in text_lines(path):
         words = line.split()
         if words and not words[0].startswith("#"):
             try:
-                rows.append((whole(words[0]), words[1], whole(words[2]), whole(words[3]), list(map(float, words[4:]))))
+                camera, width, height = (parse_int(words[place]) for place in (0, 2, 3))
+                rows.append((camera, words[1], width, height, [float(word) for word in words[4:]]))
             except (ValueError, IndexError):
                 raise UserError(f"{path}, line {index}: wanted are number, model, width, height and parameters") \
                     from None
@@ -444,7 +448,7 @@ def text_cameras(path):
 
 
 def text_images(path):
-    """Return what binary_images does, of an images.txt: two lines per image, the second with its keypoints."""
+    """Return the rows of an images.txt as binary_images does. It has two lines per image, the second of keypoints."""
     rows, keypoints_follow = [], False
     for index, line in text_lines(path):
         if line.startswith("#") or not (line.strip() or keypoints_follow):
@@ -452,8 +456,8 @@ def text_images(path):
         if not keypoints_follow:
             words = line.split(None, 9)
             try:
-                whole(words[0])
-                rows.append((words[9].strip(), [float(word) for word in words[1:8]], whole(words[8])))
+                parse_int(words[0])
+                rows.append((words[9].strip(), [float(word) for word in words[1:8]], parse_int(words[8])))
             except (ValueError, IndexError):
                 raise UserError(f"{path}, line {index}: wanted are number, quaternion, translation, camera and name, "
                                 "and a line of keypoints, which may be empty") from None
@@ -468,7 +472,7 @@ PERSPECTIVE = ("PERSPECTIVE", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RAD
 
 
 def read_transforms(path, images):
-    """Read a transforms.json (camera to world, y up and z backwards) as views; frames may override its intrinsics."""
+    """Read a transforms.json (camera to world, y up, z backwards) as Views. Frames may have intrinsics of their own."""
     tree = read_json(path, "frames")
     frames = tree.get("frames")
     if not isinstance(frames, list) or not frames or not all(isinstance(frame, dict) for frame in frames):
@@ -479,22 +483,23 @@ def read_transforms(path, images):
         where = f"{path}: frames[{index}]"
         if not isinstance(frame.get("file_path"), str):
             raise UserError(f"{where}.file_path must name the image of this frame")
-        image = inside(images or path.parent, Path(frame["file_path"]).name if images else frame["file_path"], where)
-        if image.suffix.lower() not in datasets.PHOTOGRAPHS:    # Blender's names have no suffix
+        name = Path(frame["file_path"]).name if images else frame["file_path"]
+        image = path_inside(images or path.parent, name, where)
+        if image.suffix.lower() not in datasets.PHOTOGRAPHS:    # Blender writes names without suffix
             named = [image.with_name(image.name + suffix) for suffix in datasets.PHOTOGRAPHS]
             image = next((path for path in named if os.path.isfile(str(path))), image)
         mask = frame.get("mask_path")
         pose = matrix(frame.get("transform_matrix"), ((4, 4), (3, 4)), f"{where}.transform_matrix")
         pose = np.vstack([pose[:3], (0, 0, 0, 1)]) @ np.diag((1.0, -1.0, -1.0, 1.0))
-        views.append(View(image, inside(path.parent, mask, where) if isinstance(mask, str) else None, pose=pose,
+        views.append(View(image, path_inside(path.parent, mask, where) if isinstance(mask, str) else None, pose=pose,
                           **transforms_intrinsics(where, ChainMap(frame, tree), image)))
-    return sorted(views, key=lambda view: natural(view.image))
+    return sorted(views, key=lambda view: natural_key(view.image))
 
 
 def transforms_intrinsics(where, keys, image):
-    """Return intrinsics, size and distortion, as View names them, from a frame's keys."""
+    """Return View's intrinsics, size, distortion and fisheye as a dict. keys: a frame's, then the file's."""
     def get(key, default=None):
-        return number(keys[key], f"{where}: {key}") if keys.get(key) is not None else default
+        return finite_number(keys[key], f"{where}: {key}") if keys.get(key) is not None else default
 
     name = keys.get("camera_model", "OPENCV")
     fisheye = name == "OPENCV_FISHEYE" or keys.get("is_fisheye") is True
@@ -526,10 +531,10 @@ def transforms_intrinsics(where, keys, image):
             "distortion": distortion if any(distortion) else ()}
 
 
-# --- the others -------------------------------------------------------------------------------------------------------
+# --- other formats ----------------------------------------------------------------------------------------------------
 
 def read_middlebury(path, images):
-    """Read a Middlebury *_par.txt: the count, then a line "name k11 ... k33 r11 ... r33 t1 t2 t3" per image."""
+    """Read a Middlebury *_par.txt as Views: the count, then "name k11 ... k33 r11 ... r33 t1 t2 t3" per image."""
     lines = [line.split() for line in read_text(path).splitlines() if line.strip()]
     folder, views = images or path.parent, []
     if not lines or lines[0][0].lstrip("0") != str(len(lines) - 1) or len(lines) == 1:
@@ -543,29 +548,30 @@ def read_middlebury(path, images):
             fits = False
         if not fits:
             raise UserError(f"{path}, line {index}: wanted are a name and the 21 finite numbers of K, R and t")
-        views.append(View(inside(folder, words[0], path), None, values[:9].reshape(3, 3) / values[8] if values[8] else
-                          np.full((3, 3), np.nan), pose_from(values[9:18].reshape(3, 3), values[18:])))
-    return sorted(views, key=lambda view: natural(view.image))
+        k, rotation = values[:9].reshape(3, 3), values[9:18].reshape(3, 3)
+        k = k / values[8] if values[8] else np.full((3, 3), np.nan)     # NaN is refused later
+        views.append(View(path_inside(folder, words[0], path), None, k, pose_from(rotation, values[18:])))
+    return sorted(views, key=lambda view: natural_key(view.image))
 
 
 def read_krt(path, images):
-    """Read a cameras.json: {"name of the image": {"K": 3x3, "R": 3x3, "t": 3}}, x_camera = R x_world + t."""
+    """Read a cameras.json as Views: {"name of the image": {"K": 3x3, "R": 3x3, "t": 3}}, x_camera = R x_world + t."""
     tree = read_json(path, 'an entry "name of the image": {"K": 3x3, "R": 3x3, "t": 3} per view')
     check_count(path, len(tree))
     folder = images or picture_folder([path.parent / "images", path.parent / "image", path.parent])
     views = []
-    for name in sorted(tree, key=natural):
+    for name in sorted(tree, key=natural_key):
         entry = tree[name] if isinstance(tree[name], dict) else {}
         k, r = (matrix(entry.get(key), ((3, 3),), f"{path}: {key} of {name[:200]}") for key in "KR")
         t = matrix(entry.get("t"), ((3,), (3, 1)), f"{path}: t of {name[:200]}")
         if abs(k[2, 2] - 1) > 1e-6 or np.abs(k[2, :2]).max() > 1e-6 or abs(k[1, 0]) > 1e-6:
             raise UserError(f"{path}: K of {name[:200]} must be [[fx, skew, cx], [0, fy, cy], [0, 0, 1]]")
-        views.append(View(inside(folder, name, path), None, k, pose_from(r, t.ravel())))
+        views.append(View(path_inside(folder, name, path), None, k, pose_from(r, t.ravel())))
     return views
 
 
 def read_npz(path, images):
-    """Read the world_mat_i of a cameras.npz, without any scale_mat_i; camera i is of the i-th image by sorted name."""
+    """Read a cameras.npz as Views, ignoring scale_mat_i. Camera i belongs to the i-th image by sorted name."""
     folder = images or picture_folder([path.parent / "image", path.parent / "images", path.parent])
     files = datasets.picture_files(folder, datasets.PHOTOGRAPHS)[0]
     matrices, views = datasets.read_matrices(path, len(files), kinds=("world",)), []

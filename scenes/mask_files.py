@@ -1,4 +1,4 @@
-"""Masks as people have them: a folder, an alpha channel, or an object before a plain background."""
+"""Masks from a folder, from an alpha channel, or of an object before a plain background."""
 import os
 from pathlib import Path
 
@@ -11,16 +11,17 @@ import skimage.morphology
 import datasets
 from files import pictures
 from helper import UserError
-from scenes.camera_files import natural
+from scenes.camera_files import natural_key
 
-DARK = 40   # grey levels: a background below is dark, and so is what differs from it by less
+DARK = 40   # grey levels: a background is dark below this; what differs from it by less counts as dark, too
 
 
 def mask_sources(views, choice, root):
-    """Return for each view where its mask comes from: a Path, "alpha" or "background".
+    """Return the source of each view's mask: a Path, "alpha" or "background".
 
-    choice: --masks. Without it: the masks that the cameras' file names, a folder masks/ or mask/ beside the
-    photographs or in the folder `root`, or the alpha channel. Raises UserError where there is none of these.
+    choice: the value of --masks. If None, the first of these: the masks named in the camera file; a folder masks/ or
+    mask/ in the folder `root`, or beside the photographs or their folder; the alpha channel. Raises UserError if there
+    is none.
     """
     if choice in ("alpha", "background"):
         return [choice] * len(views)
@@ -39,7 +40,11 @@ def mask_sources(views, choice, root):
 
 
 def masks_in(folder, views):
-    """Return each view's mask in a folder: by the photograph's name, else, where the counts are equal, in order."""
+    """Return the path of each view's mask in a folder, by the photograph's name.
+
+    If no name fits and there are as many masks as views, they are taken in the order of their names. Raises UserError
+    otherwise.
+    """
     if not os.path.isdir(str(folder)):
         raise UserError(f"--masks {str(folder)[:1000]}: no such folder; name one, or alpha or background")
     found = [mask_named(folder, view.image) for view in views]
@@ -47,7 +52,7 @@ def masks_in(folder, views):
         files = datasets.picture_files(folder, datasets.PHOTOGRAPHS)[0]
         if not any(found) and len(files) == len(views):
             print(f"notice: {folder}: no names of photographs; the masks are taken in the order of their names")
-            return sorted(files, key=natural)
+            return sorted(files, key=natural_key)
         image = next(v.image for i, v in enumerate(views) if found[i] is None or found[i] in found[:i])
         wanted = " or ".join(dict.fromkeys((f"{image.stem}.png", f"{image.name}.png")))
         if image.suffix.lower() == ".png":
@@ -58,20 +63,23 @@ def masks_in(folder, views):
 
 
 def mask_named(folder, image):
-    """Return the mask of a photograph by its name, as people name them, with or without its folders; None if absent."""
-    known = Path(os.path.abspath(str(image))).parts[1:]  # without .. and the root, which would lead elsewhere
+    """Return the path of a photograph's mask in a folder, None if absent.
+
+    For a/x.jpg it is x.jpg.png, x.png, x.jpg, ..., x_mask.png, ..., in the folder's subfolder a/ or in itself.
+    """
+    known = Path(os.path.abspath(str(image))).parts[1:]  # .. and the root would lead out of the folder
     for parts in (3, 2, 1):
         tail = Path(*known[-parts:])
         names = [tail.name + ".png"] + [tail.stem + end + suffix for end in ("", "_mask") for suffix in
                                         datasets.PHOTOGRAPHS + tuple(s.upper() for s in datasets.PHOTOGRAPHS)]
         for name in names:
-            if os.path.exists(str(folder / tail.parent / name)):    # not is_file: that fails for a name too long
+            if os.path.exists(str(folder / tail.parent / name)):    # Path.exists raises for a name that is too long
                 return folder / tail.parent / name
     return None
 
 
 def has_alpha(path):
-    """Tell whether a picture has transparent colours."""
+    """Tell whether the picture at `path` has transparent colours."""
     with pictures.opened(path) as (picture, _):
         return pictures.has_alpha(picture)
 
@@ -79,37 +87,45 @@ def has_alpha(path):
 def background_mask(image, threshold=None):
     """Return the mask (H, W) bool of an object before a dark or uniform background.
 
-    The object is what differs from the background's colour by more than `threshold` grey levels in some channel
-    (None: background_threshold's); then specks and gaps of a few pixels and small holes are closed and pieces below a
-    tenth of the largest dropped.
+    image: (H, W, 3) uint8. The object differs from the background's colour by more than `threshold` grey levels in some
+    channel (None: by background_threshold's). The mask is then cleaned.
     """
     difference = background_difference(image)[0]
     return cleaned(difference > (background_threshold(image) if threshold is None else threshold))
 
 
 def background_threshold(image):
-    """Return the difference from the background's colour, in grey levels, at which the object begins in an image.
+    """Return the threshold, in grey levels, by which an image's object differs from the background's colour.
 
-    Before a dark background it is 0.6 of Otsu's threshold, which leaves a dim stand out, and at most DARK, below
-    which an object has little. Before others, where the object's dark parts may differ as little as a stand does, it
-    is what three quarters of the border's pixels keep below. It is above the noise of the border in both.
+    Before a dark background it is 0.6 of Otsu's threshold, which excludes a dim stand, and at most DARK, since little
+    of an object is darker. Before other backgrounds a dark part of the object may differ as little as a stand does.
+    There it is 8 plus twice the 75th percentile of the differences along the border. In both cases it is above the
+    border's noise.
     """
     difference, border, brightness = background_difference(image)
     if brightness >= DARK:
-        return 8 + 2 * float(np.percentile(border, 75))     # of the border's pixels a quarter may be the object
-    low = 8 + 2 * float(np.median(border))                  # or more, be they object or stand
+        return 8 + 2 * float(np.percentile(border, 75))     # a quarter of the border may show the object
+    low = 8 + 2 * float(np.median(border))                  # and here a half, object or stand
     bright = difference[difference > low]
     if not len(bright):
         return low
-    difference = np.minimum(difference, np.percentile(bright, 90))  # or few highlights would part from all the rest
+    difference = np.minimum(difference, np.percentile(bright, 90))  # else a few highlights may decide
     return max(low, min(DARK, 0.6 * float(skimage.filters.threshold_otsu(difference))))
 
 
-def background_difference(image):
-    """Return how much the pixels of an image differ from its background, the background's brightness with it.
+def background_hint(views, threshold):
+    """Return words on the masks that --masks background made of camera_files.Views. threshold: --threshold, or None."""
+    if threshold is None:
+        found = [background_threshold(pictures.read_image(view.image)) for view in views]
+        threshold = f"found at {min(found):.0f} to {max(found):.0f} grey levels"
+    return f" (of --masks background, --threshold {threshold}; another may be better)"
 
-    All (H, W) and those along the border (N,), float32, the most of the channels, in grey levels. The background's
-    colour is the median along the border; its brightness is its brightest channel.
+
+def background_difference(image):
+    """Return the differences of an image's pixels from its background's colour, and the background's brightness.
+
+    The differences are the maxima over the channels, in grey levels, float32: (H, W) of all pixels, (N,) of those along
+    the border. The colour is the median along the border, the brightness its brightest channel.
     """
     smooth = cv2.GaussianBlur(image, (0, 0), max(0.5, max(image.shape[:2]) / 1500)).astype(np.float32)
     width = max(1, min(image.shape[:2]) // 40)
@@ -120,7 +136,7 @@ def background_difference(image):
 
 
 def cleaned(mask):
-    """Return a mask (H, W) bool without specks, gaps of a few pixels, small holes and small pieces."""
+    """Return a mask (H, W) bool without specks, gaps and small holes, nor pieces below a tenth of the largest."""
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3 + 2 * (max(mask.shape) // 800),) * 2)
     mask = mask.astype(np.uint8)
     mask = cv2.morphologyEx(cv2.morphologyEx(mask, cv2.MORPH_CLOSE, disc), cv2.MORPH_OPEN, disc) > 0

@@ -1,6 +1,6 @@
-"""What strangers' scenes hold: whatever the bytes, the readers return or refuse in one line, in bounds.
+"""Readers of a scene's files return, or refuse in one line, whatever the bytes, within bounds of time and memory.
 
-Pictures, cameras in every form with what prepare.py makes of them, and the meshes and MATLAB files of evaluate.py.
+The files are pictures, cameras in every form with their views, and the meshes and MATLAB files of evaluate.py.
 """
 import io
 import json
@@ -15,11 +15,11 @@ from hypothesis import given
 from PIL import Image
 
 import helper
-import prepare
 from files import pictures
 from fuzzing import damaged, keeps_its_promise
 from metrics import meshes
 from scenes import camera_files
+from scenes.views import read_view
 
 WIDTH, HEIGHT = 24, 18
 EXTREME = [0, -1, 1, 7, 1e-320, 1e-12, 1e9, -1e15, 1e30, 1e300, 1.7e308, float("nan"), float("inf"), -float("inf"),
@@ -31,7 +31,7 @@ NAMES = ["a.png", "b.png", "", ".", "..", "../a.png", "/etc/passwd", "a" * 300 +
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder of photographs a.png and b.png, and of what is none."""
+    """Return a folder of photographs a.png and b.png, a folder folder.png and a broken link link.png."""
     path = tmp_path_factory.mktemp("scene")
     for name in ("a.png", "b.png"):
         picture(name).save(path / name)
@@ -48,7 +48,7 @@ def picture(name="a"):
 # --- pictures ---------------------------------------------------------------------------------------------------------
 
 def some_pictures():
-    """Small pictures of all formats and kinds as bytes."""
+    """Yield small pictures of all formats and kinds as bytes."""
     exif = Image.Exif()
     exif[pictures.ORIENTATION] = 6
     rgb, found = picture(), []
@@ -84,16 +84,16 @@ def test_any_picture(folder, content):
 # --- cameras ----------------------------------------------------------------------------------------------------------
 
 def read_all(path, images):
-    """What prepare.py reads of a scene: the cameras, and the photographs with their distortion undone."""
+    """Read all that prepare.py reads: the cameras, and the photographs with their distortion undone."""
     views = camera_files.read_views(path, images)[0]
     for view in views:
         helper.check_is_file(view.image)
-        prepare.read_view(view, "background", None)
+        read_view(view, "background", None)
     return views
 
 
 def numbers(usual):
-    """A list like `usual`, mostly; with one to three of its numbers replaced by extreme ones else."""
+    """Draw a copy of the list `usual`, with up to three of its numbers replaced by extreme ones."""
     def replaced(places):
         return [EXTREME[places[i] % len(EXTREME)] if i in places else value for i, value in enumerate(usual)]
     places = st.dictionaries(st.integers(0, len(usual) - 1), st.integers(0, len(EXTREME) - 1), max_size=3)
@@ -106,7 +106,7 @@ POSE = [1.0, 0.0, 0.0, 0.0, 0.1, 0.2, 3.0]
 
 
 def packed(layout, *values):
-    """struct.pack of numbers that may be too large for the layout, which then wrap."""
+    """Return struct.pack of numbers; those too large for the layout wrap."""
     sizes = {"i": 32, "Q": 64}
     whole = [int(value) % 2 ** sizes[kind] if np.isfinite(float(value)) else 0 for kind, value in zip(layout, values)]
     return struct.pack("<" + layout, *(value - 2 ** 32 if kind == "i" and value >= 2 ** 31 else value
@@ -115,7 +115,7 @@ def packed(layout, *values):
 
 @st.composite
 def colmap_binary(draw):
-    """cameras.bin and images.bin, with extreme numbers and strange names, or damaged."""
+    """Draw a cameras.bin and an images.bin with extreme numbers and strange names, or damaged."""
     model = draw(st.integers(-1, 11))
     count = len(camera_files.COLMAP_MODELS[max(model, 0) % 11][1].split())
     sizes, lens = draw(numbers([1, WIDTH, HEIGHT, 1])), draw(numbers(LENS[:count]))
@@ -163,7 +163,7 @@ anything = st.recursive(st.one_of(st.sampled_from(EXTREME + ["²", "1", True, No
 
 @st.composite
 def mangled(draw, tree):
-    """A tree of JSON like `tree`, in which a few values are replaced by anything, or left out."""
+    """Draw a copy of a JSON `tree` with a few values replaced or left out."""
     if draw(st.integers(0, 24)) == 0:
         return draw(anything)
     if isinstance(tree, dict):
@@ -192,7 +192,7 @@ def transforms(draw):
 def test_any_transforms(folder, content):
     (folder / "transforms.json").write_bytes(content)
     for images in (folder, None):
-        keeps_its_promise(lambda: read_all(folder / "transforms.json", images))
+        keeps_its_promise(lambda images=images: read_all(folder / "transforms.json", images))
 
 
 @st.composite
@@ -227,7 +227,7 @@ def test_any_middlebury_cameras(folder, content):
 # --- evaluate.py's files ----------------------------------------------------------------------------------------------
 
 def shapes():
-    """(kind, bytes) of small meshes and point clouds."""
+    """Yield (format, contents) of small meshes and point clouds."""
     box = trimesh.creation.box()
     cloud = trimesh.Trimesh(box.vertices, vertex_normals=box.vertex_normals, process=False)
     yield from ((kind, box.export(file_type=kind)) for kind in ("ply", "obj", "stl", "glb", "off", "stl_ascii"))
@@ -243,7 +243,7 @@ SHAPES = [(kind[:3], content if isinstance(content, bytes) else content.encode()
 
 @st.composite
 def shape_files(draw):
-    """(kind, bytes) of meshes that are damaged, or whose numbers are replaced by extreme ones."""
+    """Draw (format, bytes) of a damaged mesh, or of one with extreme numbers."""
     kind, content = draw(st.sampled_from(SHAPES))
     words = content.split(b" ")
     if draw(st.booleans()) and len(words) > 5:
@@ -287,7 +287,7 @@ def test_any_glb(folder, changes):
 
 
 def glb_parts(content):
-    """The JSON tree of a GLB, and what follows it."""
+    """Return the JSON tree of a GLB, and the bytes after it."""
     length, = struct.unpack_from("<I", content, 12)
     return json.loads(content[20:20 + length]), content[20 + length:]
 

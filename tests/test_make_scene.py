@@ -1,4 +1,4 @@
-"""The embedded scene: an exact surface, cameras that see it, a command that writes it whole or not at all."""
+"""The embedded scene: its exact surface, its cameras, and the command, which writes all of it or nothing."""
 import json
 import subprocess
 import sys
@@ -14,25 +14,23 @@ import make_scene
 from conftest import ROOT
 
 VIEWS, HELD_OUT, SIZE = 5, 2, 48
-
-
 COMMAND = [str(ROOT / "make_scene.py"), "--output", "scenes/small", "--views", str(VIEWS),
            "--held-out", str(HELD_OUT), "--size", str(SIZE)]
 
 
 def make(folder, *options, status=0):
-    """Run the script in `folder` on a small scene; returns its standard output and error."""
-    done = subprocess.run([sys.executable, *COMMAND, *options], cwd=str(folder), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, universal_newlines=True)
+    """Run the script in `folder` on a small scene. Return its stdout and stderr."""
+    done = subprocess.run([sys.executable, *COMMAND, *options], cwd=str(folder), capture_output=True,
+                          text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout, done.stderr
 
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch, capsys):
-    """A function that runs the script in tmp_path, in this process as a start costs a second: it must refuse.
+    """Return a function that asserts that the script refuses `options`, changes nothing, and returns its one line.
 
-    Options replace those of COMMAND. Checks the status, and that nothing changed; returns the one line said.
+    Options replace those of COMMAND. It runs in tmp_path in this process, since a new one takes a second to start.
     """
     def refused(*options):
         before = contents(tmp_path)
@@ -49,13 +47,13 @@ def refused(tmp_path, monkeypatch, capsys):
 
 
 def contents(folder):
-    """Return {relative path: bytes} of all files under a folder, None for a folder."""
+    """Return {relative path: bytes, or None for a folder} of all that is in a folder."""
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
 
 
 @pytest.fixture(scope="module")
 def user(tmp_path_factory):
-    """A folder in which the small scene was made; also what the script said at its end."""
+    """Return a folder with the small scene, and the script's stdout."""
     folder = tmp_path_factory.mktemp("user")
     return folder, make(folder)[0]
 
@@ -77,13 +75,13 @@ def samples():
 
 @pytest.fixture(scope="module")
 def outside():
-    """Points (N, 3) float32 of the cube [-1, 1]^3 that lie outside the object, some close to it."""
+    """Return points (N, 3) float32 of [-1, 1]^3 outside the object, some close to it."""
     points = np.random.default_rng(2).uniform(-1, 1, (20000, 3)).astype(np.float32)
     return points[make_scene.exact_sdf(points) > 1e-3]
 
 
 def test_distance_agrees_with_brute_force(samples, mesh):
-    # The nearest sample is never nearer than the surface, and farther by no more than their spacing allows.
+    # The nearest sample is never nearer than the surface, and farther by a few sample spacings at most.
     points = np.random.default_rng(3).uniform(-1, 1, (400, 3)).astype(np.float32)
     sdf = make_scene.exact_sdf(points)
     brute = np.array([np.linalg.norm(samples - point, axis=1).min() for point in points])
@@ -104,11 +102,11 @@ def test_sdf_is_float32_and_its_gradient_is_the_unit_normal(request, where):
     step, points = 1e-5, places.astype(np.float64)
 
     def distance(points):
-        return make_scene.measure(points)[0].min(axis=0)  # in float64: differences need the digits
+        return make_scene.part_distances(points)[0].min(axis=0)  # float64, for the finite differences
 
     gradient = np.stack([(distance(points + step * axis) - distance(points - step * axis)) / (2 * step)
                          for axis in np.eye(3)], axis=1)
-    # where two parts are equally near the gradient jumps; a handful of random points are that close to it
+    # The gradient jumps where two parts are equally near; a handful of the points are that close.
     smooth = np.abs(np.linalg.norm(gradient, axis=1) - 1) < 1e-4
     assert smooth.mean() > 0.999
     assert np.abs(gradient[smooth] - make_scene.exact_normals(places)[smooth]).max() < 1e-3
@@ -134,7 +132,7 @@ def test_object_is_one_piece_with_one_hole_inside_the_unit_sphere(mesh):
 def test_samples_lie_evenly_on_the_surface(samples, mesh):
     assert samples.shape == (20000, 3) and samples.dtype == np.float32
     assert np.abs(make_scene.exact_sdf(samples)).max() < 1e-4
-    for axis in range(3):  # each slab holds as many of the samples as it has of the area
+    for axis in range(3):  # each slab's share of the samples is its share of the area
         edges = np.quantile(samples[:, axis], [0.2, 0.4, 0.6, 0.8])
         slab = np.searchsorted(edges, mesh.triangles_center[:, axis])
         share = np.bincount(slab, mesh.area_faces, 5) / mesh.area
@@ -171,7 +169,7 @@ def test_look_at_makes_a_right_handed_camera_that_sees_its_target_upright():
 def test_views_surround_the_object_and_held_out_ones_lie_between():
     directions = make_scene.view_directions(32, 6)
     assert directions.shape == (38, 3) and np.linalg.norm(directions, axis=1) == pytest.approx(np.ones(38))
-    assert (directions[:32] == make_scene.view_directions(32, 0)).all()  # the others stay
+    assert (directions[:32] == make_scene.view_directions(32, 0)).all()  # the training views stay the same
     cosines = directions @ directions.T - 2 * np.eye(38)
     assert np.degrees(np.arccos(cosines[32:].max(axis=1))).min() > 20
     assert directions[:32, 2].min() < -0.9 and directions[:32, 2].max() > 0.9
@@ -187,7 +185,7 @@ def test_folder_holds_the_convention(scene, user):
         assert image.dtype == mask.dtype == np.uint8 and set(np.unique(mask)) == {0, 255}
         assert (image[mask == 0] == round(255 * make_scene.BACKGROUND)).all()
         assert image[mask == 255].std() > 30
-        assert not mask[[0, -1]].any() and not mask[:, [0, -1]].any()  # all of the object is in the picture
+        assert not mask[[0, -1]].any() and not mask[:, [0, -1]].any()  # the object is in the picture as a whole
         covered.append((mask > 0).mean())
     assert sorted(p.name for p in (scene / "image").iterdir()) == names
     assert sorted(p.name for p in (scene / "mask").iterdir()) == names
@@ -214,13 +212,13 @@ def test_cameras_decompose_into_what_was_put_in(scene):
         assert pose == pytest.approx(expected, abs=1e-6)
         assert intrinsics == pytest.approx(make_scene.camera_intrinsics(SIZE), abs=1e-6)
         assert intrinsics[:2, 2] == pytest.approx([(SIZE - 1) / 2] * 2)
-        # before scale_mat the camera is elsewhere: in world units
+        # world_mat alone is in world units
         centre = helper.decompose_projection(world_mat)[1][:3, 3]
         assert centre == pytest.approx((scale_mat @ [*expected[:3, 3], 1])[:3], rel=1e-6)
         assert np.linalg.norm(centre - expected[:3, 3]) > 100
 
 
-def test_points_of_the_surface_appear_where_the_cameras_project_them(scene, samples):
+def test_surface_points_appear_where_the_cameras_project_them(scene, samples):
     cameras = np.load(scene / "cameras.npz")
     for view in range(VIEWS + HELD_OUT):
         projection = cameras[f"world_mat_{view}"] @ cameras[f"scale_mat_{view}"]
@@ -232,7 +230,7 @@ def test_points_of_the_surface_appear_where_the_cameras_project_them(scene, samp
         nearest = np.rint(uv).astype(int)
         mask = imageio.imread(scene / "mask" / f"{view:03d}.png") > 0
         image = imageio.imread(scene / "image" / f"{view:03d}.png") / 255.0
-        # All of the object is inside the mask, but for half a pixel at its rim, and reaches all of the mask.
+        # The object's points lie in the mask, up to half a pixel, and cover it.
         grown = np.zeros((SIZE + 2, SIZE + 2), bool)
         for row in range(3):
             for column in range(3):
@@ -241,7 +239,7 @@ def test_points_of_the_surface_appear_where_the_cameras_project_them(scene, samp
         reached = np.zeros_like(mask)
         reached[nearest[:, 1], nearest[:, 0]] = True
         assert reached[mask].mean() > 0.99
-        # A sample that faces the camera, with nothing before it, in a pixel's middle has the pixel's colour.
+        # A sample that faces the camera unoccluded, near a pixel's centre, has the pixel's colour.
         facing = (make_scene.exact_normals(samples) * directions).sum(axis=1) < -0.5
         middle = np.abs(uv - nearest).max(axis=1) < 0.15
         seen = np.flatnonzero(facing & middle)
@@ -310,7 +308,7 @@ def test_a_refusal_ends_the_script_itself_with_status_2(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["file", "full folder", "other settings", "foreign json", "file as parent"])
-def test_what_a_user_has_is_never_overwritten(tmp_path, refused, kind):
+def test_a_users_files_are_never_overwritten(tmp_path, refused, kind):
     output = tmp_path / "scenes" / "small"
     if kind == "file as parent":
         (tmp_path / "scenes").write_text("mine")

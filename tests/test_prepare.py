@@ -1,4 +1,4 @@
-"""The embedded scene in every form in which people have cameras and masks: what is found, refused and said."""
+"""prepare.py on the embedded scene in every format of cameras and masks: what it writes, refuses and says."""
 import json
 import struct
 import sys
@@ -15,17 +15,18 @@ import make_scene
 import prepare
 from conftest import SHARED, link_scan65
 from files import pictures
-from scenes import camera_files, mask_files
+from scenes import camera_files, mask_files, overview
+from scenes.visual_hull import Hull, agreements, enclosing_sphere, find_hull, make_look, touches_border
 
 SIZE, VIEWS = 64, 8
 NAMES = [f"view_{index + 5}.png" for index in range(VIEWS)]  # view_10 comes after view_9, not before view_5
 
 
-# --- the embedded scene in every form -------------------------------------------------------------------------------
+# --- the embedded scene in every format -----------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def truth():
-    """K (3, 3), the poses (N, 4, 4) in world units, images and masks of a few views of the embedded scene."""
+    """Return intrinsics (3, 3), poses (N, 4, 4) in world units, images and masks of views of the embedded scene."""
     intrinsics, poses, images, masks = make_scene.camera_intrinsics(SIZE), [], [], []
     for direction in make_scene.fibonacci_sphere(VIEWS):
         pose = make_scene.look_at(3.1 * direction, np.zeros(3), (0, 0, 1))
@@ -48,14 +49,14 @@ def photographs(folder, truth, where="images", masks="masks"):
 
 
 def quaternion(rotation):
-    """Return w, x, y, z of a rotation, by its axis and angle."""
+    """Return the quaternion w, x, y, z of a rotation (3, 3)."""
     vector = cv2.Rodrigues(rotation)[0][:, 0]
     angle = np.linalg.norm(vector)
     return np.concatenate([[np.cos(angle / 2)], np.sin(angle / 2) * vector / max(angle, 1e-12)])
 
 
 def colmap(folder, truth, binary=True, model="SIMPLE_RADIAL", extra=(0.0,)):
-    """Write a COLMAP workspace; pixel centres are at half numbers there."""
+    """Write a COLMAP workspace. Its pixel centres are at half-integers."""
     k, poses = truth[:2]
     photographs(folder, truth)
     sparse = folder / "sparse" / "0"
@@ -95,7 +96,7 @@ def nerfstudio(folder, truth, **changes):
 
 
 def blender(folder, truth):
-    """NeRF's synthetic scenes: one angle, names without suffix, masks in the alpha channel."""
+    """Write a scene like NeRF's synthetic ones: one angle, names without suffix, masks in the alpha channel."""
     k, poses, images, masks = truth
     for name, image, mask in zip(NAMES, images, masks):
         save(folder / "train" / name, np.dstack([image, mask]))
@@ -128,7 +129,7 @@ def plain(folder, truth):
 
 
 def unnormalised(folder, truth):
-    """The authors' form without scale_mat; here names sort as plain text."""
+    """Write the authors' format without scale_mat. Its names sort as plain text."""
     k, poses, images, masks = truth
     arrays = {}
     for index, (pose, image, mask) in enumerate(zip(poses, images, masks)):
@@ -136,7 +137,7 @@ def unnormalised(folder, truth):
         save(folder / "mask" / f"{index:03d}.png", mask)
         matrix = np.linalg.inv(pose)
         matrix[:3] = k @ matrix[:3]
-        arrays[f"world_mat_{index}"] = -0.5 * matrix  # a projection's scale and sign are nothing
+        arrays[f"world_mat_{index}"] = -0.5 * matrix  # a projection's scale and sign do not matter
     np.savez(folder / "cameras.npz", **arrays)
     return folder
 
@@ -146,13 +147,13 @@ FORMS = (colmap, colmap_text, nerfstudio, blender, middlebury, plain, unnormalis
 
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
-    """A function that runs the script in this process, in tmp_path; returns its status, output and errors."""
+    """Return a function that runs the script in this process, in tmp_path, and returns status, stdout and messages."""
     def run(*arguments, drawn=False):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "argv", ["prepare.py", *map(str, arguments)])
         with monkeypatch.context() as patch:
             if not drawn:
-                patch.setattr(prepare, "draw", lambda *_, **__: None)
+                patch.setattr(overview, "draw", lambda *_, **__: None)
             try:
                 helper.run(prepare.main)
                 status = 0
@@ -166,7 +167,7 @@ def run(tmp_path, monkeypatch, capsys):
 
 @pytest.fixture
 def refused(run, tmp_path):
-    """A function that runs the script, which must refuse in one line with all `words` and write nothing."""
+    """Return a function that asserts that the script refuses in one line with all `words`, and writes nothing."""
     def refused(source, *words, options=()):
         before = sorted(tmp_path.rglob("*"))
         status, _, error = run(source, "--output", tmp_path / "scene", *options)
@@ -179,14 +180,14 @@ def refused(run, tmp_path):
 
 
 def world_points():
-    """Points (N, 3) of the object's surface in world units."""
+    """Return points (N, 3) of the object's surface in world units."""
     return make_scene.surface_mesh(48).vertices * make_scene.SCALE + make_scene.OFFSET
 
 
-# --- what comes out -------------------------------------------------------------------------------------------------
+# --- what it writes -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("form", FORMS)
-def test_the_same_scene_from_every_form(form, truth, run, tmp_path):
+def test_every_format_gives_the_same_scene(form, truth, run, tmp_path):
     k, poses, images, masks = truth
     source = tmp_path / "input"
     source.mkdir()
@@ -202,7 +203,7 @@ def test_the_same_scene_from_every_form(form, truth, run, tmp_path):
         np.testing.assert_allclose(found[:3, :3], pose[:3, :3], atol=1e-7)
         np.testing.assert_allclose(radius * found[:3, 3] + centre, pose[:3, 3], atol=1e-4)
     away = np.linalg.norm(world_points() - centre, axis=1) / radius
-    assert 0.4 < away.max() < 0.92  # the object inside the unit sphere, and not lost in it
+    assert 0.4 < away.max() < 0.92  # the object fills the unit sphere well
     for view, mask in enumerate(scene.masks):
         v, u = np.nonzero(mask)
         origin, directions, _, _ = datasets.view_rays(scene, view, np.stack([u, v], axis=1))
@@ -210,7 +211,7 @@ def test_the_same_scene_from_every_form(form, truth, run, tmp_path):
 
 
 def distorted(picture, k, coefficients, fisheye):
-    """Return a picture as a lens with these coefficients would have taken it."""
+    """Return a picture as a lens with these coefficients shows it."""
     grid = helper.pixel_grid(SIZE, SIZE)[:, None].astype(np.float64)
     undo = cv2.fisheye.undistortPoints if fisheye else cv2.undistortPoints
     maps = undo(grid, k, np.array(coefficients), None, k).reshape(SIZE, SIZE, 2).astype(np.float32)
@@ -242,7 +243,7 @@ def test_downscale_and_photographs_of_another_size(truth, run, tmp_path):
     half = datasets.load_scene(tmp_path / "half")
     whole = truth[0]
     np.testing.assert_allclose(half.intrinsics[0], datasets.shrink_intrinsics(whole, 2), atol=1e-6)
-    for name in NAMES:  # COLMAP saw the photographs larger than they are now
+    for name in NAMES:  # the photographs were larger when COLMAP saw them
         for where in ("images", "masks"):
             picture = Image.open(source / where / name)
             picture.resize((SIZE // 2, SIZE // 2), Image.BOX).save(source / where / name)
@@ -250,7 +251,7 @@ def test_downscale_and_photographs_of_another_size(truth, run, tmp_path):
     np.testing.assert_allclose(datasets.load_scene(tmp_path / "small").intrinsics, half.intrinsics, atol=1e-6)
 
 
-def test_masks_in_every_place(truth, tmp_path):
+def test_masks_are_found_in_every_place(truth, tmp_path):
     source = colmap(tmp_path / "input", truth)
     views = camera_files.read_views(source)[0]
     assert [mask.name for mask in mask_files.mask_sources(views, None, source)] == NAMES
@@ -267,13 +268,13 @@ def test_masks_in_every_place(truth, tmp_path):
 
 def test_a_photograph_is_not_its_own_mask(truth, tmp_path, monkeypatch):
     source = colmap(tmp_path / "input", truth)
-    monkeypatch.chdir(source / "sparse")  # the photographs are ../images/view_5.png ..., beside the masks' folder
+    monkeypatch.chdir(source / "sparse")  # so photographs are ../images/view_5.png, next to ../masks
     views = camera_files.read_views("..")[0]
     sources = mask_files.mask_sources(views, None, Path(".."))
     assert [mask.resolve() for mask in sources] == [source.resolve() / "masks" / name for name in NAMES]
 
 
-def test_masks_before_a_background(truth, run, tmp_path):
+def test_masks_from_the_background(truth, run, tmp_path):
     k, _, images, masks = truth
     rng = np.random.default_rng(0)
     for image, mask in zip(images, masks):
@@ -289,7 +290,7 @@ def test_masks_before_a_background(truth, run, tmp_path):
 
 
 def on_a_stand(truth, level, rng):
-    """The images before black, with noise, the object on a post, `level` grey levels bright, from the lower border."""
+    """Return the images on a noisy black background, with the object on a post `level` grey levels bright."""
     k, poses, images, masks = truth
     column, row = np.meshgrid(np.arange(SIZE), np.arange(SIZE))
     shown = []
@@ -313,7 +314,7 @@ def test_a_dark_stand_before_a_dark_background_is_not_the_object(level, truth):
         assert 8 < mask_files.background_threshold(image) <= mask_files.DARK
 
 
-def test_the_threshold_of_what_is_dim_or_empty_is_above_the_noise(truth):
+def test_the_threshold_of_dim_or_empty_images_is_above_the_noise(truth):
     rng = np.random.default_rng(0)
     noise = rng.normal(0, 2, (SIZE, SIZE, 3))
     assert not mask_files.background_mask(np.clip(noise, 0, 255).astype(np.uint8)).any()
@@ -325,7 +326,7 @@ def test_the_threshold_of_what_is_dim_or_empty_is_above_the_noise(truth):
     assert overlap(mask_files.background_mask(dim.astype(np.uint8)), wanted) > 0.9
 
 
-def test_what_is_said_of_masks_before_a_background_names_the_threshold(truth, run, tmp_path):
+def test_messages_on_masks_made_from_the_background_name_the_threshold(truth, run, tmp_path):
     images = on_a_stand(truth, 60, np.random.default_rng(0))
     source = middlebury(tmp_path / "input", (*truth[:2], images, truth[3]))
     _, _, error = run(source, "--output", "mine", "--masks", "background")
@@ -337,7 +338,7 @@ def test_what_is_said_of_masks_before_a_background_names_the_threshold(truth, ru
 
 
 @pytest.mark.parametrize("level", [255, 128])
-def test_masks_that_show_no_object_are_said_in_one_line(level, truth, run, refused, tmp_path):
+def test_masks_without_an_object_are_reported_in_one_line(level, truth, run, refused, tmp_path):
     source = plain(tmp_path / "input", truth)
     for name, image in zip(NAMES, truth[2]):
         save(source / "images" / name, np.dstack([image, np.full(image.shape[:2], level, np.uint8)]))
@@ -345,7 +346,7 @@ def test_masks_that_show_no_object_are_said_in_one_line(level, truth, run, refus
     assert error.startswith("wrong: views 0, 1, ") and "white everywhere" in error and error.count("\n") == 1
 
 
-def test_a_few_white_masks_are_known_from_many(truth, run, tmp_path):
+def test_a_few_white_masks_are_told_from_many(truth, run, tmp_path):
     white = truth[3][:1] + [np.full_like(truth[3][0], 255)] + truth[3][2:]
     status, _, error = run(plain(tmp_path / "input", (*truth[:3], white)), "--output", "mine")
     assert status == 0 and "look: view 1 (view_6.png): " in error
@@ -358,17 +359,17 @@ def test_inverted_masks_are_refused_by_prepare_too(truth, refused, tmp_path):
 
 def test_the_hull_holds_the_object(truth):
     k, poses, images, masks = truth
-    looks = [prepare.look(*view[:2], view[2] > 0, k, view[3]) for view in zip(NAMES, images, masks, poses)]
-    hull = prepare.visual_hull(looks)
+    looks = [make_look(*view[:2], view[2] > 0, k, view[3]) for view in zip(NAMES, images, masks, poses)]
+    hull = find_hull(looks)
     nearest = np.sqrt(((world_points()[::20, None] - hull.points[None, ::7]) ** 2).sum(axis=2).min(axis=1))
     assert nearest.max() < 7 * hull.spacing
-    assert prepare.agreements(hull, looks).min() > 0.95
-    centre, radius = prepare.enclosing_sphere(hull, looks)
+    assert agreements(hull, looks).min() > 0.95
+    centre, radius = enclosing_sphere(hull, looks)
     assert np.linalg.norm(hull.points - centre, axis=1).max() < radius
 
 
 def close_ups(zoom, count=9):
-    """Intrinsics, poses, images, masks of cameras before the object, so near that its ends are outside the images."""
+    """Return intrinsics, poses, images and masks of cameras so close to the object that every image cuts it off."""
     k = make_scene.camera_intrinsics(SIZE)
     k[:2, :2] *= zoom
     directions = make_scene.fibonacci_sphere(400)
@@ -382,7 +383,7 @@ def close_ups(zoom, count=9):
 
 
 def scene_of(folder, views, radius=None):
-    """Write close_ups as the authors' form, with the unit sphere of that radius where one is given."""
+    """Write close_ups in the authors' format. radius: the unit sphere's, None for no scale_mat."""
     k, poses, images, masks = views
     arrays = {}
     for index, (pose, image, mask) in enumerate(zip(poses, images, masks)):
@@ -398,10 +399,10 @@ def scene_of(folder, views, radius=None):
 
 def test_an_object_that_the_images_cut_off_is_not_wrong(run, tmp_path):
     views = close_ups(1.7)
-    assert all(prepare.touched_edges(mask) for mask in views[3])
+    assert all(touches_border(mask) for mask in views[3])
     status, _, error = run("--check", scene_of(tmp_path / "right", views, 1.0))
     assert status == 0 and error.startswith("notice: views 0, 1, ") and error.count("\n") == 0
-    for radius, words in ((0.4, "wrong:"), (3.0, "inside the unit sphere")):    # that the sphere is wrong is still seen
+    for radius, words in ((0.4, "wrong:"), (3.0, "inside the unit sphere")):    # a wrong sphere is still found
         status, _, error = run("--check", scene_of(tmp_path / f"{radius}", views, radius))
         assert status == 2 and words in error
     inverted = (*views[:3], [255 - mask for mask in views[3]])
@@ -419,25 +420,25 @@ def test_the_sphere_of_an_object_that_the_images_cut_off(run, tmp_path):
 
 
 def test_no_camera_is_inside_the_sphere_of_a_near_object(truth, run, tmp_path):
-    hull = prepare.Hull(0.45 * make_scene.fibonacci_sphere(500), 0.02)
+    hull = Hull(0.45 * make_scene.fibonacci_sphere(500), 0.02)
     looks = []
     for direction in make_scene.fibonacci_sphere(VIEWS):
         pose = make_scene.look_at(direction, np.zeros(3), (0, 0, 1))
-        looks.append(prepare.look("x", np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), bool), np.eye(3), pose))
-    assert 0.45 < prepare.enclosing_sphere(hull, looks)[1] < 1
+        looks.append(make_look("x", np.zeros((8, 8, 3), np.uint8), np.zeros((8, 8), bool), np.eye(3), pose))
+    assert 0.45 < enclosing_sphere(hull, looks)[1] < 1
 
 
-# --- what is said of wrong scenes -----------------------------------------------------------------------------------
+# --- what it says of wrong scenes -----------------------------------------------------------------------------------
 
-def test_check_of_a_right_scene_and_the_picture(truth, run, tmp_path):
+def test_check_of_a_good_scene_and_its_picture(truth, run, tmp_path):
     source = unnormalised(tmp_path / "input", truth)
     assert run(source, "--output", "mine")[0] == 0
     status, out, error = run("mine", "--check", drawn=True)
     assert (status, error) == (0, "") and "nothing wrong" in out
     picture = pictures.read_image(tmp_path / "prepare_mine.png")
-    orange = np.abs(picture.astype(int) - prepare.ORANGE).max(axis=2) < 60
+    orange = np.abs(picture.astype(int) - overview.ORANGE).max(axis=2) < 60
     assert orange.mean() > 0.002 and picture.shape[1] > 800
-    assert not (np.abs(picture.astype(int) - prepare.RED).max(axis=2) < 20).mean() > 0.001
+    assert not (np.abs(picture.astype(int) - overview.RED).max(axis=2) < 20).mean() > 0.001
 
 
 @pytest.mark.parametrize("name", ["o$\\frac{$", "$x$ & 100%", "\u4e2d\u6587"])
@@ -467,7 +468,7 @@ def test_a_picture_is_drawn_of_wrong_cameras(truth, run, tmp_path):
     source = plain(tmp_path / "input", wrong_cameras(truth, lambda poses: [p @ np.diag((1, -1, -1, 1)) for p in poses]))
     assert run(source, "--output", "mine", drawn=True)[0] == 2
     picture = pictures.read_image(tmp_path / "prepare_mine.png")
-    assert (np.abs(picture.astype(int) - prepare.RED).max(axis=2) < 20).mean() > 0.002
+    assert (np.abs(picture.astype(int) - overview.RED).max(axis=2) < 20).mean() > 0.002
     assert not (tmp_path / "mine").exists()
 
 
@@ -476,7 +477,7 @@ def test_one_wrong_view_is_named(truth, run, tmp_path):
     status, _, error = run(plain(tmp_path / "input", changed), "--output", "mine")
     assert status == 0 and error.startswith("look: view 3 (view_8.png): ") and error.count("\n") == 0
     datasets.load_scene(tmp_path / "mine")
-    status, out, error = run("--check", "mine")     # which judges as it did when it was made
+    status, out, error = run("--check", "mine")     # judges as prepare did
     assert status == 0 and error.startswith("look: view 3 (003_view_8.png): ") and "`look`" in out
 
 
@@ -486,7 +487,7 @@ def test_one_view_that_looks_away_is_refused_by_name(truth, refused, tmp_path):
 
 
 def spoiled(tmp_path, truth, change):
-    """Make a right scene, then change its arrays; returns its folder."""
+    """Write a good scene, call `change` on the arrays of its cameras.npz, and return its folder."""
     folder = unnormalised(tmp_path / "scene", truth)
     scale_mat = np.diag((300.0, 300, 300, 1))
     scale_mat[:3, 3] = make_scene.OFFSET
@@ -517,7 +518,7 @@ def test_check_of_scale_matrices(words, change, truth, run, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1e155, 1e200])
-def test_check_of_cameras_that_overflow(size, truth, run, tmp_path, recwarn):
+def test_check_of_overflowing_cameras(size, truth, run, tmp_path, recwarn):
     folder = spoiled(tmp_path, truth, lambda arrays: arrays.update(
         world_mat_3=arrays["world_mat_3"] * size, scale_mat_3=arrays["scale_mat_3"] * size))
     status, _, error = run("--check", folder)
@@ -539,9 +540,9 @@ def test_check_of_masks(truth, run, tmp_path):
     assert status == 2 and "background black" in error and "black and white of the masks exchanged" in error
 
 
-# --- what is refused ------------------------------------------------------------------------------------------------
+# --- what it refuses ------------------------------------------------------------------------------------------------
 
-def test_refuses_without_touching_what_is_there(truth, run, refused, tmp_path):
+def test_refusals_leave_existing_files_alone(truth, run, refused, tmp_path):
     source = colmap(tmp_path / "input", truth)
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").write_text("mine")
@@ -652,7 +653,7 @@ def test_sizes_that_differ(truth, refused, tmp_path):
     refused(source, "view_6.png", "64x32")
 
 
-# --- the real thing -------------------------------------------------------------------------------------------------
+# --- DTU's scans ----------------------------------------------------------------------------------------------------
 
 def test_scan65_is_normalised_as_its_authors_did(tmp_path, run, capsys):
     folder = tmp_path / "input"
@@ -677,7 +678,7 @@ def test_scan24_is_right_and_its_sphere_is_found(tmp_path, run):
             np.savez(tmp_path / folder / "cameras.npz", **{f"{kind}_mat_{index}": stored[f"{kind}_mat_{5 * index}"]
                                                            for index in range(10) for kind in kinds})
         authors = stored["scale_mat_0"]
-    status, out, error = run("--check", "right")        # its masks touch three borders, or all four
+    status, out, error = run("--check", "right")        # its masks touch three borders or all four
     assert status == 0 and "nothing wrong" in out and error.startswith("notice: views 0, 1, ") and "\n" not in error
     status, _, error = run("anew", "--output", "scan24", "--downscale", 4)
     assert status == 0 and "the unit sphere is a guess" in error

@@ -1,4 +1,4 @@
-"""Cameras from other programs: damaged numbers, strange names, folders on the wrong level; what prepare.py copies."""
+"""Other programs' camera files: bad numbers, strange names, folders on the wrong level; and the pictures copied."""
 import json
 import os
 import struct
@@ -12,6 +12,7 @@ from test_datasets import refusal, save_turned, smooth
 import prepare
 from files import pictures
 from scenes import camera_files, mask_files
+from scenes.views import read_view, undistorted
 
 WIDTH, HEIGHT, VIEWS = 24, 18, 4
 
@@ -34,7 +35,7 @@ def save_masks(folder, named, shape=(HEIGHT, WIDTH)):
 
 
 def colmap(folder, named, binary=True, size=(WIDTH, HEIGHT), lens=(30.0, 12.0, 9.0), pose=(1, 0, 0, 0, 0.1, 0.2, 3)):
-    """Write a COLMAP workspace's model: one SIMPLE_PINHOLE camera and the images `named`."""
+    """Write a COLMAP model of one SIMPLE_PINHOLE camera and the images `named`."""
     (folder / "sparse").mkdir(parents=True, exist_ok=True)
     if binary:
         (folder / "sparse/cameras.bin").write_bytes(struct.pack("<QiiQQ3d", 1, 1, 0, *size, *lens))
@@ -83,10 +84,10 @@ FORMS = (colmap, transforms, middlebury, plain, unnormalised)
 
 
 def written(source, target, downscale=1):
-    """The scene's pictures as prepare.py writes them: the files and what they show."""
+    """Write the scene's pictures as prepare.py does. Return their paths and their images."""
     views = camera_files.read_views(source)[0]
     target.mkdir()
-    prepare.write_scene(target, views, mask_files.mask_sources(views, None, source), None, downscale)
+    prepare.write_pictures(target, views, mask_files.mask_sources(views, None, source), None, downscale)
     files = sorted((target / "image").iterdir())
     return files, [pictures.read_image(file) for file in files]
 
@@ -110,7 +111,7 @@ def test_photographs_are_copied_under_their_format(tmp_path):
     source = colmap(tmp_path / "input", ["a.jpg", "b.png", "c.png"])
     save(source / "images/a.jpg")
     save(source / "images/b.png")
-    save(source / "images/c.png", "JPEG")   # another format than its name says
+    save(source / "images/c.png", "JPEG")   # the suffix is wrong
     save_masks(source / "masks", ["a.png", "b.png", "c.png"])
     files = written(source, tmp_path / "scene")[0]
     assert [file.name for file in files] == ["000_a.jpg", "001_b.png", "002_c.jpg"]
@@ -121,9 +122,9 @@ def test_photographs_are_copied_under_their_format(tmp_path):
 @pytest.mark.parametrize("suffix", [".png", ".tif"])
 @pytest.mark.parametrize("orientation", [3, 6, 8])
 @pytest.mark.parametrize("meant", ["stored", "turned"])
-def test_the_cameras_size_tells_how_a_photograph_is_meant(suffix, orientation, meant, tmp_path, capsys):
+def test_the_cameras_size_decides_the_orientation(suffix, orientation, meant, tmp_path, capsys):
     shape = pictures.turn(smooth(), orientation if meant == "turned" else 1).shape
-    source = colmap(tmp_path / "input", names(suffix), size=(2 * shape[1], 2 * shape[0]))   # since shrunk to a half
+    source = colmap(tmp_path / "input", names(suffix), size=(2 * shape[1], 2 * shape[0]))   # since halved
     (source / "images").mkdir()
     for name in names(suffix):
         save_turned(source / "images" / name, smooth(), orientation)
@@ -133,13 +134,13 @@ def test_the_cameras_size_tells_how_a_photograph_is_meant(suffix, orientation, m
     expected = pictures.turn(smooth(), orientation if meant == "turned" and told else 1)
     np.testing.assert_array_equal(images, [expected] * VIEWS)
     for file in files:
-        with Image.open(file) as picture:   # no mark is left by which another program would turn it
+        with Image.open(file) as picture:   # other programs do not turn it
             assert picture.getexif().get(pictures.ORIENTATION, 1) == 1
     notices = [line for line in capsys.readouterr().err.splitlines() if line.startswith("notice")]
     assert len(notices) == (0 if told else 1) and all("view_0" in notice for notice in notices)
 
 
-def test_the_mask_tells_where_the_camera_does_not(tmp_path, capsys):
+def test_the_mask_decides_the_orientation_if_the_camera_has_no_size(tmp_path, capsys):
     source = plain(tmp_path / "input", names())
     (source / "images").mkdir()
     for name in names():
@@ -150,10 +151,10 @@ def test_the_mask_tells_where_the_camera_does_not(tmp_path, capsys):
     save_masks(source / "masks", names())
     np.testing.assert_array_equal(written(source, tmp_path / "other")[1], [smooth()] * VIEWS)
     view = camera_files.read_views(source)[0][0]
-    assert prepare.read_view(view, "background", None)[4] == [view.image]   # nothing tells
+    assert read_view(view, "background", None).doubtful == [view.image]  # no mask tells
 
 
-# --- what is missing, and what lies elsewhere -------------------------------------------------------------------------
+# --- missing and misplaced files --------------------------------------------------------------------------------------
 
 class Arguments:
     images = masks = threshold = None
@@ -193,7 +194,7 @@ def test_the_folder_above_or_below_is_named(form, tmp_path):
     assert "colmap automatic_reconstructor" in refusal(camera_files.read_views, tmp_path / "empty")
 
 
-def test_pipes_and_folders_are_no_photographs_or_masks(tmp_path):
+def test_pipes_and_folders_are_refused(tmp_path):
     source = colmap(tmp_path / "input", names())
     for name in names():
         save(source / "images" / name)
@@ -211,11 +212,11 @@ def test_pipes_and_folders_are_no_photographs_or_masks(tmp_path):
     assert "not a regular file" in refusal(camera_files.read_views, tmp_path / "pipe_par.txt")
 
 
-# --- damaged numbers --------------------------------------------------------------------------------------------------
+# --- bad numbers ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("binary", [True, False])
 @pytest.mark.parametrize("size", [(0, HEIGHT), (WIDTH, 0), (2 ** 63, HEIGHT)])
-def test_refuses_sizes_of_colmaps_that_are_none(binary, size, tmp_path):
+def test_refuses_bad_image_sizes_of_colmap(binary, size, tmp_path):
     source = colmap(tmp_path, names(), binary, size)
     save(source / "images" / names()[0])
     assert "width and height" in refusal(camera_files.read_views, source)
@@ -227,7 +228,7 @@ def test_refuses_sizes_of_colmaps_that_are_none(binary, size, tmp_path):
     ((30.0, float("nan"), 9.0), (1, 0, 0, 0, 0, 0, 3)), ((30.0, -1e12, 9.0), (1, 0, 0, 0, 0, 0, 3)),
     ((30.0, 12.0, 9.0), (1e308, 1e308, 0, 0, 0, 0, 3)), ((30.0, 12.0, 9.0), (1, 0, 0, 0, float("inf"), 0, 3)),
     ((30.0, 12.0, 9.0), (1, 0, 0, 0, 0, 1e200, 3)), ((-30.0, 12.0, 9.0), (1, 0, 0, 0, 0, 0, 3))])
-def test_refuses_numbers_of_colmaps_that_cannot_be(binary, lens, pose, tmp_path, recwarn):
+def test_refuses_bad_numbers_of_colmap(binary, lens, pose, tmp_path, recwarn):
     source = colmap(tmp_path, names(), binary, lens=lens, pose=pose)
     save(source / "images" / names()[0])
     assert str(tmp_path) in refusal(camera_files.read_views, source)
@@ -238,8 +239,8 @@ def test_refuses_numbers_of_colmaps_that_cannot_be(binary, lens, pose, tmp_path,
     {"w": 0}, {"h": -HEIGHT}, {"w": 1e9}, {"w": float("nan")}, {"fl_x": 10 ** 5000}, {"fl_x": float("inf")},
     {"fl_x": 0}, {"cx": 1e300}, {"k1": 1e300}, {"k1": [1]}, {"w": "²"}, {"camera_model": ["OPENCV"]}, {"w": 0, "h": 0,
      "fl_x": None, "camera_angle_x": 0.8}, {"fl_x": None, "camera_angle_x": 1e-300}, {"frames": []}, {"frames": [1]}])
-def test_refuses_numbers_of_transforms_that_cannot_be(changes, tmp_path, recwarn):
-    if changes.get("fl_x") == 10 ** 5000:   # more digits than json writes
+def test_refuses_bad_numbers_of_transforms(changes, tmp_path, recwarn):
+    if changes.get("fl_x") == 10 ** 5000:   # more digits than json.dumps writes
         source = transforms(tmp_path, names(), fl_x="many")
         text = (source / "transforms.json").read_text().replace('"many"', "1" * 5000)
         (source / "transforms.json").write_text(text)
@@ -249,7 +250,7 @@ def test_refuses_numbers_of_transforms_that_cannot_be(changes, tmp_path, recwarn
     assert not recwarn.list
 
 
-def test_refuses_json_that_goes_too_deep_or_says_things_twice(tmp_path):
+def test_refuses_json_that_is_deep_long_or_repeats_keys(tmp_path):
     source = transforms(tmp_path, ["a.png", "a.png"])
     assert "two cameras of a.png" in refusal(camera_files.read_views, source)
     (tmp_path / "transforms.json").write_text("[" * 10 ** 6)
@@ -265,13 +266,13 @@ def test_refuses_json_that_goes_too_deep_or_says_things_twice(tmp_path):
 
 
 @pytest.mark.parametrize("first", ["²", "0", "", "-4", "9" * 5000, "4.0"])
-def test_refuses_a_first_line_of_middleburys_that_is_no_count(first, tmp_path):
+def test_refuses_a_bad_count_of_middlebury(first, tmp_path):
     assert "first line" in refusal(camera_files.read_views, middlebury(tmp_path, names(), first))
     assert "first line" in refusal(camera_files.read_views, middlebury(tmp_path, [], first))
 
 
 @pytest.mark.parametrize("word", ["nan", "1e999", "x", "1e308"])
-def test_refuses_numbers_of_middleburys_that_cannot_be(word, tmp_path, recwarn):
+def test_refuses_bad_numbers_of_middlebury(word, tmp_path, recwarn):
     source = middlebury(tmp_path, names())
     text = (source / "some_par.txt").read_text()
     for place in (1, 9, 15, 21):
@@ -289,15 +290,15 @@ def test_refuses_distortion_that_folds_the_image(fisheye, coefficients, words, t
     save(tmp_path / "a.png")
     intrinsics = camera_files.camera_matrix(9.0, 9.0, 11.5, 8.5)
     view = camera_files.View(tmp_path / "a.png", None, intrinsics, np.eye(4), (WIDTH, HEIGHT), coefficients, fisheye)
-    assert words in refusal(prepare.read_view, view, "background", None)
+    assert words in refusal(read_view, view, "background", None)
 
 
 def test_distortion_that_folds_the_corners_leaves_them_black():
-    """Beyond the fold OpenCV shows places a second time; a real lens did not see what would lie there."""
+    """Beyond the fold OpenCV shows places a second time. The real lens saw nothing there."""
     white = np.full((300, 400, 3), 255, np.uint8)
     intrinsics = camera_files.camera_matrix(180.0, 180.0, 199.5, 149.5)
     view = camera_files.View("a.png", None, intrinsics, np.eye(4), None, (-0.3, 0, 0, 0), False)
-    straight = prepare.undistorted(white, intrinsics, view)
+    straight = undistorted(white, intrinsics, view)
     radius = np.hypot(*(np.mgrid[:300, :400] - np.array((149.5, 199.5)).reshape(2, 1, 1))) / 180
     assert (straight[radius < 1.04] == 255).all()
     assert (straight[radius > 1.07] == 0).all() and (radius > 1.07).any()   # 1 - 3 * 0.3 r^2 is 0 at 1.054
@@ -308,7 +309,7 @@ def test_distortion_that_folds_the_corners_leaves_them_black():
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".png", "a/" * 900 + "b.png", "a\0.png", "\ud800.png", "9" * 5000, "",
                                   "é" * 200 + ".png"])
-def test_refuses_names_that_no_file_has(name, tmp_path):
+def test_refuses_impossible_file_names(name, tmp_path):
     for source in (plain(tmp_path / "plain", [name]), transforms(tmp_path / "nerf", [name + "/.."] if not name else
                                                                  [name], w=None)):
         save(source / "images/a.png")
@@ -316,12 +317,12 @@ def test_refuses_names_that_no_file_has(name, tmp_path):
         assert len(message) < 600 and str(source) in message
 
 
-def test_names_are_sorted_as_people_do():
-    assert sorted(["1²2", "v10", "v9", "v09", "v" + "9" * 5000, "²", "a"], key=camera_files.natural) == \
+def test_numbers_in_names_are_sorted_by_value():
+    assert sorted(["1²2", "v10", "v9", "v09", "v" + "9" * 5000, "²", "a"], key=camera_files.natural_key) == \
         ["1²2", "a", "v9", "v09", "v10", "v" + "9" * 5000, "²"]
 
 
-def test_names_with_signs_that_are_digits_too(tmp_path):
+def test_odd_but_possible_file_names(tmp_path):
     odd = ["1²2.png", "x" * 240 + ".png", "²³.png", "ü\n1.png"]
     source = plain(tmp_path / "input", odd)
     for name in odd:
@@ -332,7 +333,7 @@ def test_names_with_signs_that_are_digits_too(tmp_path):
     assert len({file.name for file in (tmp_path / "scene/mask").iterdir()}) == 4
 
 
-def test_command_lines_names_that_are_too_long(tmp_path):
+def test_too_long_names_on_the_command_line(tmp_path):
     source = plain(tmp_path, names())
     save(tmp_path / "images/view_0.png")
     assert "no such" in refusal(camera_files.read_views, "x" * 5000)
