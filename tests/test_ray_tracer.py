@@ -475,7 +475,7 @@ def test_samples_left_out_change_nothing(rays, monkeypatch, shape):
         return found, sum(len(points) for points in calls)
 
     fine, few = results()
-    monkeypatch.setattr(ray_tracer, "FEW_POINTS", (1,))
+    monkeypatch.setattr(ray_tracer, "STRIDES", (1,))
     dense, many = results()
     for ours, theirs in zip(fine, dense):
         assert np.array_equal(ours, theirs)
@@ -508,7 +508,7 @@ def test_a_rough_sdf_for_the_samples_changes_no_hit(sdf, rays, truths):
         return sdf(x) + noise.uniform(-2e-3, 2e-3, len(x)).astype(np.float32)
 
     seeks = np.ones(len(true_hit), bool)
-    t, hit = ray_tracer.hit_or_least_sdf(sdf, *rays, seeks, rough_sdf=rough, tolerance=TOLERANCE)
+    t, hit = ray_tracer.hit_or_least_sdf(sdf, *rays, seeks, half_precision_sdf=rough, tolerance=TOLERANCE)
     wrong = np.flatnonzero((hit != true_hit) & clear)
     assert len(wrong) <= 2e-3 * len(hit)        # a ray may just reach what only an exact sum of two ends would rule out
     sure = hit & clear & true_hit
