@@ -80,6 +80,7 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
           refinement_steps: int = 8) -> Tuple[np.ndarray, np.ndarray]:
     """Find the first point of each ray on the surface, where it enters the object (sdf from + to -).
 
+    sdf: points (N, 3) float32 -> (N,) float32.
     origins: (R, 3) or (3,); directions: (R, 3), unit length.
     sphere_tracing_steps: maximum for each end of a chord.
     tolerance: a point with |sdf| up to this is on the surface.
@@ -122,7 +123,7 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
     samples: the chord is cut into this many equal intervals, with one sample in each.
     rng: draws the samples' places in their intervals, the same for all rays; None is the middle.
     half_precision_sdf: replaces sdf for the rays that do not want a hit, where values only choose among samples.
-        Passed on GPUs, where a call costs as much as ten thousand points; so fewer calls are made.
+        Passed on GPUs, where a call costs as much as ten thousand points; then fewer calls are made.
 
     Returns t (R,) float32, the point's distance, and hit (R,) bool.
     Raises ValueError for an unknown refinement, fewer than 1 sample, or an sdf that returns the wrong shape.
