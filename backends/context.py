@@ -40,7 +40,7 @@ def gpu_or_reason(device_id: str) -> Tuple[str, str]:
     try:
         import nnabla_ext.cudnn
     except ModuleNotFoundError:
-        return "cpu", "nnabla's CUDA extension is not installed (install requirements-gpu.txt)"
+        return "cpu", "nnabla's CUDA extension is not installed (requirements-gpu.txt lists it)"
     except Exception as error:      # a missing library, an unsupported GPU, ...
         return "cpu", f"nnabla's CUDA extension does not load: {str(error).splitlines()[0]} (see docs/install.md)"
     try:
