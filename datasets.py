@@ -1,10 +1,10 @@
-"""Scenes on disk -> rays and pixels.
+"""Load scenes from disk, and draw batches of rays and pixels from them.
 
-A scene is a folder in the convention of IDR's authors: `image/` and `mask/` hold one picture per view each,
-paired by sorted name; `cameras.npz` holds per view i `world_mat_i` (4, 4), whose first three rows are the
-projection K [R | t] to pixels (x right, y down, z into the scene), and `scale_mat_i` (4, 4), which maps the
-unit sphere to the object's region of the world. Here everything is in the coordinates of that unit sphere,
-and pixel centres are at integers (u, v).
+A scene is a folder in the format of IDR's authors. `image/` and `mask/` each hold one picture per view, paired by
+sorted name. `cameras.npz` holds two matrices (4, 4) for each view i: the first three rows of `world_mat_i` are the
+projection K [R | t] to pixels (x right, y down, z into the scene), and `scale_mat_i` maps the unit sphere to the
+object's region of the world. In memory, everything is in the coordinates of that unit sphere, and pixel centres are at
+integers (u, v).
 """
 import io
 import itertools
@@ -12,7 +12,7 @@ import os
 import sys
 import zipfile
 from pathlib import Path
-from typing import Iterator, List, NamedTuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import cv2
 import numpy as np
@@ -22,11 +22,13 @@ from files import pictures
 from helper import ORDER, PIXELS, UserError, check_is_file, decompose_projection, pixel_rays, random_numbers
 
 SUFFIXES = (".png", ".jpg", ".jpeg")                            # of a scene's pictures
-PHOTOGRAPHS = SUFFIXES + (".tif", ".tiff", ".webp", ".bmp")     # of what a scene is made from
-OUTLINE_BAND = 1 / 40       # of an image's shorter side: the pixels that count as near the outline of its mask
-OBJECT_SHARE = 3 / 4        # on the object, of the rays that are not drawn near the outline
-MOST_CAMERAS = 1 << 24      # bytes of a cameras.npz; 1,000 views of IDR's authors take 3 million
-LARGEST_MATRIX = 4096       # bytes of an entry of it, as unpacked
+PHOTOGRAPHS = SUFFIXES + (".tif", ".tiff", ".webp", ".bmp")     # of the photographs that a scene is made from
+OUTLINE_BAND = 1 / 40       # pixels this near to the mask's outline count as outline; in units of the shorter side
+OBJECT_SHARE = 3 / 4        # share of the rays away from the outline that are drawn on the object
+MOST_CAMERAS = 1 << 24      # maximum bytes of a cameras.npz; 1,000 views by IDR's authors take 3 million
+LARGEST_MATRIX = 4096       # maximum bytes of one of its entries, unpacked
+
+FilePath = Union[str, Path]
 
 
 class Scene(NamedTuple):
@@ -38,17 +40,16 @@ class Scene(NamedTuple):
     names: List[str]        # N file names of the images, without suffix
 
 
-# --- loading ----------------------------------------------------------------------------------------------
+# --- loading ----------------------------------------------------------------------------------------------------------
 
-def load_scene(path, downscale=1, cameras="cameras.npz"):
+def load_scene(path: FilePath, downscale: int = 1, cameras: str = "cameras.npz") -> Scene:
     """Load the scene in the folder `path`, shrunk by the whole factor `downscale`, as a Scene of N views.
 
-    cameras: the file there that holds them.
-
-    Images are area-averaged, a mask's pixel is set where more than half of what it covers is, and the
-    intrinsics follow exactly. Rows at the bottom and columns at the right that fill no pixel are cut off.
-    Raises UserError for a file or folder that is missing, unreadable or does not fit the others, for a camera
-    that is none, for a mask without a set pixel and for a factor that leaves nothing of the images.
+    cameras: the name of the cameras' file in that folder.
+    Images are area-averaged, a mask's pixel is set if more than half of its area was, and the intrinsics are adapted
+    exactly. Rows at the bottom and columns at the right that do not fill a pixel are cut off.
+    Raises UserError if a file or folder is missing, unreadable or does not match the others, a camera is invalid, a
+    mask is empty, or the factor leaves nothing of the images.
     """
     image_files, mask_files = scene_files(Path(path))
     intrinsics, poses, scale_mat = load_cameras(Path(path) / cameras, len(image_files))
@@ -57,27 +58,33 @@ def load_scene(path, downscale=1, cameras="cameras.npz"):
     return Scene(images, masks, intrinsics, poses, scale_mat, [file.stem for file in image_files])
 
 
-def scene_files(path):
-    """Return a scene's image files and mask files, view by view; name on stderr what else is there."""
+def scene_files(path: Path) -> Tuple[List[Path], List[Path]]:
+    """Return a scene's image files and mask files, in the order of the views; list ignored files on stderr.
+
+    Raises UserError if a folder is missing or empty, or if the two hold different numbers of pictures.
+    """
     if not os.path.isdir(str(path)):
         raise UserError(f"{path}: no such folder; a scene is a folder with image/, mask/ and cameras.npz")
-    image_files, strays = scene_pictures(path, "image")
-    mask_files, more = scene_pictures(path, "mask")
-    if strays + more:
-        names = [f"{file.parent.name}/{file.name}" for file in strays + more]
+    image_files, other_images = scene_pictures(path, "image")
+    mask_files, other_masks = scene_pictures(path, "mask")
+    if other_images + other_masks:
+        names = [f"{file.parent.name}/{file.name}" for file in other_images + other_masks]
         print(f"notice: {path}: ignored {pictures.listed(names)} (not {', '.join(SUFFIXES)})", file=sys.stderr)
     for folder, files in ((path / "image", image_files), (path / "mask", mask_files)):
         if not files:
-            raise UserError(f"{folder}: no images here; put one per view, as {', '.join(SUFFIXES)}, and convert "
-                            "others")
+            raise UserError(f"{folder}: no images here; put one per view, as {', '.join(SUFFIXES)}; convert other "
+                            "formats")
     if len(image_files) != len(mask_files):
         raise UserError(f"{path}: {len(image_files)} files in image/ but {len(mask_files)} in mask/; "
                         "each image needs one mask, paired by sorted name")
     return image_files, mask_files
 
 
-def scene_pictures(path, name):
-    """Return what picture_files does of the folder `name` of the scene `path`; UserError where it is not there."""
+def scene_pictures(path: Path, name: str) -> Tuple[List[Path], List[Path]]:
+    """Return the pictures and the other files in the folder `name` of the scene `path`, as picture_files does.
+
+    Raises UserError if the folder is missing.
+    """
     if not os.path.isdir(str(path / name)):
         near = [folder for folder in neighbours(path) if os.path.isdir(str(folder / name))]
         hint = f"; {near[0]} is such a folder" if near else ""
@@ -85,8 +92,8 @@ def scene_pictures(path, name):
     return picture_files(path / name)
 
 
-def neighbours(folder):
-    """Return the folder above and the folders in `folder`, where one that was not found may lie."""
+def neighbours(folder: Path) -> List[Path]:
+    """Return the parent and the subfolders of `folder`, where a missing scene may be."""
     path = Path(os.path.abspath(str(folder)))
     try:
         inner = sorted(Path(entry.path) for entry in os.scandir(str(path)) if entry.is_dir())
@@ -95,24 +102,27 @@ def neighbours(folder):
     return [path.parent, *inner]
 
 
-def picture_files(folder, suffixes=SUFFIXES):
-    """Return the pictures in a folder, by sorted name, and the strays: everything else that lies there."""
+def picture_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> Tuple[List[Path], List[Path]]:
+    """Return the pictures in a folder and everything else in it, each sorted by name.
+
+    Raises UserError if the folder is missing or cannot be listed.
+    """
     if not os.path.isdir(str(folder)):
         raise UserError(f"{folder}: no such folder")
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror}); make it readable") from error
-    # Hidden files are strays whatever their suffix: macOS keeps a "._name.jpg" beside a name.jpg.
-    pictures = [entry for entry in entries if entry.suffix.lower() in suffixes and not entry.name.startswith(".")
-                and not os.path.isdir(str(entry))]
-    return pictures, [entry for entry in entries if entry not in set(pictures)]
+    # A hidden file is no picture, whatever its suffix: macOS keeps a "._name.jpg" beside a name.jpg.
+    found = [entry for entry in entries if entry.suffix.lower() in suffixes and not entry.name.startswith(".")
+             and not os.path.isdir(str(entry))]
+    return found, [entry for entry in entries if entry not in set(found)]
 
 
-def load_pictures(image_files, mask_files, downscale):
-    """Read and shrink the pictures one by one: images (N, H, W, 3) uint8 and masks (N, H, W) bool."""
+def load_pictures(image_files: List[Path], mask_files: List[Path], downscale: int) -> Tuple[np.ndarray, np.ndarray]:
+    """Return images (N, H, W, 3) uint8 and masks (N, H, W) bool, read and shrunk one by one to save memory."""
     count, size, images, masks, doubtful = len(image_files), None, None, None, []
-    hidden = None if count >= 10 else True  # None: hidden unless stderr is a terminal
+    hidden = None if count >= 10 else True  # None: tqdm is hidden unless stderr is a terminal
     for view in tqdm(range(count), desc="loading images", unit="view", leave=False, disable=hidden):
         image, mask, doubts = pictures.read_pair(image_files[view], mask_files[view])
         doubtful += doubts
@@ -132,45 +142,45 @@ def load_pictures(image_files, mask_files, downscale):
     return images, masks
 
 
-def check_one_size(image_file, size, first_file, first_size):
-    """Raise UserError where an image's size (H, W) is not that of the scene's first image."""
+def check_one_size(image_file: Path, size: Tuple[int, int], first_file: Path, first_size: Tuple[int, int]) -> None:
+    """Raise UserError if an image's size (H, W) differs from that of the scene's first image."""
     if size != first_size:
         raise UserError(f"{image_file}: {says_size(size)}, but {first_file.name} is {says_size(first_size)}; all views "
                         "must have one size")
 
 
-def check_mask_size(mask_file, mask_size, image_file, size):
-    """Raise UserError where a mask's size (H, W) is not that of its image."""
+def check_mask_size(mask_file: Path, mask_size: Tuple[int, int], image_file: Path, size: Tuple[int, int]) -> None:
+    """Raise UserError if a mask's size (H, W) differs from that of its image."""
     if mask_size != size:
         raise UserError(f"{mask_file}: {says_size(mask_size)}, but its image {image_file.name} is {says_size(size)}; a "
                         "mask has its image's size")
 
 
-def says_size(size):
-    """Return the words for an array's shape (H, W, ...), such as "1600x1200 pixels"."""
+def says_size(size: Sequence[int]) -> str:
+    """Return an array's shape (H, W, ...) in words, such as "1600x1200 pixels"."""
     return f"{size[1]}x{size[0]} pixels"
 
 
-# --- cameras ----------------------------------------------------------------------------------------------
+# --- cameras ----------------------------------------------------------------------------------------------------------
 
-def load_cameras(path, count):
+def load_cameras(path: Path, count: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Read the cameras of `count` views from a cameras.npz.
 
     Returns intrinsics (N, 3, 3), poses (N, 4, 4) and the first view's scale matrix (4, 4), all float64.
-    Raises UserError for a file that is no .npz of numbers, for a matrix that is missing, of another shape or
-    not finite, for a camera that is singular or has the unit sphere behind it, and for too many cameras.
+    Raises UserError if the file is not an .npz of numbers or has more cameras than views, if a matrix is missing, not
+    finite or of the wrong shape, and if a camera is singular or has the unit sphere behind it.
     """
     matrices = read_matrices(path, count)
     intrinsics, poses = np.empty((count, 3, 3)), np.empty((count, 4, 4))
     for view in range(count):
         where = f"{path}: the camera of view {view} (world_mat_{view} @ scale_mat_{view})"
-        with np.errstate(all="ignore"):     # what is not finite is refused
+        with np.errstate(all="ignore"):     # results that are not finite are refused below
             try:
                 projection = matrices[f"world_mat_{view}"] @ matrices[f"scale_mat_{view}"]
                 intrinsics[view], poses[view] = decompose_projection(projection)
             except ValueError as error:
                 raise UserError(f"{where} cannot be used: {error}; mend these two matrices") from error
-            # The sphere reaches 1 beyond its centre along the camera's axis: no ray of such a camera meets it.
+            # If the sphere's centre is 1 or more behind the camera, along its axis, no ray meets the sphere.
             behind = not poses[view, :3, 2] @ poses[view, :3, 3] <= 1.0
         if behind:
             raise UserError(f"{where} has the unit sphere behind it; z must point into the scene, and "
@@ -178,23 +188,26 @@ def load_cameras(path, count):
     return intrinsics, poses, matrices["scale_mat_0"]
 
 
-def load_scene_cameras(path, cameras="cameras.npz"):
-    """Read the cameras of the scene in the folder `path`, as load_cameras does, without its pictures."""
+def load_scene_cameras(path: FilePath, cameras: str = "cameras.npz") -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read only the cameras of the scene in the folder `path`; returns what load_cameras does."""
     return load_cameras(Path(path) / cameras, len(scene_files(Path(path))[0]))
 
 
-def read_matrices(path, count, kinds=("world", "scale")):
-    """Return {"world_mat_i" and "scale_mat_i": (4, 4) float64} of a cameras.npz with just `count` cameras."""
+def read_matrices(path: Path, count: int, kinds: Sequence[str] = ("world", "scale")) -> Dict[str, np.ndarray]:
+    """Return {"world_mat_0": (4, 4) float64, ...} from a cameras.npz of exactly `count` cameras.
+
+    kinds: the matrices of each camera, of "world" and "scale". Raises UserError as load_cameras does.
+    """
     keys = [f"{kind}_mat_{view}" for view in range(count) for kind in kinds]
     check_is_file(path, f"a scene holds image/, mask/ and {path.name}")
     if path.stat().st_size > MOST_CAMERAS:
-        raise UserError(f"{path}: has more than {MOST_CAMERAS} bytes; leave in it only world_mat_* and scale_mat_*")
+        raise UserError(f"{path}: has more than {MOST_CAMERAS} bytes; keep only world_mat_* and scale_mat_* in it")
     try:
         with zipfile.ZipFile(str(path)) as file:
             entries = {info.filename[:-4] if info.filename.endswith(".npy") else info.filename: info
                        for info in file.infolist()}
             found = {key: stored_matrix(file, entries[key]) for key in keys if key in entries}
-    except Exception as error:  # zipfile, zlib and numpy each raise their own
+    except Exception as error:  # zipfile, zlib and NumPy raise exceptions of their own
         raise UserError(f"{path}: not a readable .npz of numbers; write it with numpy.savez") from error
     for key in keys:
         if key not in found:
@@ -209,12 +222,13 @@ def read_matrices(path, count, kinds=("world", "scale")):
     return {key: matrix.astype(np.float64) for key, matrix in found.items()}
 
 
-def stored_matrix(file, info):
-    """Return the (4, 4) array of numbers that an entry of an open .npz holds, or the words for what it holds instead.
+def stored_matrix(file: zipfile.ZipFile, info: zipfile.ZipInfo) -> Union[np.ndarray, str]:
+    """Return the (4, 4) array of numbers in an entry of an open .npz, or a description of what is there instead.
 
-    No more than LARGEST_MATRIX bytes are unpacked, whatever the entry's size is said to be.
+    Unpacks no more than LARGEST_MATRIX bytes, whatever size the entry claims. Raises an exception of some kind if the
+    entry is damaged.
     """
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):    # others unpack whole chunks at once
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):    # others may unpack to any size at once
         raise ValueError
     with file.open(info) as entry:
         content = io.BytesIO(entry.read(LARGEST_MATRIX))
@@ -229,25 +243,25 @@ def stored_matrix(file, info):
     return np.lib.format.read_array(content, allow_pickle=False)
 
 
-# --- shrinking --------------------------------------------------------------------------------------------
+# --- shrinking --------------------------------------------------------------------------------------------------------
 
-def check_downscale(shape, factor, source):
-    """Raise UserError where images (H, W, ...) shrunk by `factor` have no pixel; `source` says who asks."""
+def check_downscale(shape: Sequence[int], factor: int, source: FilePath) -> None:
+    """Raise UserError if shrinking images (H, W, ...) by `factor` leaves no pixel; `source` is named in the message."""
     if min(shape[:2]) < factor:
         raise UserError(f"{source}: a downscale of {factor} leaves nothing of {says_size(shape)}; "
                         f"choose {min(shape[:2])} or less")
 
 
-def shrink_image(image, factor):
-    """Area-average an image (H, W, 3) uint8 by a whole factor, cropping what does not fill a pixel; uint8."""
+def shrink_image(image: np.ndarray, factor: int) -> np.ndarray:
+    """Return an image (H, W, 3) uint8 area-averaged by a whole factor, (H // factor, W // factor, 3) uint8."""
     if factor == 1:
         return image
     height, width = image.shape[0] // factor, image.shape[1] // factor
     return cv2.resize(image[:height * factor, :width * factor], (width, height), interpolation=cv2.INTER_AREA)
 
 
-def shrink_mask(mask, factor):
-    """Shrink a mask (H, W) bool by a whole factor: set where more than half of what a pixel covers is set."""
+def shrink_mask(mask: np.ndarray, factor: int) -> np.ndarray:
+    """Return a mask (H, W) bool shrunk by a whole factor; a pixel is set if more than half of its area was."""
     if factor == 1:
         return mask
     height, width = mask.shape[0] // factor, mask.shape[1] // factor
@@ -255,26 +269,26 @@ def shrink_mask(mask, factor):
     return 2 * blocks.sum(axis=(1, 3)) > factor * factor
 
 
-def shrink_intrinsics(intrinsics, factor):
-    """Return the intrinsics (..., 3, 3) for images shrunk by `factor`: u' = (u - (factor - 1) / 2) / factor.
+def shrink_intrinsics(intrinsics: np.ndarray, factor: float) -> np.ndarray:
+    """Return the intrinsics (..., 3, 3) for images shrunk by `factor`: u' = (u - (factor - 1) / 2) / factor, v alike.
 
-    The shift, in v as in u, is there as a shrunk pixel's centre is the mean of the centres that it covers.
+    The shift arises because the centre of a shrunk pixel is the mean of the centres that it covers.
     """
     shift = (1.0 - factor) / (2.0 * factor)
     return np.array([[1.0 / factor, 0.0, shift], [0.0, 1.0 / factor, shift], [0.0, 0.0, 1.0]]) @ intrinsics
 
 
-# --- choosing views ---------------------------------------------------------------------------------------
+# --- choosing views ---------------------------------------------------------------------------------------------------
 
-def check_views(views, count, source):
-    """Raise UserError unless all `views` are indices of `count` views; `source` says where they stand."""
+def check_views(views: Iterable[int], count: int, source: str) -> None:
+    """Raise UserError unless all `views` are indices of `count` views; `source` is named in the message."""
     for view in views:
         if not 0 <= view < count:
             raise UserError(f"{source}: there is no view {view}; the scene's views are 0 to {count - 1}")
 
 
-def training_views(held_out, count, source):
-    """Return the indices of `count` views that are not held out; raise UserError where none is left."""
+def training_views(held_out: Sequence[int], count: int, source: str) -> List[int]:
+    """Return the indices of `count` views without those held out; raise UserError if none is left."""
     check_views(held_out, count, source)
     views = [view for view in range(count) if view not in held_out]
     if not views:
@@ -282,8 +296,11 @@ def training_views(held_out, count, source):
     return views
 
 
-def chosen_views(words, count, source):
-    """Return the views that a command line names, as in "all", "0 8" or "0,8"; raise UserError for others."""
+def chosen_views(words: Sequence[Union[str, int]], count: int, source: str) -> List[int]:
+    """Return the indices of the views that a command line names: "all", "0 8" or "0,8".
+
+    Raises UserError, naming `source`, for anything else and for a view that does not exist.
+    """
     words = ",".join(str(word) for word in words).split(",")
     if words == ["all"]:
         return list(range(count))
@@ -295,11 +312,12 @@ def chosen_views(words, count, source):
     return views
 
 
-# --- rays and pixels --------------------------------------------------------------------------------------
+def spread_views(poses: np.ndarray, first: int, count: int) -> List[int]:
+    """Choose `count` views far apart, or all if there are fewer, starting with `first`.
 
-def spread_views(poses, first, count):
-    """Choose `count` views (all, where there are fewer), beginning with `first`: each next one is that whose camera is
-    farthest from those before it, as seen from the origin. poses: (N, 4, 4), camera to world."""
+    Each further view is the one whose camera is farthest, in angle from the origin, from the cameras chosen so far.
+    poses: (N, 4, 4), camera to world.
+    """
     sides = poses[:, :3, 3] / np.linalg.norm(poses[:, :3, 3], axis=1, keepdims=True)
     chosen = [first]
     while len(chosen) < min(count, len(poses)):
@@ -309,11 +327,13 @@ def spread_views(poses, first, count):
     return chosen
 
 
-def view_rays(scene, view, uv):
-    """Return the rays of the pixels `uv` of a view, and what the view shows there.
+# --- rays and pixels --------------------------------------------------------------------------------------------------
 
-    uv: (N, 2), column and row, whole numbers. Returns origin (3,), unit directions (N, 3) and rgb (N, 3) in
-    [-1, 1], all float32, and mask (N,) bool.
+def view_rays(scene: Scene, view: int, uv: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the rays through the pixels `uv` of a view, with the pixels' colours and mask.
+
+    uv: (N, 2), column and row, whole numbers.
+    Returns origin (3,), unit directions (N, 3) and rgb (N, 3) in [-1, 1], all float32, and mask (N,) bool.
     """
     origin, directions = pixel_rays(uv, scene.intrinsics[view], scene.poses[view])
     u, v = np.asarray(uv).astype(np.int64).T
@@ -322,6 +342,7 @@ def view_rays(scene, view, uv):
 
 
 class Batch(NamedTuple):
+    """R random rays of one view."""
     view: int
     origin: np.ndarray      # (3,) float32
     directions: np.ndarray  # (R, 3) float32, unit length
@@ -330,16 +351,11 @@ class Batch(NamedTuple):
     weights: np.ndarray     # (R,) float32, of the rays in the losses; 1 on average
 
 
-def epoch_steps(num_views: int, num_processes=1) -> int:
-    """Return the number of steps of an epoch, in which every view comes; each process takes one view per step."""
-    return -(-num_views // num_processes)
-
-
 class Draw(NamedTuple):
     """How the rays of a batch are drawn."""
     num_rays: int
     seed: int = 0
-    outline_fraction: float = 0.0   # of the rays near the mask's outline, from 0 to less than 1
+    outline_fraction: float = 0.0   # fraction of the rays near the mask's outline, in [0, 1)
 
 
 class Process(NamedTuple):
@@ -348,23 +364,30 @@ class Process(NamedTuple):
     size: int = 1
 
 
-def training_batches(scene, views, draw: Draw, first_step=0, process=Process()) -> Iterator[Batch]:
-    """Yield Batches for ever, from that of first_step on: each is one view and num_rays random pixels of it.
+def epoch_steps(num_views: int, num_processes: int = 1) -> int:
+    """Return the number of steps in an epoch, which covers every view; each process takes one view per step."""
+    return -(-num_views // num_processes)
 
-    Each of `views` comes once in every epoch, in an order that is shuffled anew for each. The pixels are uniform over
-    the whole image, object or not, and differ from one another unless the image has fewer. With an outline_fraction
-    they are drawn by draw_pixels.
-    Each of several processes takes batches of its own: an epoch has 1 / size as many steps, and its last step takes the
-    epoch's first views again where size does not divide them. A batch is a function of the seed, the step, the rank and
-    the size.
+
+def training_batches(scene: Scene, views: Sequence[int], draw: Draw, first_step: int = 0,
+                     process: Optional[Process] = None) -> Iterator[Batch]:
+    """Yield Batches without end, starting with the one of first_step: each is num_rays random pixels of one view.
+
+    Each epoch takes every one of `views` once, in a new random order. Pixels are uniform over the whole image, on the
+    object or not, and distinct unless the image has fewer than num_rays. With an outline_fraction, draw_pixels draws
+    them.
+    process: None for a single one. Of several, each gets batches of its own, and an epoch has 1 / size as many steps;
+    if size does not divide the number of views, its last step repeats the epoch's first views.
+    A batch is a function of the seed, the step, the rank and the size.
     """
+    process = Process() if process is None else process
     num_rays, (rank, size) = draw.num_rays, (process.rank, process.size)
     height, width = scene.masks.shape[1:]
     regions = {}
     for step in itertools.count(first_step):
         epoch, position = divmod(step, epoch_steps(len(views), size))
         view = random_numbers(draw.seed, ORDER, epoch).permutation(views)[(position * size + rank) % len(views)]
-        # No shuffle: the order of the rays does not matter.
+        # The order of the rays does not matter, so nothing is shuffled.
         rng = random_numbers(draw.seed, PIXELS, step * size + rank)
         if draw.outline_fraction:
             if view not in regions:
@@ -376,28 +399,31 @@ def training_batches(scene, views, draw: Draw, first_step=0, process=Process()) 
         yield Batch(int(view), *view_rays(scene, view, np.stack([pixels % width, pixels // width], axis=1)), weights)
 
 
-def mask_regions(mask):
-    """Return the numbers of the pixels of a mask (H, W) bool as three int32 arrays: those near its outline (by up to
-    OUTLINE_BAND of the shorter side), the others on the object, and the others."""
+def mask_regions(mask: np.ndarray) -> List[np.ndarray]:
+    """Split the pixels of a mask (H, W) bool into three regions: near the outline, object, background.
+
+    Returns the flat pixel indices of each, int32. The outline's region reaches OUTLINE_BAND to either side of it.
+    """
     inside = mask.astype(np.uint8)
     distance = np.maximum(*(cv2.distanceTransform(side, cv2.DIST_L2, 5) for side in (inside, 1 - inside)))
     near = distance <= OUTLINE_BAND * min(mask.shape)
     return [np.flatnonzero(region).astype(np.int32) for region in (near, mask & ~near, ~mask & ~near)]
 
 
-def draw_pixels(regions, num_rays, outline_fraction, rng):
-    """Draw pixels, a fraction of them near the outline, and most of the others on the object (stratified sampling).
+def draw_pixels(regions: List[np.ndarray], num_rays: int, outline_fraction: float,
+                rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
+    """Draw pixels by stratified sampling: a fraction near the outline, and OBJECT_SHARE of the rest on the object.
 
-    regions: what mask_regions gives. Returns the pixels' numbers (num_rays,) and weights (num_rays,) float32. With these
-    weights a sum over the pixels has the mean that it has over uniform pixels: the loss is the same, but it varies less
-    from step to step at the pixels that decide the shape.
+    regions: the result of mask_regions.
+    Returns flat pixel indices (num_rays,) int32 and weights (num_rays,) float32. The weights keep the expected loss
+    that of uniform pixels, while its variance falls at the pixels that decide the shape.
     """
     sizes = np.array([len(region) for region in regions])
     shares = np.array([outline_fraction, (1 - outline_fraction) * OBJECT_SHARE,
                        (1 - outline_fraction) * (1 - OBJECT_SHARE)])
     shares = np.where(sizes > 0, shares, 0.0)
     shares /= shares.sum()
-    ends = np.floor(np.cumsum(shares[:-1]) * num_rays + rng.random()).astype(int)   # random rounding: right on average
+    ends = np.floor(np.cumsum(shares[:-1]) * num_rays + rng.random()).astype(int)   # rounded at random: unbiased
     counts = np.diff(ends, prepend=0, append=num_rays)
     pixels = [rng.choice(region, count, replace=count > len(region), shuffle=False)
               for region, count in zip(regions, counts) if count]

@@ -1,10 +1,11 @@
-"""Measure a trained scene: PSNR and SSIM of every view inside its mask and over all views; how far a mesh is off.
+"""Measure a trained scene: PSNR and SSIM inside the masks, per view and over all views; the error of a mesh.
 
     python evaluate.py --config results_scan118/default.yaml --model-load-path results_scan118/model_01999.h5
 
-The table goes to the screen, the numbers to nnabla's monitors in the run's folder.
+Prints the numbers and writes them as nnabla's monitors to the run's folder.
 """
 from pathlib import Path
+from typing import Dict, List, NamedTuple, Sequence
 
 import numpy as np
 from nnabla.monitor import Monitor, MonitorSeries
@@ -14,22 +15,31 @@ import datasets
 import helper
 import network
 import synthesize
+from config import settings
 from metrics import images, meshes
 from training import cameras, checkpoints
+
+
+class ViewMeasure(NamedTuple):
+    """What is measured of one rendered view."""
+    view: int
+    name: str               # of its image
+    error: np.ndarray       # of images.squared_error
+    similarity: np.ndarray  # of images.similarity
 
 
 def main():
     parser = helper.argument_parser("Measure a trained scene.", model=True)
     parser.add_argument("--views", nargs="+", default=["all"], metavar="VIEW",
-                        help="indices of the views to measure, or all, or none for the mesh alone")
-    parser.add_argument("--mesh", help="a mesh of extract.py, to compare with --ground-truth or by --dtu")
+                        help="indices of the views to measure, or all, or none to measure only the mesh")
+    parser.add_argument("--mesh", help="a mesh by extract.py, to compare by --ground-truth or --dtu")
     parser.add_argument("--ground-truth", help="a mesh or point cloud of the true surface, in the mesh's units")
     parser.add_argument("--dtu", metavar="FOLDER",
-                        help="compare as DTU does: the folder that holds its ObsMask*.mat, Plane*.mat and stl*.ply")
+                        help="compare by DTU's protocol: the folder that holds its ObsMask*.mat, Plane*.mat and "
+                             "stl*.ply")
     args = parser.parse_args()
     if bool(args.mesh) != bool(args.ground_truth or args.dtu):
-        raise helper.UserError("--mesh and --ground-truth go together, or --mesh and --dtu: the one is compared with "
-                               "the other")
+        raise helper.UserError("--mesh needs --ground-truth or --dtu to compare with, and these need --mesh; give both")
     mesh = meshes.load_shape(args.mesh) if args.mesh else None
     truth = meshes.load_shape(args.ground_truth) if args.ground_truth else None
     conf, folder = checkpoints.open_run(args)
@@ -49,15 +59,18 @@ def main():
     print(f"written to {folder}")
 
 
-def report(values, monitor, form):
-    """Print named values and write each to a monitor of its name."""
+def report(values: Dict[str, float], monitor: Monitor, template: str) -> None:
+    """Print named values, formatted by the template, and write each to a monitor of its name."""
     for name, value in values.items():
-        print(f"{name}: {form.format(value)}")
+        print(f"{name}: {template.format(value)}")
         MonitorSeries(name, monitor, interval=1, verbose=False).add(0, value)
 
 
-def measure_cameras(conf, model, monitor):
-    """Print how far off trained cameras are, and were before, and write monitors; nothing where that is not known."""
+def measure_cameras(conf: settings.Configuration, model: str, monitor: Monitor) -> None:
+    """Print and write the errors of trained cameras, and print those before training.
+
+    model: the path of the trained model. Does nothing without trained cameras or without true ones to compare with.
+    """
     if cameras.parameter() is None:
         return
     start = datasets.load_scene_cameras(conf.data.path, conf.data.cameras)[1]
@@ -74,40 +87,48 @@ def measure_cameras(conf, model, monitor):
             series.add(view, value)
 
 
-def measure_views(words, conf, model, monitor):
-    """Render the views that the command line names; print PSNR and SSIM of each and over all, and write monitors."""
+def measure_views(words: Sequence[str], conf: settings.Configuration, model: str, monitor: Monitor) -> None:
+    """Render the views that the command line names; print and write PSNR and SSIM of each view and over all.
+
+    words: those after --views; model: the path of the trained model. Raises UserError if images are too small for SSIM.
+    """
     scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
     scene = scene._replace(poses=cameras.trained_poses(scene.poses, model))
     views = datasets.chosen_views(words, len(scene.images), "--views")
     if min(scene.images.shape[1:3]) < images.SSIM_WINDOW:
         raise helper.UserError(f"{conf.data.path}: images of {datasets.says_size(scene.images.shape[1:])} are too "
-                               f"small to measure; SSIM needs {images.SSIM_WINDOW} a side, so lower data.downscale")
-    errors, likeness = {}, {}
+                               f"small for SSIM, which needs {images.SSIM_WINDOW} per side; lower data.downscale")
+    measures = []
     sdf, shade = network.sdf_evaluator(), network.shader(conf.network)
     for view in tqdm(views, unit="view", dynamic_ncols=True):
         truth, mask = scene.images[view] / np.float32(255), scene.masks[view]
         camera = helper.Camera(scene.intrinsics[view], scene.poses[view], mask.shape)
         render = synthesize.render_view(sdf, shade, camera, conf.tracer, wanted=mask)
-        errors[view] = images.squared_error(render.rgb, truth, mask)
-        likeness[view] = images.similarity(render.rgb, truth, mask)
+        measures.append(ViewMeasure(view, scene.names[view], images.squared_error(render.rgb, truth, mask),
+                                    images.similarity(render.rgb, truth, mask)))
+    report_views(measures, conf.data.held_out_views, monitor)
 
-    held_out = conf.data.held_out_views
+
+def report_views(measures: List[ViewMeasure], held_out: Sequence[int], monitor: Monitor) -> None:
+    """Print and write PSNR and SSIM of each view, and over all, trained and held-out views."""
     series = {name: MonitorSeries(f"{name}_per_view", monitor, interval=1, verbose=False) for name in ("psnr", "ssim")}
-    for view in views:
-        psnr, ssim = images.psnr(errors[view]), images.ssim(likeness[view])
-        print(f"view {view:3d}  {scene.names[view]:<16} {psnr:6.2f} dB  SSIM {ssim:.3f}"
+    for view, name, error, similarity in measures:
+        psnr, ssim = images.psnr(error), images.ssim(similarity)
+        print(f"view {view:3d}  {name:<16} {psnr:6.2f} dB  SSIM {ssim:.3f}"
               + ("  held out" if view in held_out else ""))
         series["psnr"].add(view, psnr)
         series["ssim"].add(view, ssim)
-    groups = {"all": views}
-    if set(views) & set(held_out):
-        groups.update(trained=[v for v in views if v not in held_out], held_out=[v for v in views if v in held_out])
+    groups = {"all": measures}
+    if any(m.view in held_out for m in measures):
+        groups.update(trained=[m for m in measures if m.view not in held_out],
+                      held_out=[m for m in measures if m.view in held_out])
     for name, group in groups.items():
         if group:
-            over = {"psnr": images.psnr(sum(errors[v] for v in group)),
-                    "ssim": images.ssim(sum(likeness[v] for v in group))}
-            print(f"{name.replace('_', ' ')} views ({len(group)}): {over['psnr']:.2f} dB, SSIM {over['ssim']:.3f}")
-            for measure, value in over.items():
+            overall = {"psnr": images.psnr(sum(m.error for m in group)),
+                       "ssim": images.ssim(sum(m.similarity for m in group))}
+            print(f"{name.replace('_', ' ')} views ({len(group)}): {overall['psnr']:.2f} dB, "
+                  f"SSIM {overall['ssim']:.3f}")
+            for measure, value in overall.items():
                 MonitorSeries(f"{measure}_{name}_views", monitor, interval=1, verbose=False).add(0, value)
 
 

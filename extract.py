@@ -2,15 +2,19 @@
 
     python extract.py --config results_scan118/default.yaml --model-load-path results_scan118/model_01999.h5
 
-The first pass is coarse: it finds the object, drops what floats beside it, and gives its orientation. The second is
-fine, on a grid in that orientation, which grows where the object goes on beyond it. Outside the unit sphere nothing is
-learnt: a surface that leaves it is closed by the sphere. The networks give every vertex its normal and its colour.
-Writes mesh.ply to the run's folder, in the frame of the unit sphere; --output and --world say otherwise.
+The first pass is coarse: it finds the object, drops floating pieces, and yields the object's orientation. The second
+pass is fine, on a grid in that orientation, which grows where the object reaches beyond it. Nothing is learnt outside
+the unit sphere, so a surface that leaves the sphere is closed by it. The networks give every vertex its normal and its
+colour.
+Writes mesh.ply to the run's folder, in the coordinates of the unit sphere; --output and --world change that.
 """
+import argparse
 import html
 import shlex
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Callable, Optional, Tuple
 
 import numpy as np
 import trimesh
@@ -22,34 +26,23 @@ from tqdm import tqdm
 import datasets
 import helper
 import network
+from config import settings
 from files import writing
+from ray_tracer import Sdf
 from training import cameras, checkpoints
 
-SLACK = 1.5         # how much steeper than 1 the sdf may be before a block with surface in it is passed over
-APART = 1e-3        # of a cell: where the sdf at a point of the grid is nearer to 0, it is moved away to that
-LEAF = 2            # blocks of the fine grid are halved down to this many points a side
-SHADED = 1 << 15    # vertices that get their normals and colours together
+SLACK = 1.5         # assumed bound on the sdf's slope; a steeper sdf may lose blocks that hold surface
+APART = 1e-3        # minimum |sdf| at a point of the grid, in cells; smaller values are raised to it
+LEAF = 2            # blocks of the grid are halved down to this many points per side
+SHADED = 1 << 15    # vertices shaded per batch
 SUFFIXES = (".ply", ".obj", ".glb", ".html")
-NO_SURFACE = ("the sdf has no zero set in the unit sphere, so there is no surface to extract; look at the training's "
-              "renders: masks and cameras are the usual causes")
+NO_SURFACE = ("the sdf has no zero set in the unit sphere, so there is no surface to extract; check masks and cameras, "
+              "the usual causes, in the training's renders")
 
 
 def main():
-    parser = helper.argument_parser("Extract the surface of a trained scene as a mesh.", model=True)
-    parser.add_argument("--resolution", type=int, default=None,
-                        help="marching cubes cells along the longest side, instead of the configuration's")
-    parser.add_argument("--output", nargs="+", default=None, metavar="FILE",
-                        help=f"where the mesh goes, the kind by the name: {', '.join(SUFFIXES)}; by default mesh.ply "
-                             "in the run's folder")
-    parser.add_argument("--world", action="store_true",
-                        help="in the world's units, through the scene's scale_mat_0, not the unit sphere's")
-    args = parser.parse_args()
-    if args.resolution is not None and args.resolution < 16:
-        raise helper.UserError(f"--resolution must be 16 or more, not {args.resolution}")
-    for path in args.output or []:
-        if Path(path).suffix.lower() not in SUFFIXES:
-            raise helper.UserError(f"--output {path}: the name must end in {', '.join(SUFFIXES)}")
-        writing.check_target(path)
+    args = parse_arguments()
+    check_arguments(args)
     conf, folder = checkpoints.open_run(args)
     paths = [Path(path) for path in args.output or [folder / "mesh.ply"]]
     poses = scale_mat = None
@@ -63,9 +56,9 @@ def main():
     cut = cut_by_sphere(mesh.vertices, sdf)
     if cut.any():
         share = mesh.area_faces[cut[mesh.faces].all(axis=1)].sum() / mesh.area
-        print("notice: the surface leaves the unit sphere, outside of which nothing is learnt; the sphere closes the "
-              f"mesh there, with {share:.1%} of its area (prepare.py {shlex.quote(conf.data.path)} --check tells of an "
-              "object that reaches beyond it)")
+        print("notice: the surface leaves the unit sphere, and nothing is learnt outside it; the sphere closes the "
+              f"mesh there, with {share:.1%} of its area (prepare.py {shlex.quote(conf.data.path)} --check shows if "
+              "the object reaches beyond it)")
     mesh = with_colors(mesh, network.shader(conf.network), cut)
     for path in paths:
         with writing.replacing(path) as temporary:
@@ -77,12 +70,35 @@ def main():
               f"{'watertight' if mesh.is_watertight else 'not watertight'}")
 
 
-def extract(sdf, coarse_resolution, resolution):
-    """The largest component of the zero set of an sdf in the unit sphere, as a trimesh.Trimesh.
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = helper.argument_parser("Extract the surface of a trained scene as a mesh.", model=True)
+    parser.add_argument("--resolution", type=int, default=None,
+                        help="cells along the longest side, instead of the configuration's extract.resolution")
+    parser.add_argument("--output", nargs="+", default=None, metavar="FILE",
+                        help=f"files to write, each of the kind that its name ends in: {', '.join(SUFFIXES)}; by "
+                             "default mesh.ply in the run's folder")
+    parser.add_argument("--world", action="store_true",
+                        help="in world units, through the scene's scale_mat_0, instead of the unit sphere's")
+    return parser.parse_args()
 
-    sdf: points (N, 3) float32 -> (N,) float32; the resolutions are cells along the longest side of the grid of each
-    pass. Where the unit sphere cuts the shape, it closes the mesh. Raises UserError where the sdf has no zero set in
-    the sphere.
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for options that are out of range, before anything is loaded."""
+    if args.resolution is not None:
+        items = {item.name: item for item in fields(settings.Extract)}
+        settings.check_value("--resolution", args.resolution, items["resolution"])
+    for path in args.output or []:
+        if Path(path).suffix.lower() not in SUFFIXES:
+            raise helper.UserError(f"--output {path}: the name must end in {', '.join(SUFFIXES)}")
+        writing.check_target(path)
+
+
+def extract(sdf: Sdf, coarse_resolution: int, resolution: int) -> trimesh.Trimesh:
+    """Return the largest connected component of an sdf's zero set in the unit sphere.
+
+    The resolutions are cells along the longest side of each pass's grid. Where the unit sphere cuts the shape, it
+    closes the mesh. Raises UserError if the sdf has no zero set in the sphere.
     """
     inside = in_sphere(sdf)
     values, cell = coarse_grid(inside, coarse_resolution, resolution)
@@ -97,31 +113,33 @@ def extract(sdf, coarse_resolution, resolution):
         at_low, at_high = sides_reached(mesh, axes, low - cell, high + cell, cell_fine)
         if not (at_low.any() or at_high.any()):
             return mesh
-        # A part that is too thin for the coarse pass goes on beyond the box.
+        # A part too thin for the coarse pass reaches beyond the box.
         along = thin_parts(values, cell, coarse) @ axes.T
         low = np.minimum(low - step * at_low, along.min(axis=0))
         high = np.maximum(high + step * at_high, along.max(axis=0))
         step *= 2
 
 
-def in_sphere(sdf):
-    """The sdf of the part of a shape that is in the unit sphere."""
+# --- the coarse pass --------------------------------------------------------------------------------------------------
+
+def in_sphere(sdf: Sdf) -> Sdf:
+    """Return the sdf of a shape's intersection with the unit sphere."""
     return lambda points: np.maximum(sdf(points), np.linalg.norm(points, axis=1) - 1)
 
 
-def cut_by_sphere(vertices, sdf):
-    """Which vertices (V, 3) of a mesh are on the unit sphere and inside the shape that it cuts: (V,) bool."""
+def cut_by_sphere(vertices: np.ndarray, sdf: Sdf) -> np.ndarray:
+    """Return which vertices (V, 3) of a mesh lie on the unit sphere inside the shape that it cuts, (V,) bool."""
     height = np.linalg.norm(vertices, axis=1) - 1
-    cut = height > -0.01        # those of the cut are nearer still; most other vertices need no sdf
+    cut = height > -0.01        # a generous bound that saves most evaluations
     if cut.any():
         cut[cut] = sdf(vertices[cut].astype(np.float32)) < height[cut] - 1e-4
     return cut
 
 
-def coarse_grid(sdf, coarse_resolution, resolution):
-    """The sdf on a grid over the cube [-1, 1]^3, as sparse_grid, and the grid's step.
+def coarse_grid(sdf: Sdf, coarse_resolution: int, resolution: int) -> Tuple[np.ndarray, float]:
+    """Return the sdf on a grid over the cube [-1, 1]^3, as sparse_grid does, and the grid's step.
 
-    Where a shape is so thin that no point of the grid is in it, the grid is made finer, up to `resolution`.
+    If the shape is so thin that no grid point lies in it, the grid is refined, at most to `resolution`.
     """
     cell = 2.0 / coarse_resolution
     while True:
@@ -131,71 +149,83 @@ def coarse_grid(sdf, coarse_resolution, resolution):
         cell /= 2
 
 
-def reach(cell):
-    """The most that the sdf may be at the point of a grid that is nearest to a point of the surface."""
+def reach(cell: float) -> float:
+    """Return the largest sdf possible at the grid point nearest to a surface point; cell: the grid's step."""
     return SLACK * cell * 3 ** 0.5 / 2
 
 
-def thin_parts(values, cell, mesh):
-    """The points (P, 3) of the coarse grid near a mesh of it and near all that may be connected to the mesh between the
-    grid's points."""
+def thin_parts(values: np.ndarray, cell: float, mesh: trimesh.Trimesh) -> np.ndarray:
+    """Return the points (P, 3) of the coarse grid near the mesh, or near a part that may be connected to it.
+
+    Such a connection may be too thin for the grid, so every grid point that may be near the surface counts.
+    values: (X, Y, Z), the grid over [-1, 1]^3; cell: its step; mesh: a component of its surface.
+    """
     labels = label(values < reach(cell), np.ones((3, 3, 3)))[0]
     near = labels[tuple(np.rint((mesh.vertices + 1) / cell).astype(int).T)]
     return np.argwhere(np.isin(labels, near[near > 0])) * cell - 1
 
 
-def sides_reached(mesh, axes, low, high, cell):
-    """At which sides of its grid a mesh ends: those at low and those at high, (3,) bool each. As grid_mesh."""
+# --- grids and meshes -------------------------------------------------------------------------------------------------
+# A grid has the step `cell` and spans the box from low to high (3,) in coordinates along axes, the rows of a rotation
+# (3, 3): its points are (indices * cell + low) @ axes.
+
+def sides_reached(mesh: trimesh.Trimesh, axes: np.ndarray, low: np.ndarray, high: np.ndarray,
+                  cell: float) -> Tuple[np.ndarray, np.ndarray]:
+    """Return at which low and at which high sides of its grid a mesh ends, (3,) bool each."""
     along = mesh.vertices @ axes.T
     last = low + np.ceil((high - low) / cell) * cell
     return along.min(axis=0) < low + 1e-4 * cell, along.max(axis=0) > last - 1e-4 * cell
 
 
-def oriented_box(mesh):
-    """The principal axes of a mesh's surface, as rows of a rotation (3, 3), and its box along them, low and high (3,)."""
-    middles = (mesh.triangles + np.roll(mesh.triangles, 1, axis=1)) / 2     # with equal weights, exact to second order
+def oriented_box(mesh: trimesh.Trimesh) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the principal axes of a mesh's surface, rows of a rotation (3, 3), and its box along them, low, high (3,).
+    """
+    # Equal weights at the middles of the edges integrate second moments exactly.
+    middles = (mesh.triangles + np.roll(mesh.triangles, 1, axis=1)) / 2
     weights = mesh.area_faces / mesh.area
     offsets = middles - np.einsum("f,fmx->x", weights, middles) / 3
     axes = np.linalg.eigh(np.einsum("f,fmx,fmy->xy", weights, offsets, offsets))[1].T[::-1].copy()
-    axes[2] *= np.sign(np.linalg.det(axes))     # a rotation, no mirror image: the faces keep their side
+    axes[2] *= np.sign(np.linalg.det(axes))     # a rotation, not a reflection: faces keep their orientation
     along = mesh.vertices @ axes.T
     return axes, along.min(axis=0), along.max(axis=0)
 
 
-def grid_mesh(sdf, axes, low, high, cell):
-    """Marching cubes of an sdf on the grid of step `cell` from `low` to `high` along `axes` (rows): a mesh in x."""
+def grid_mesh(sdf: Sdf, axes: np.ndarray, low: np.ndarray, high: np.ndarray, cell: float) -> trimesh.Trimesh:
+    """Return the zero set of an sdf on a grid as a mesh, by marching cubes."""
     return surface(grid_values(sdf, axes, low, high, cell), axes, low, cell)
 
 
-def grid_values(sdf, axes, low, high, cell):
-    """The sdf on that grid, as sparse_grid."""
+def grid_values(sdf: Sdf, axes: np.ndarray, low: np.ndarray, high: np.ndarray, cell: float) -> np.ndarray:
+    """Return the sdf (X, Y, Z) on a grid from low to at least high, as sparse_grid does."""
     return sparse_grid(sdf, axes, low, np.ceil((high - low) / cell).astype(int) + 1, cell)
 
 
-def surface(values, axes, low, cell):
-    """Marching cubes of the values of a grid, of which those near 0 are changed: a mesh in x. As grid_mesh."""
+def surface(values: np.ndarray, axes: np.ndarray, low: np.ndarray, cell: float) -> trimesh.Trimesh:
+    """Return the zero set of a grid's values (X, Y, Z) as a mesh, by marching cubes; changes values near 0 in place.
+
+    Raises UserError if the values do not change sign.
+    """
     if not (values.min() < 0 < values.max()):
         raise helper.UserError(NO_SURFACE)
-    # A surface through points of the grid would get triangles without area, or with as good as none; to drop these
-    # later leaves holes.
+    # A surface through grid points would have triangles of no or almost no area; dropping these later leaves holes.
     close = np.abs(values) < APART * cell
     values[close] = np.where(values[close] < 0, -APART * cell, APART * cell)
     vertices, faces = marching_cubes(values, 0.0)[:2]
     return trimesh.Trimesh((vertices * cell + low) @ axes, faces, process=False)
 
 
-def sparse_grid(sdf, axes, low, counts, cell):
-    """The sdf on a grid of `counts` points, evaluated only near the surface; elsewhere a value of its sign.
+def sparse_grid(sdf: Sdf, axes: np.ndarray, low: np.ndarray, counts: np.ndarray, cell: float) -> np.ndarray:
+    """Return the sdf on a grid of `counts` (3,) points: exact near the surface, elsewhere any value of the same sign.
 
-    The grid is cut into blocks, and a block is kept and halved while the sdf at its centre is less than the half
-    diagonal of the block and its neighbouring points, times SLACK: only there can an edge of the grid cross the
-    surface if the sdf is no steeper than SLACK.
+    The grid is cut into blocks. A block is kept and halved while the |sdf| at its centre is at most SLACK times half
+    the diagonal of the block and its neighbouring points. If the sdf's slope is at most SLACK, only such a block can
+    have an edge that crosses the surface.
     """
     size = LEAF * 2 ** max(int(np.log2(min(counts) / LEAF / 4)), 0)
     corners = np.stack(np.meshgrid(*(np.arange(0, n, size) for n in counts), indexing="ij"), axis=-1).reshape(-1, 3)
     values = np.full(counts, np.nan, np.float32)
 
-    def evaluate(indices):
+    def sdf_at(indices):
         out = np.empty(len(indices), np.float32)
         for start in tqdm(range(0, len(indices), 1 << 18), unit="block", leave=False, dynamic_ncols=True,
                           disable=len(indices) <= 1 << 18):
@@ -204,7 +234,7 @@ def sparse_grid(sdf, axes, low, counts, cell):
         return out
 
     while True:
-        centres = evaluate(corners + (size - 1) / 2)
+        centres = sdf_at(corners + (size - 1) / 2)
         near = np.abs(centres) <= SLACK * (size + 1) * cell * 3 ** 0.5 / 2
         for corner, value in zip(corners[~near], centres[~near]):
             values[tuple(slice(c, c + size) for c in corner)] = value
@@ -218,12 +248,12 @@ def sparse_grid(sdf, axes, low, counts, cell):
     offsets = np.stack(np.meshgrid(*[np.arange(size)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
     indices = (corners[:, None] + offsets).reshape(-1, 3)
     indices = indices[(indices < counts).all(axis=1)]
-    values[tuple(indices.T)] = evaluate(indices)
+    values[tuple(indices.T)] = sdf_at(indices)
     return values
 
 
-def largest_component(mesh):
-    """The connected component of a mesh with the largest area."""
+def largest_component(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
+    """Return the connected component of a mesh with the largest area."""
     parts = trimesh.graph.connected_components(mesh.face_adjacency, nodes=np.arange(len(mesh.faces)))
     areas = mesh.area_faces
     part = max(parts, key=lambda faces: areas[faces].sum())
@@ -232,11 +262,11 @@ def largest_component(mesh):
 
 # --- normals, colours, files ------------------------------------------------------------------------------------------
 
-def with_colors(mesh, shade, cut=None):
-    """A mesh with vertex normals and vertex colours from `shade`, which network.shader gives.
+def with_colors(mesh: trimesh.Trimesh, shade: Callable, cut: Optional[np.ndarray] = None) -> trimesh.Trimesh:
+    """Return a mesh with vertex normals and vertex colours from `shade`, such as network.shader's.
 
-    A normal is the direction of the sdf's gradient, a colour what the renderer shows to who looks along the normal. The
-    vertices of `cut` (V,) bool, where the unit sphere cuts the shape, get the sphere's normals.
+    A normal is the direction of the sdf's gradient. A colour is the renderer's for a view along the normal. The
+    vertices `cut` (V,) bool, where the unit sphere cuts the shape, get the sphere's normals.
     """
     points = mesh.vertices.astype(np.float32)
     rgb, normals = np.empty_like(points), np.empty_like(points)
@@ -250,19 +280,23 @@ def with_colors(mesh, shade, cut=None):
                            vertex_colors=np.rint(255 * np.clip(rgb, 0, 1)).astype(np.uint8), process=False)
 
 
-def transformed(mesh, matrix):
-    """A mesh with normals and colours, moved by an affine matrix (4, 4) such as scale_mat_0; normals stay normal."""
+def transformed(mesh: trimesh.Trimesh, matrix: np.ndarray) -> trimesh.Trimesh:
+    """Return a mesh with normals and colours, moved by an affine matrix (4, 4) such as scale_mat_0.
+
+    Normals move by the inverse transpose and are normalised.
+    """
     moved = mesh.copy()
-    moved.apply_transform(matrix)       # turns the faces over where the matrix mirrors
+    moved.apply_transform(matrix)       # flips the faces if the matrix is a reflection
     moved.vertex_normals = trimesh.unitize(mesh.vertex_normals @ np.linalg.inv(matrix[:3, :3]))
     return moved
 
 
-def write_mesh(path, mesh):
+def write_mesh(path: Path, mesh: trimesh.Trimesh) -> None:
     """Write a mesh with normals and colours as .ply, .obj or .glb, by the path's suffix."""
     if path.suffix.lower() == ".glb":
         encoded = mesh.visual.vertex_colors[:, :3] / np.float32(255)
-        linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)  # glTF wants that
+        # glTF's vertex colours are linear, not sRGB.
+        linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
         mesh = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=mesh.vertex_normals, process=False,
                                vertex_attributes={"_COLOR_0": linear.astype(np.float32)})
         path.write_bytes(unlit_glb(trimesh.Scene(mesh)))
@@ -270,10 +304,10 @@ def write_mesh(path, mesh):
         mesh.export(str(path))
 
 
-def unlit_glb(scene):
-    """A trimesh.Scene as the bytes of a GLB that shows vertex colours as they are: they hold the photographs' light.
+def unlit_glb(scene: trimesh.Scene) -> bytes:
+    """Return a scene as a GLB that shows vertex colours without lighting, since they include the photographs' light.
 
-    A vertex attribute _COLOR_0, (N, 3) float32, becomes the colours: trimesh's own have 8 bits, too few for that.
+    A vertex attribute _COLOR_0, (N, 3) float32, becomes the colours: linear ones need more than trimesh's 8 bits.
     """
     def finish(tree):
         tree["materials"] = [{"extensions": {"KHR_materials_unlit": {}},
@@ -287,14 +321,14 @@ def unlit_glb(scene):
     return scene.export(file_type="glb", tree_postprocessor=finish)
 
 
-def page(mesh, title, poses, view):
-    """A page of HTML in which the coloured mesh turns under the mouse; it holds all that it needs (trimesh's viewer).
+def page(mesh: trimesh.Trimesh, title: str, poses: np.ndarray, view: int) -> str:
+    """Return a self-contained HTML page in which the mouse turns the coloured mesh, with trimesh's viewer.
 
-    The mesh stands upright and is first seen from the side of the camera of `view`; poses: (N, 4, 4), all cameras'.
+    The mesh stands upright and is first seen from the side of the camera of `view`. poses: (N, 4, 4), of all cameras.
     """
     up = helper.upright(poses)
     right = helper.rightwards(up, -poses[view, :3, 2])
-    axes = np.stack([right, up, np.cross(right, up)])       # the viewer's: y is up
+    axes = np.stack([right, up, np.cross(right, up)])       # of the viewer, where y is up
     low, high = mesh.bounds
     centre, size = (low + high) / 2, np.linalg.norm(high - low) / 2
     upright = np.eye(4)
@@ -305,7 +339,8 @@ def page(mesh, title, poses, view):
 
     scene = trimesh.Scene(camera=trimesh.scene.Camera(resolution=(800, 600), fov=(56, 44)), camera_transform=camera)
     scene.add_geometry(mesh, transform=upright)
-    # trimesh's function asks a scene for its camera and its GLB alone; this GLB has a material that the scene cannot.
+    # scene_to_html takes only the camera and the GLB from its scene. So it gets a GLB with the unlit material, which a
+    # trimesh.Scene cannot export.
     page = trimesh.viewer.scene_to_html(SimpleNamespace(camera=scene.camera, export=lambda file_type: unlit_glb(scene)))
     return page.replace("<title>trimesh: threejs viewer</title>", f"<title>{html.escape(title)}</title>")
 

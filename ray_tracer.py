@@ -1,64 +1,68 @@
-"""Where rays meet the zero set of a signed distance function (sdf).
+"""Find where rays hit the zero set of a signed distance function (sdf).
 
-The tracer of IDR (Yariv et al., NeurIPS 2020, arXiv 2003.09852, supplementary material). It knows an sdf only
-as a callable, points (N, 3) float32 -> (N,) float32, positive outside, and takes no gradient. The object lies
-in the sphere of radius 1 about the origin; lengths are in units of that radius.
+This is the ray tracer of IDR (Yariv et al., NeurIPS 2020, arXiv 2003.09852, supplementary material). An sdf is a
+callable, points (N, 3) float32 -> (N,) float32, positive outside the object; no gradient is taken. The object lies in
+the sphere of radius 1 about the origin, and all lengths are in units of that radius.
 
-1. Each ray is cut to its chord of that sphere; a ray that misses the sphere is not traced.
-2. Sphere tracing walks in from both ends of the chord until the near end hits, or both meet, or get inside.
-3. Rays still open are sampled between their two ends; the first change from + to - brackets the surface.
-   Gaps between samples before it, so near the surface that it may dip in and out between them, are kept too.
-4. Brackets are refined by the secant method or by bisection, the other gaps searched by sphere tracing. The
-   first of a ray's gaps that holds the surface gives its hit.
+trace, for renders, has four stages:
 
-hit_or_least_sdf, for training, leaves out step 2 and samples whole chords: more evaluations, but in a third of the
-calls, and the least sdf of the other rays comes along.
+1. Cut each ray to its chord of the unit sphere. A ray that misses the sphere has no hit.
+2. Sphere tracing: walk both ends of the chord inwards, until the near end hits the surface or the two ends meet.
+3. March: sample the rays that are still open between their two ends. The first change of sign from + to - brackets the
+   surface. Gaps between earlier samples are kept as well if the surface may dip in and out between them.
+4. Refinement: narrow brackets by the secant method or by bisection, and search the other gaps by sphere tracing. The
+   hit is in the first gap of the ray that holds the surface.
 
-Gaps without a change of sign are not in the paper. Ten steps of sphere tracing leave many rays just in front
-of the surface, where samples alone would lose corners and thin walls (a twentieth of the rays on a hollow
-ball with a wall of 0.002); searching these gaps takes about 1 % more evaluations.
+hit_or_least_sdf, for training, skips stage 2 and samples the whole chord. That takes more evaluations, but a third of
+the calls, and it yields the sample of least sdf for the rays that need it.
 
-All this trusts the sdf to be 1-Lipschitz (never larger than the distance to the surface). Where it is so only
-roughly, as a network is, a step of sphere tracing may jump over a thin part: that is inherent to the method.
+Searching gaps without a change of sign is an addition to the paper. Ten steps of sphere tracing leave many rays just in
+front of the surface, where samples alone would lose corners and thin walls (a twentieth of the rays on a hollow ball
+with a wall of 0.002). The search takes about 1 % more evaluations.
 
-The distance t stays float32, and points are always computed as origin + t * direction in float32. So the
-point that was found to be within the tolerance is, to the last bit, the one that a caller computes from t;
-rounding (some 2e-7 at a distance of 3) comes in nowhere after that.
+All stages assume that the sdf is 1-Lipschitz: it never exceeds the distance to the surface. A network satisfies this
+only approximately, so sphere tracing may step over a thin part. This is inherent to the method.
+
+Distances t are float32, and every point is computed as origin + t * direction in float32. A caller who computes the
+point from t gets, bit for bit, the point that was found within the tolerance. Rounding (about 2e-7 at a distance of 3)
+cannot move it afterwards.
 """
 
-from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import numba
 import numpy as np
 
+Sdf = Callable[[np.ndarray], np.ndarray]    # points (N, 3) float32 -> (N,) float32
+
+STRIDES = (16, 4, 2, 1)         # coarse to fine: evaluate every 16th sample of a ray, then every 4th where needed, ...
+STRIDES_FEWER_CALLS = (8, 1)    # the same with fewer calls and slightly more points
+MAX_SLOPE = 1.5     # assumed bound on the sdf's slope, by which samples are skipped
+SECANT_OFFSETS = (-1 / 4, -1 / 32, 0.0, 1 / 32, 1 / 4)  # of evaluations around the secant's zero, in bracket widths
+MAX_AHEAD = 512     # points that a walking ray evaluates in one call
+
+# Decorates loops over rays: compiled at the first call, cached beside this file. No fastmath, so that products and sums
+# round as NumPy's do.
+compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
 
 @lru_cache(maxsize=None)
-def second_thread():
-    """Return the thread in which a GPU's second search runs."""
+def second_thread() -> ThreadPoolExecutor:
+    """Return the thread for hit_or_least_sdf's second search on a GPU."""
     return ThreadPoolExecutor(1)
 
 
-# What is said ray by ray below is compiled when first called, and kept beside this file. Without fastmath: products and
-# sums are to be rounded as NumPy rounds them.
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
-
-FEW_POINTS = (16, 4, 2, 1)  # of the samples on a ray, every 16th is looked at first, then of those amid every 4th, ...
-FEW_CALLS = (8, 1)          # the same in fewer calls with some more points
-STEEPEST = 1.5      # the sdf changes by no more than this times the distance; samples are left out by it
-SPREAD = (-1 / 4, -1 / 32, 0.0, 1 / 32, 1 / 4)  # of a bracket, about the secant's zero, whose error is of second order
-MOST_AHEAD = 512     # points that a ray looks at ahead of it at once
-
-
-def intersect_unit_sphere(origins, directions):
+def intersect_unit_sphere(origins: np.ndarray, directions: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cut rays to their chords of the sphere of radius 1 about the origin.
 
-    origins (R, 3) or (3,), directions (R, 3) of unit length. Returns near, far (R,) float32, distances along
-    the ray, and meets (R,) bool. near is 0 for an origin inside the sphere; a sphere wholly behind the origin
-    is a miss. For a miss, near and far are both the distance of the ray's nearest point to the centre (>= 0).
+    origins: (R, 3) or (3,); directions: (R, 3), unit length.
+    Returns near and far (R,) float32, the distances of the chord's ends, and meets (R,) bool. near is 0 for an origin
+    inside the sphere. A sphere behind the origin is a miss. For a miss, near and far are both the distance of the
+    ray's point nearest to the centre (>= 0).
     """
-    # In double precision: float32 loses half of its digits in the square root for rays that graze the sphere.
+    # In double precision: for rays that graze the sphere, the square root loses half of float32's digits.
     origins = np.asarray(origins, np.float64)
     directions = np.asarray(directions, np.float64)
     a = (directions * directions).sum(-1)
@@ -71,31 +75,34 @@ def intersect_unit_sphere(origins, directions):
     return near, far, (discriminant > 0) & (far > 0)
 
 
-def trace(sdf, origins, directions, *, sphere_tracing_steps=10, tolerance=5e-5, samples=100,
-          refinement="secant", refinement_steps=8):
-    """Find the first point of each ray on the surface, entering from outside (sdf going from + to -).
+def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_tracing_steps: int = 10,
+          tolerance: float = 5e-5, samples: int = 100, refinement: str = "secant",
+          refinement_steps: int = 8) -> Tuple[np.ndarray, np.ndarray]:
+    """Find the first point of each ray on the surface, where it enters the object (sdf from + to -).
 
-    sdf: points (N, 3) float32 -> (N,) float32. origins (R, 3) or (3,), directions (R, 3) of unit length.
-    sphere_tracing_steps: the most steps of either end. tolerance: the |sdf| up to which a point is on the
-    surface. samples: on each ray that sphere tracing leaves open, both ends included. refinement: "secant" or
-    "bisection". refinement_steps: the most evaluations for a bracket; if they do not bring it to the
-    tolerance, its best point is the hit.
+    sdf: points (N, 3) float32 -> (N,) float32.
+    origins: (R, 3) or (3,); directions: (R, 3), unit length.
+    sphere_tracing_steps: maximum for each end of a chord.
+    tolerance: a point with |sdf| up to this is on the surface.
+    samples: per ray that sphere tracing leaves open, both ends included.
+    refinement: "secant" or "bisection".
+    refinement_steps: maximum per bracket. If they do not reach the tolerance, the hit is the point of least |sdf|.
 
-    Returns t (R,) float32, the distance of the hit (0 where there is none), and hit (R,) bool. A ray that
-    starts inside the object is not hit there, only where it enters again. Raises ValueError for an unknown
-    refinement, for fewer than 2 samples, and for an sdf that gives the wrong shape.
+    Returns t (R,) float32, the distance of the hit (0 for none), and hit (R,) bool. A ray that starts inside the object
+    is hit only where it enters again.
+    Raises ValueError for an unknown refinement, fewer than 2 samples, or an sdf that returns the wrong shape.
     """
-    _check(samples, 2, refinement)
+    _check_settings(refinement, samples, 2)
     origins, directions = np.asarray(origins, np.float32), np.asarray(directions, np.float32)
     near, far, meets = intersect_unit_sphere(origins, directions)
     t, hit = np.zeros(len(directions), np.float32), np.zeros(len(directions), bool)
 
     sdf_at = _sdf_along(sdf, origins, directions)
     rays = np.flatnonzero(meets)
-    ends, values, touched, undecided = _sphere_trace(
+    ends, values, arrived, undecided = _sphere_trace(
         sdf_at, rays, np.stack([near[rays], far[rays]]), sphere_tracing_steps, tolerance)
-    t[rays[touched]] = ends[0, touched]
-    hit[rays[touched]] = True
+    t[rays[arrived]] = ends[0, arrived]
+    hit[rays[arrived]] = True
 
     gaps = _march(sdf_at, rays[undecided], ends[:, undecided], values[:, undecided], samples, tolerance)
     rays, t_found = _refine(sdf_at, *gaps, refinement == "secant", refinement_steps, tolerance)
@@ -103,78 +110,81 @@ def trace(sdf, origins, directions, *, sphere_tracing_steps=10, tolerance=5e-5, 
     return t, hit
 
 
-def hit_or_least_sdf(sdf, origins, directions, seeks, *, rough_sdf=None, samples=100, rng=None, tolerance=5e-5,
-                     refinement="secant", refinement_steps=8):
-    """Where a training step takes the loss of each ray: at its hit, or else at a sample of least sdf.
+def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want_hit: np.ndarray, *,
+                     half_precision_sdf: Optional[Sdf] = None, samples: int = 100,
+                     rng: Optional[np.random.Generator] = None, tolerance: float = 5e-5, refinement: str = "secant",
+                     refinement_steps: int = 8) -> Tuple[np.ndarray, np.ndarray]:
+    """Find the point of each ray that carries its loss: its hit, or else its sample of least sdf.
 
-    sdf, origins, directions, tolerance, refinement and refinement_steps as in trace. seeks: (R,) bool, the rays whose
-    hit is wanted: trace's, but found without sphere tracing, in a few large calls instead of many small ones. Any
-    other ray, and one without a hit, gives a sample on its chord of the unit sphere. The chord is cut into `samples`
-    equal intervals with one sample in each: at a random place drawn from rng (numpy.random.Generator), the same for all
-    rays, or in the middle where rng is None. A ray that misses the sphere gives its point nearest to the sphere's
-    centre (t >= 0), without an evaluation. Source: the paper's section 3.3 and supplementary material.
-    rough_sdf: takes sdf's place where the values only choose among samples: on the rays that do not seek their hit. Who
-    has one has a GPU, where a call costs as much as ten thousand points: then the calls are fewer.
+    sdf, origins, directions, tolerance, refinement and refinement_steps are those of trace.
+    want_hit: (R,) bool. These rays get the hit that trace finds, but from a few large calls, without sphere tracing.
+        The other rays, and those without a hit, get the sample of least sdf on their chord. A ray that misses the unit
+        sphere gets its point nearest to the centre (t >= 0), without an evaluation.
+    samples: the chord is cut into this many equal intervals, with one sample in each.
+    rng: draws the samples' places in their intervals, the same for all rays; None is the middle.
+    half_precision_sdf: replaces sdf for the rays that do not want a hit, where values only choose among samples.
+        Passed on GPUs, where a call costs as much as ten thousand points; then fewer calls are made.
 
-    Returns t (R,) float32, the distance of that point, and hit (R,) bool. Raises ValueError for an unknown refinement,
-    for fewer than 1 sample, and for an sdf that gives the wrong shape.
+    Returns t (R,) float32, the point's distance, and hit (R,) bool.
+    Raises ValueError for an unknown refinement, fewer than 1 sample, or an sdf that returns the wrong shape.
+    Source: section 3.3 of the paper and its supplementary material.
     """
-    _check(samples, 1, refinement)
+    _check_settings(refinement, samples, 1)
     origins, directions = np.asarray(origins, np.float32), np.asarray(directions, np.float32)
     near, far, meets = intersect_unit_sphere(origins, directions)
     t, hit = near, np.zeros(len(near), bool)    # on a ray that misses the sphere, near is already the nearest point
     places = 0.5 if rng is None else rng.random(samples)
-    # The near end comes first: the surface may be entered before the first sample.
+    # Sample 0 is the near end, since the ray may enter the surface before the first interval's sample.
     fractions = np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
+    strides = STRIDES_FEWER_CALLS if half_precision_sdf else STRIDES
 
     def search(sdf, rays):
-        """Set t of these rays to their sample of least sdf, or to their hit where one is sought and found."""
+        """Set t of these rays to their sample of least sdf, or to their hit if it is wanted and found."""
         if not rays.size:
             return
-        sdf_along, seeking = _sdf_along(sdf, origins, directions), seeks[rays]
+        sdf_along, wanted = _sdf_along(sdf, origins, directions), want_hit[rays]
         distances = near[rays, None] + (far - near)[rays, None] * fractions
 
         def sdf_at(ray, t):
             return sdf_along(rays[ray], t)
 
-        table, evaluated = _coarse_to_fine(sdf_at, distances, seeking, True, tolerance,
-                                           FEW_CALLS if rough_sdf else FEW_POINTS)
+        table, evaluated = _coarse_to_fine(sdf_at, distances, wanted, True, tolerance, strides)
         t[rays] = distances[np.arange(rays.size), 1 + table[:, 1:].argmin(axis=1)]
-        ray, number = _gap_ends(distances, table, evaluated, seeking, tolerance)
+        ray, ends = _gap_ends(distances, table, evaluated, wanted, tolerance)
         if ray.size:
-            ray, t_found = _refine(sdf_at, ray, distances[ray, number], table[ray, number], refinement == "secant",
-                                   refinement_steps, tolerance, SPREAD)
+            ray, t_found = _refine(sdf_at, ray, distances[ray, ends], table[ray, ends], refinement == "secant",
+                                   refinement_steps, tolerance, SECANT_OFFSETS)
             t[rays[ray]], hit[rays[ray]] = t_found, True
 
     rays = np.flatnonzero(meets)
-    if rough_sdf:
-        # In a thread of its own: while the GPU computes for one of the searches, the other one chooses its next points.
-        least = second_thread().submit(search, rough_sdf, rays[~seeks[rays]])
-        search(sdf, rays[seeks[rays]])
+    if half_precision_sdf:
+        # In parallel: while the GPU evaluates for one search, the other chooses its next points.
+        least = second_thread().submit(search, half_precision_sdf, rays[~want_hit[rays]])
+        search(sdf, rays[want_hit[rays]])
         least.result()
     else:
         search(sdf, rays)
     return t, hit
 
 
-def _check(samples, least, refinement):
+def _check_settings(refinement, samples, min_samples):
     if refinement not in ("secant", "bisection"):
-        raise ValueError('refinement must be "secant" or "bisection", not {!r}'.format(refinement))
-    if samples < least:
-        raise ValueError("samples must be at least {}, not {!r}".format(least, samples))
+        raise ValueError(f'refinement must be "secant" or "bisection", not {refinement!r}')
+    if samples < min_samples:
+        raise ValueError(f"samples must be at least {min_samples}, not {samples!r}")
 
 
 def _sdf_along(sdf, origins, directions):
-    """Return sdf_at(rays, t): the sdf at the distances t (n,) along the rays of the numbers (n,)."""
+    """Return sdf_at(rays, t): the sdf (n,) at the distances t (n,) along the rays with indices `rays` (n,)."""
     origins = np.ascontiguousarray(np.broadcast_to(origins, directions.shape))
-    directions = np.ascontiguousarray(directions)       # of one layout, for which alone _points is compiled
+    directions = np.ascontiguousarray(directions)       # one memory layout, so that _points is compiled once
 
     def sdf_at(rays, t):
         points = _points(origins, directions, rays, t)
         values = np.asarray(sdf(points), np.float32)
         if values.shape != t.shape:
-            raise ValueError("the sdf gave shape {} for {} points; it must give ({},)".format(
-                values.shape, len(points), len(points)))
+            raise ValueError(f"the sdf gave shape {values.shape} for {len(points)} points; it must give "
+                             f"({len(points)},)")
         return values
 
     return sdf_at
@@ -182,7 +192,7 @@ def _sdf_along(sdf, origins, directions):
 
 @compiled
 def _points(origins, directions, rays, t):
-    """The points (n, 3) at t (n,) along the rays of the numbers (n,)."""
+    """Return the points (n, 3) at the distances t (n,) along the rays with indices `rays` (n,)."""
     points = np.empty((len(t), 3), np.float32)
     for i in range(len(t)):
         for c in range(3):
@@ -190,30 +200,30 @@ def _points(origins, directions, rays, t):
     return points
 
 
-# In the stages below, sdf_at(rays, t) evaluates ray number rays[i] at t[i], and ends (2, n) are two distances on
-# each of the n rays, the nearer first, with their sdf in values (2, n).
-
+# --- sphere tracing ---------------------------------------------------------------------------------------------------
+# In all stages below, sdf_at(rays, t) evaluates ray rays[i] at the distance t[i]. ends (2, n) are two distances on each
+# of n rays, the nearer first, and values (2, n) are their sdf.
 
 def _sphere_trace(sdf_at, rays, ends, steps, tolerance):
-    """Walk both ends of each chord towards each other, by the sdf at each.
+    """Walk both ends of each chord towards each other, with the sdf as the stride.
 
-    Returns the ends where they stopped and their values; touched (n,) bool, where the near end is on the
-    surface; undecided (n,) bool, where the surface, if any, lies between the ends. An end stops on the
-    surface or inside the object. Where the near end steps inside, the ray's ends become the last point
-    outside and the first inside.
+    An end stops on the surface or inside the object. If the near end steps inside, the ray's ends become the last point
+    outside and the first point inside.
+    Returns the ends where they stopped; their values; arrived (n,) bool, where the near end is on the surface; and
+    undecided (n,) bool, where the surface may still lie between the ends.
     """
     if not rays.size:
         return ends, np.zeros_like(ends), np.zeros(0, bool), np.zeros(0, bool)
     values = sdf_at(np.tile(rays, 2), ends.ravel()).reshape(2, -1)
-    touched = np.abs(values[0]) <= tolerance
-    undecided = ~touched
+    arrived = np.abs(values[0]) <= tolerance
+    undecided = ~arrived
     walking = (values > tolerance) & undecided
     for _ in range(steps):
         stride = np.where(walking, values, 0)
         ahead = np.stack([ends[0] + stride[0], ends[1] - stride[1]])
         met = ahead[0] >= ahead[1]
-        # All is free between two ends that meet outside. Where one of them stands on or in the object, the
-        # stride of the other cannot be right: that one stays where it is, and the march decides.
+        # If two ends meet outside, the space between them is free. If one of them is on the surface or inside, the
+        # other's stride is too long: that end stays, and the march decides.
         undecided &= ~(met & walking.all(0))
         walking &= ~met
         end, ray = np.nonzero(walking)
@@ -228,85 +238,91 @@ def _sphere_trace(sdf_at, rays, ends, steps, tolerance):
         ends, values = np.where(walking, ahead, ends), ahead_values
         ends[:, pierced] = outside, ends[0, pierced]
         values[:, pierced] = outside_value, values[0, pierced]
-        touched |= reached
+        arrived |= reached
         undecided &= ~reached
         walking &= (values > tolerance) & ~(reached | pierced)
-    return ends, values, touched, undecided
+    return ends, values, arrived, undecided
 
+
+# --- samples ----------------------------------------------------------------------------------------------------------
 
 def _march(sdf_at, rays, ends, values, samples, tolerance):
-    """Sample the rays evenly between their ends. Returns the gaps that may hold their entry: each one's ray (n,), ends
-    and values (2, n), ordered by ray and distance."""
+    """Sample each ray evenly between its ends, and return the gaps that may hold its entry into the object.
+
+    Returns the ray of each gap (n,), and the gap's ends and values (2, n), ordered by ray and distance.
+    """
     t = ends[0][:, None] + (ends[1] - ends[0])[:, None] * np.linspace(0, 1, samples, dtype=np.float32)
     t[:, -1] = ends[1]
     table = np.full(t.shape, np.nan, np.float32)
     table[:, [0, -1]] = values.T
-    seeking = np.ones(len(t), bool)
-    table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t, seeking, False, tolerance, FEW_POINTS,
+    want_hit = np.ones(len(t), bool)
+    table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t, want_hit, False, tolerance, STRIDES,
                                        table)
-    ray, number = _gap_ends(t, table, evaluated, seeking, tolerance)
-    return rays[ray], t[ray, number], table[ray, number]
+    ray, end = _gap_ends(t, table, evaluated, want_hit, tolerance)
+    return rays[ray], t[ray, end], table[ray, end]
 
 
-def _coarse_to_fine(sdf_at, t, seeking, want_least, tolerance, gaps, table=None):
-    """The sdf at distances t (R, S), S ascending ones on each of R rays, where it matters; elsewhere a bound that it
-    does not go below. Returns both in one table (R, S), and (R, S) bool, where it is the sdf.
+def _coarse_to_fine(sdf_at, t, want_hit, want_least, tolerance, strides, table=None):
+    """Evaluate the sdf at those samples of each ray that can matter, and bound it from below at the others.
 
-    On a ray that is seeking (R,) bool it matters where the ray may first enter the object; with want_least also, on any
-    ray that has not entered, where it may be the least of the ray's, the first sample aside. table: values known
-    before, NaN elsewhere; those of sample 0, if any, are known.
+    t: (R, S), the distances of S samples on each of R rays, ascending. want_hit: (R,) bool, the rays on which samples
+    matter where the ray may first enter the object. want_least: whether samples matter, on any ray without an entry,
+    where the sdf may be the ray's least, sample 0 excepted. strides: evaluate every strides[0]-th sample, then those of
+    every strides[1]-th that matter, and so on to 1. table: (R, S), values known beforehand, NaN elsewhere.
 
-    Every gaps[0]-th is evaluated, then every gaps[1]-th of those amid, and so on to 1.
+    Returns table (R, S), the sdf or its lower bound, and evaluated (R, S) bool, where it is the sdf.
     """
     table = np.full(t.shape, np.nan, np.float32) if table is None else table
     evaluated = ~np.isnan(table)
-    gaps = [gap for gap in gaps if gap < t.shape[1]] or [1]
+    strides = [stride for stride in strides if stride < t.shape[1]] or [1]
 
-    def evaluate(places):
+    def fill(places):
         if places.size:
             table.ravel()[places] = sdf_at(places // t.shape[1], t.ravel()[places])
             evaluated.ravel()[places] = True
 
-    evaluate(np.arange(t.size).reshape(t.shape)[:, ::gaps[0]][~evaluated[:, ::gaps[0]]])
-    for wide, gap in zip(gaps, gaps[1:]):
-        evaluate(_samples_that_matter(t, table, evaluated, seeking, want_least, tolerance, wide, gap))
+    fill(np.arange(t.size).reshape(t.shape)[:, ::strides[0]][~evaluated[:, ::strides[0]]])
+    for coarse, fine in zip(strides, strides[1:]):
+        fill(_samples_that_matter(t, table, evaluated, want_hit, want_least, tolerance, coarse, fine))
     return table, evaluated
 
 
 @compiled
-def _samples_that_matter(t, table, evaluated, seeking, want_least, tolerance, wide, gap):
-    """The samples that _coarse_to_fine evaluates next, as places in the flat table: of every gap-th, where every
-    wide-th has been looked at. The bounds of these go into the table.
+def _samples_that_matter(t, table, evaluated, want_hit, want_least, tolerance, coarse, fine):
+    """Return the samples to evaluate next, as indices into the flat table; write the bounds of the others into it.
 
-    From the values on either side follows a bound, since the sdf falls by no more than STEEPEST times the distance.
+    Every coarse-th sample has been decided; every fine-th is decided here. The sdf falls by no more than MAX_SLOPE
+    times the distance, so the values on either side of a sample bound it from below. The other parameters are those of
+    _coarse_to_fine.
     """
     places, found = np.empty(t.size, np.int64), 0
     samples = t.shape[1]
     for ray in range(len(t)):
+        # What the coarse samples show: the entry and, of the samples before it, the least.
         outside, entry, least = False, samples, np.float32(np.inf if want_least else -np.inf)
-        for number in range(0, samples, wide):
+        for number in range(0, samples, coarse):
             if evaluated[ray, number]:
                 value = table[ray, number]
                 if number > 0:
                     least = min(least, value)
                 if value > tolerance:
                     outside = True
-                elif outside and seeking[ray]:
+                elif outside and want_hit[ray]:
                     entry = number
                     break
-        for number in range(gap, samples, gap):
-            before = number // wide * wide
+        for number in range(fine, samples, fine):
+            before = number // coarse * coarse
             if number == before or evaluated[ray, number]:
                 continue
-            bound = table[ray, before] - STEEPEST * (t[ray, number] - t[ray, before])
-            if before + wide < samples:
-                bound = max(bound, table[ray, before + wide] - STEEPEST * (t[ray, before + wide] - t[ray, number]))
+            bound = table[ray, before] - MAX_SLOPE * (t[ray, number] - t[ray, before])
+            if before + coarse < samples:
+                bound = max(bound, table[ray, before + coarse] - MAX_SLOPE * (t[ray, before + coarse] - t[ray, number]))
             table[ray, number] = bound
-            # A sample outside that is next to one that is not, or that makes a gap doubtful, is not above `low`.
-            low = t[ray, number] - t[ray, number - 1]
+            # A sample farther from the surface than its wider gap can neither bracket an entry nor hide one beside it.
+            width = t[ray, number] - t[ray, number - 1]
             if number + 1 < samples:
-                low = max(low, t[ray, number + 1] - t[ray, number])
-            if (seeking[ray] and number < entry and bound <= STEEPEST * low + tolerance
+                width = max(width, t[ray, number + 1] - t[ray, number])
+            if (want_hit[ray] and number < entry and bound <= MAX_SLOPE * width + tolerance
                     or entry == samples and bound <= least):
                 places[found] = ray * samples + number
                 found += 1
@@ -314,24 +330,24 @@ def _samples_that_matter(t, table, evaluated, seeking, want_least, tolerance, wi
 
 
 @compiled
-def _gap_ends(t, table, evaluated, seeking, tolerance):
-    """The gaps between samples at t (R, S) that may hold the entry of a ray that is seeking (R,) bool; table and
-    evaluated as _coarse_to_fine gives.
+def _gap_ends(t, table, evaluated, want_hit, tolerance):
+    """Return the gaps between samples that may hold a ray's entry into the object, for the rays of want_hit (R,) bool.
 
-    These are the first gap from outside to not outside, and those before it with both ends outside, but closer to the
-    surface (the sum of both) than the gap is long. A ray that starts on the surface has a gap of no length there.
-    Returns the ray (n,) of each gap and the samples (2, n) at its ends, ordered by ray and distance.
+    t, table and evaluated, (R, S) each, are those of _coarse_to_fine. The gaps of a ray are its first one from outside
+    to not outside, and any before it that may hide a surface: both ends are outside, but the sum of their sdf is less
+    than the gap's width. A ray that starts on the surface has a gap of width 0 there.
+    Returns the ray of each gap (n,) and the samples at its ends (2, n), ordered by ray and distance.
     """
     rays, ends, found = np.empty(t.size, np.int64), np.empty((2, t.size), np.int64), 0
     for ray in range(len(t)):
-        for end in range(t.shape[1]) if seeking[ray] else range(0):
+        for end in range(t.shape[1]) if want_hit[ray] else range(0):
             start, value = max(end - 1, 0), table[ray, end]
             entry = abs(value) <= tolerance if end == 0 else table[ray, start] > tolerance and value <= tolerance
-            doubtful = (end > 0 and table[ray, start] > tolerance and value > tolerance
+            may_hide = (end > 0 and table[ray, start] > tolerance and value > tolerance
                         and table[ray, start] + value < t[ray, end] - t[ray, start])
-            if entry or doubtful:
-                # Where the sdf is steeper than STEEPEST, the sample before an entry may have been left out: take the
-                # last before.
+            if entry or may_hide:
+                # If the sdf is steeper than MAX_SLOPE, the sample before an entry may not be evaluated. Take the last
+                # one that is.
                 while not evaluated[ray, start]:
                     start -= 1
                 rays[found], ends[0, found], ends[1, found] = ray, start, end
@@ -341,22 +357,38 @@ def _gap_ends(t, table, evaluated, seeking, tolerance):
     return rays[:found], ends[:, :found]
 
 
-def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,)):
-    """Narrow each gap, in place, to where the ray enters the object. Returns the rays of which a gap does hold an
-    entry, and t of the first.
+# --- refinement -------------------------------------------------------------------------------------------------------
 
-    A gap whose far end is inside is a bracket. In any other the ray walks on from the near end by the sdf,
-    until it is on the surface, or inside (that makes a bracket), or nothing is left between the ends that the sdf at
-    them does not cover. In the last case the far end is the entry if it is on the surface; if not, the gap holds none.
-    spread: the points at which a bracket is looked at in one call, as offsets in its widths; ascending, with a 0. A
-    walking ray looks ahead at as many, and at 8 times as many with each step: few walk on for long.
+class _Gaps(NamedTuple):
+    """The state of n gaps; _begin, _look_ahead and _take_in get these arrays one by one, and change them in place."""
+    ends: np.ndarray        # (2, n) float32
+    values: np.ndarray      # (2, n) float32
+    reach: np.ndarray       # (n,) float32, of _reach
+    t: np.ndarray           # (n,) float32, the best point so far
+    error: np.ndarray       # (n,) float32, |sdf| there
+    holds: np.ndarray       # (n,) bool: the gap holds an entry
+    walking: np.ndarray     # (n,) bool: the ray walks on from the near end; else the gap is a bracket
+    active: np.ndarray      # (n,) bool: to be evaluated further
+
+
+def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, offsets=(0.0,)):
+    """Narrow each gap to where its ray enters the object; ends and values (2, n) are changed in place.
+
+    A gap whose far end is inside the object is a bracket. In any other gap the ray walks from the near end, with the
+    sdf as the stride, until it gets inside (then the gap is a bracket), until it is on the surface, or until the sdf at
+    the two ends covers what is left between them. In the last case the far end is the entry if it is on the surface;
+    otherwise the gap holds none.
+    offsets: of the points of a bracket that are evaluated in one call, in bracket widths, ascending, with a 0. A
+    walking ray evaluates as many points at first and 8 times more in each step, since few rays walk far.
+
+    Returns the rays that enter the object (m,) int and the distances t (m,) of their first entries.
     """
     gaps = _Gaps(ends, values, _reach(ends[1] - ends[0], steps, tolerance), *np.empty((2, rays.size), np.float32),
                  *np.empty((3, rays.size), bool))
     _begin(*gaps, tolerance)
     for step in range(steps):
-        points = min(len(spread) * 8 ** step, MOST_AHEAD)
-        gap, t = _look_ahead(*gaps, 0.5 ** step, secant, np.float32(spread), points)
+        num_ahead = min(len(offsets) * 8 ** step, MAX_AHEAD)
+        gap, t = _look_ahead(*gaps, 0.5 ** step, secant, np.float32(offsets), num_ahead)
         if not gap.size:
             break
         _take_in(*gaps, gap, t, sdf_at(rays[gap], t), tolerance)
@@ -364,63 +396,65 @@ def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, spread=(0.0,))
     return rays, gaps.t[gaps.holds][first]
 
 
-# Of each gap: its ends and their values (2, n); what _reach gives; the best point so far, t, and its |sdf|, error; and
-# whether it holds an entry, whether its ray walks on from the near end, and whether it is to be looked at further.
-_Gaps = namedtuple("_Gaps", "ends values reach t error holds walking still")
-
-
 @compiled
-def _begin(ends, values, reach, t, error, holds, walking, still, tolerance):
-    """Fill in what _Gaps says of gaps that have not been looked at."""
+def _begin(ends, values, reach, t, error, holds, walking, active, tolerance):
+    """Set the state of gaps that have not been refined yet."""
     for i in range(len(t)):
         best = 0 if abs(values[0, i]) <= abs(values[1, i]) else 1
         t[i], error[i] = ends[best, i], abs(values[best, i])
-        holds[i], walking[i], still[i] = values[1, i] <= tolerance, values[1, i] >= -tolerance, True
+        holds[i], walking[i], active[i] = values[1, i] <= tolerance, values[1, i] >= -tolerance, True
 
 
 @compiled
-def _look_ahead(ends, values, reach, t, error, holds, walking, still, part, secant, spread, points):
-    """The gaps' next points: the gap of each (m,), in blocks, and its distance (m,) ascending within a block.
+def _look_ahead(ends, values, reach, t, error, holds, walking, active, fraction, secant, offsets, num_ahead):
+    """Return the next points of the active gaps: gap (m,) int and distance (m,) float32, one ascending block per gap.
 
-    A bracket is looked at in as many points as spread has, and a walking ray in so many `points` at even distances from
-    where the sdf at the near end reaches; not in any if it reaches the sdf at the far end.
+    A bracket gets a point for each of `offsets`, around the one that _between chooses within `fraction` of its reach. A
+    walking ray gets num_ahead evenly spaced points, the first where the sdf at the near end leads. A gap whose ends
+    cover it gets none, and is no longer active.
     """
     count = 0
     for i in range(len(t)):
-        if still[i] and walking[i]:
-            still[i] = values[0, i] + values[1, i] < ends[1, i] - ends[0, i]
-        if still[i]:
-            count += points if walking[i] else len(spread)
+        if active[i] and walking[i]:
+            active[i] = values[0, i] + values[1, i] < ends[1, i] - ends[0, i]
+        if active[i]:
+            count += num_ahead if walking[i] else len(offsets)
     gap, ahead, count = np.empty(count, np.int64), np.empty(count, np.float32), 0
     for i in range(len(t)):
-        if not still[i]:
+        if not active[i]:
             continue
         near, far = ends[0, i], ends[1, i]
         if walking[i]:
             reached = min(near + values[0, i], far)
-            for k in range(points):
-                gap[count], ahead[count] = i, reached + (far - reached) * np.float32(k / points)
+            for k in range(num_ahead):
+                gap[count], ahead[count] = i, reached + (far - reached) * np.float32(k / num_ahead)
                 count += 1
         else:
-            zero = _between(near, far, values[0, i], values[1, i], reach[i] * part, secant)
-            for offset in spread:
+            zero = _between(near, far, values[0, i], values[1, i], reach[i] * fraction, secant)
+            for offset in offsets:
                 gap[count], ahead[count] = i, min(max(zero + offset * (far - near), near), far)
                 count += 1
     return gap, ahead
 
 
 @compiled
-def _take_in(ends, values, reach, t, error, holds, walking, still, gap, ahead, found, tolerance):
-    """Narrow the gaps by the sdf found at the points of _look_ahead: their ends become the first point not outside, and
-    the last before it that all is free up to."""
+def _take_in(ends, values, reach, t, error, holds, walking, active, gap, ahead, found, tolerance):
+    """Narrow the gaps by `found` (m,), the sdf at the points that _look_ahead gave, gap and ahead (m,).
+
+    The far end moves to the first point not outside. The near end moves to the last point before it up to which the
+    gap is known to be free.
+    """
     start = 0
     while start < len(gap):
         i, end, stop, last = gap[start], start + 1, start, start
         while end < len(gap) and gap[end] == i:
             end += 1
-        while stop < end and not found[stop] <= tolerance:      # a sdf that is not a number is no entry
+        # `stop` is the first point not outside. NaN counts as outside.
+        while stop < end and not found[stop] <= tolerance:
             stop += 1
-        # Nothing is left between two points outside whose sdf covers it, nor before one that is just on the surface.
+        # `last` is the point up to which the gap is free: two points cover the space between them if the sum of their
+        # sdf is its width. A point on the surface counts for 2 * tolerance. Before a point inside, and in a bracket,
+        # the gap needs no cover.
         while last + 1 < end and (not walking[i] or found[last + 1] < -tolerance or found[last] + max(
                 found[last + 1], 2 * tolerance) >= ahead[last + 1] - ahead[last]):
             last += 1
@@ -436,25 +470,24 @@ def _take_in(ends, values, reach, t, error, holds, walking, still, gap, ahead, f
             if arrives:
                 walking[i] = False
                 if abs(found[stop]) <= tolerance:
-                    t[i], still[i] = ahead[stop], False
+                    t[i], active[i] = ahead[stop], False
         start = end
 
 
 def _reach(width, steps, tolerance):
-    """Half the width that bisection gets to 2 * tolerance in so many steps; the whole of a wider one."""
+    """Return half the width that bisection brings to 2 * tolerance in `steps`, (n,); for wider gaps, their width."""
     reach = np.float32(tolerance * 2.0 ** steps)
     return np.where(width <= 2 * reach, reach, width)
 
 
 @compiled
 def _between(near, far, near_value, far_value, reach, secant):
-    """The next point to look at in a bracket: its middle, or the secant's zero.
+    """Return the next point of a bracket: the middle, or the zero of the secant.
 
-    The plain secant creeps along a curved or kinked sdf. So it has to keep so near the middle that bisection
-    could still finish in the steps left, which is mostly no limit at all (the projection step of ITP,
-    Oliveira and Takahashi, 2020). Then a bracket ends no wider than twice the tolerance, and if the sdf is
-    1-Lipschitz, however kinked, one of its ends is within the tolerance. By default the steps suffice for all
-    brackets that the march can give.
+    The plain secant method creeps along a curved or kinked sdf. So its point is kept close enough to the middle that
+    bisection could still finish in the steps left, which is rarely a limit (the projection step of ITP, Oliveira and
+    Takahashi, 2020). Then no bracket ends wider than twice the tolerance, and one of its ends is within the tolerance,
+    however kinked the sdf, as long as it is 1-Lipschitz. The default steps suffice for every bracket of the march.
     """
     middle, width = 0.5 * (near + far), far - near
     if not secant:
@@ -470,12 +503,12 @@ def main():
     import time
 
     import helper
-    import network  # here: the tracer itself knows no network
+    import network  # imported here: the tracer itself knows no network
     from backends import context
     from files import writing
-    parser = helper.argument_parser("Trace and shade the initial surface, a sphere; tell hits and time.", config=False)
+    parser = helper.argument_parser("Trace and shade the initial surface, a sphere; print hits and time.", config=False)
     parser.add_argument("-D", type=int, default=512, help="layer width")
-    parser.add_argument("-L", type=int, default=9, help="affine layers")
+    parser.add_argument("-L", type=int, default=9, help="affine layers of the implicit network")
     parser.add_argument("-R", type=float, default=0.6, help="radius of the sphere")
     args = parser.parse_args()
     net = network.network_of(args.D, args.L, args.R)

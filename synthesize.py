@@ -1,13 +1,14 @@
-"""Render views of a trained scene as pictures, with normals and depth on request, or a moving camera as a video.
+"""Render a trained scene: views as pictures, with normals and depth on request, or a moving camera as a video.
 
     python synthesize.py --config results_scan118/default.yaml --model-load-path results_scan118/model_01999.h5
 
 Writes to renders/ in the run's folder.
 """
-from collections import namedtuple
+import argparse
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Callable, Iterable, List, NamedTuple, Optional, Tuple
 
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
@@ -18,31 +19,24 @@ import helper
 import network
 import ray_tracer
 from backends import architecture
+from config import settings
 from files import writing
 from training import cameras, checkpoints
 
-CHUNK = 1 << 15     # rays traced together; the memory of a render is that of a chunk, whatever the image's size
-SHAPE_VIEWS, SHAPE_SIDE = 4, 96        # of shape_picture: how many views, and the most pixels of their longer side
+CHUNK = 1 << 15     # rays traced together; bounds the memory of a render, whatever the image's size
+SHAPE_VIEWS, SHAPE_SIDE = 4, 96        # of shape_picture: the number of views, and the longer side of each in pixels
 
-Render = namedtuple("Render", "rgb normals depth hit")
+
+class Render(NamedTuple):
+    """An image of the trained scene."""
+    rgb: np.ndarray         # (H, W, 3) float32 in [0, 1]; white without a hit
+    normals: np.ndarray     # (H, W, 3) float32, the sdf's gradient, not normalised; 0 without a hit
+    depth: np.ndarray       # (H, W) float32, along the camera's axis, in radii of the unit sphere; 0 without a hit
+    hit: np.ndarray         # (H, W) bool
 
 
 def main():
-    parser = helper.argument_parser("Render views of a trained scene, or a moving camera.", model=True)
-    parser.add_argument("--views", nargs="+", default=None, metavar="VIEW",
-                        help="indices of the views to render, or all; by default the validation view. Of a path: where "
-                             "the turntable starts, or between which cameras to go (by default all)")
-    parser.add_argument("--path", choices=("turntable", "cameras"),
-                        help="a video: once around the object, or from camera to camera")
-    parser.add_argument("--output", metavar="FILE",
-                        help="the video, .mp4 or .gif by its name; by default an .mp4 of the path's name in renders/")
-    parser.add_argument("--frames", type=int, default=100, help="of a video, which shows 25 a second")
-    parser.add_argument("--height", type=int, default=None, help="pixels; by default that of the scene's images")
-    parser.add_argument("--normals", action="store_true", help="also write the normals, as colours")
-    parser.add_argument("--depth", action="store_true", help="also write the depth, as a picture and as numbers (.npy)")
-    parser.add_argument("--appearance-model-path", metavar="MODEL",
-                        help="another run's model_*.h5, or its folder, whose renderer colours this model's shape")
-    args = parser.parse_args()
+    args = parse_arguments()
     check_arguments(args)
     conf, folder = checkpoints.open_run(args)
     if args.appearance_model_path:
@@ -58,25 +52,44 @@ def main():
     views_cameras = [helper.Camera(*view, shape) for view in zip(intrinsics, scene.poses)]
     sdf, shade = network.sdf_evaluator(), network.shader(conf.network)
     if args.path:
-        path = Path(args.output or folder / "renders" / f"{args.path}{ending(args)}.mp4")
-        along = path_of(args, views_cameras, views)
-        renders = (render_view(sdf, shade, camera, conf.tracer) for camera in along)
+        path = Path(args.output or folder / "renders" / f"{args.path}{name_ending(args)}.mp4")
+        frame_cameras = path_of(args, views_cameras, views)
+        renders = (render_view(sdf, shade, camera, conf.tracer) for camera in frame_cameras)
         write_video(path, tqdm(renders, total=args.frames, unit="frame", dynamic_ncols=True), args.normals)
         print(f"rendered {args.frames} frames: {path}")
         return
     for view in tqdm(views, unit="view", dynamic_ncols=True):
-        write_view(folder / "renders" / f"view_{view:03d}{ending(args)}",
+        write_view(folder / "renders" / f"view_{view:03d}{name_ending(args)}",
                    render_view(sdf, shade, views_cameras[view], conf.tracer), args)
     print(f"rendered {len(views)} view{'s' if len(views) > 1 else ''}: {folder / 'renders'}")
 
 
-def ending(args):
-    """Return what the names of renders end in."""
+def parse_arguments() -> argparse.Namespace:
+    """Return the command line's arguments."""
+    parser = helper.argument_parser("Render views of a trained scene, or a moving camera.", model=True)
+    parser.add_argument("--views", nargs="+", default=None, metavar="VIEW",
+                        help="indices of the views to render, or all; by default the validation view. With --path: the "
+                             "turntable's first view, or the cameras to pass through (by default all)")
+    parser.add_argument("--path", choices=("turntable", "cameras"),
+                        help="render a video: once around the object, or from camera to camera")
+    parser.add_argument("--output", metavar="FILE",
+                        help="the video's file, .mp4 or .gif; by default an .mp4 named after the path, in renders/")
+    parser.add_argument("--frames", type=int, default=100, help="number of the video's frames, 25 per second")
+    parser.add_argument("--height", type=int, default=None, help="pixels; by default that of the scene's images")
+    parser.add_argument("--normals", action="store_true", help="also write the normals, as colours")
+    parser.add_argument("--depth", action="store_true", help="also write the depth, as a picture and as numbers (.npy)")
+    parser.add_argument("--appearance-model-path", metavar="MODEL",
+                        help="another run's model_*.h5, or its folder, whose renderer colours this model's shape")
+    return parser.parse_args()
+
+
+def name_ending(args: argparse.Namespace) -> str:
+    """Return the ending of a render's file name, before the suffix."""
     return "_appearance" if args.appearance_model_path else ""
 
 
-def write_view(stem, render, args):
-    """Write a Render's pictures under names that begin with `stem`, those that the command line asks for."""
+def write_view(stem: Path, render: Render, args: argparse.Namespace) -> None:
+    """Write the pictures of a render that the command line asks for; their names begin with `stem`."""
     writing.write_image(f"{stem}.png", render.rgb)
     if args.normals:
         writing.write_image(f"{stem}_normals.png", normal_colors(render))
@@ -86,26 +99,26 @@ def write_view(stem, render, args):
             np.save(temporary, render.depth)
 
 
-def check_arguments(args):
-    """Raise UserError for options that do not fit together, before anything is loaded."""
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise UserError for options that are out of range or do not go together, before anything is loaded."""
     if args.output and not args.path:
-        raise helper.UserError("--output names a video, which --path turntable or --path cameras makes")
+        raise helper.UserError("--output names a video; add --path turntable or --path cameras")
     if args.output and Path(args.output).suffix.lower() not in (".mp4", ".gif"):
         raise helper.UserError(f"--output {args.output}: the name must end in .mp4 or .gif")
     if args.output:
         writing.check_target(args.output)
     if args.path and args.depth:
-        raise helper.UserError("--depth writes numbers for single views; leave it or --path out")
+        raise helper.UserError("--depth is for single views; leave out --depth or --path")
     if args.frames < 2:
         raise helper.UserError(f"--frames must be 2 or more, not {args.frames}")
     if args.height is not None and not 8 <= args.height <= 8192:
         raise helper.UserError(f"--height must be 8 to 8192, not {args.height}")
 
 
-def take_appearance(path, net):
-    """Put another model's rendering network in the place of the current one: its colours on our shape.
+def take_appearance(path: Path, net: settings.Network) -> None:
+    """Replace the current rendering network with that of the model at `path`: its colours on our shape.
 
-    net: our configuration's network section. Raises UserError where the other renderer does not take its inputs.
+    net: our configuration's network section. Raises UserError if the other renderer takes different inputs.
     """
     arrays, _ = checkpoints.read_arrays(path)
     first = arrays.get("rendering/0/v")
@@ -116,23 +129,24 @@ def take_appearance(path, net):
               if name.startswith("rendering/")}
     given = shapes["rendering/0/v"][0]
     if first.shape[0] != given:
-        raise helper.UserError(f"{path}: its renderer takes {first.shape[0]} numbers of a point, and the shape's model "
+        raise helper.UserError(f"{path}: its renderer takes {first.shape[0]} numbers per point, but the shape's model "
                                f"gives {given}, with network.feature {net.feature} and network.without {net.without}; "
-                               "train both with the same")
+                               "train both models with the same")
     checkpoints.check_parameters(path, arrays, shapes)
     checkpoints.set_parameters({name: arrays[name] for name in shapes})
 
 
 # --- the path of a camera ---------------------------------------------------------------------------------------------
 
-def resized(intrinsics, shape, height):
-    """The intrinsics and the shape (height, width) of images resized from `shape` to that height."""
+def resized(intrinsics: np.ndarray, shape: Tuple[int, int],
+            height: int) -> Tuple[np.ndarray, Tuple[int, int]]:
+    """Return the intrinsics (N, 3, 3) and the shape (height, width) of images resized from `shape` to `height`."""
     factor = shape[0] / height
     return datasets.shrink_intrinsics(intrinsics, factor), (height, max(round(shape[1] / factor), 1))
 
 
-def path_of(args, views_cameras, views):
-    """Return the helper.Cameras along the path that the command line asks for."""
+def path_of(args: argparse.Namespace, views_cameras: List[helper.Camera], views: List[int]) -> List[helper.Camera]:
+    """Return the camera of each frame of the path that the command line asks for."""
     intrinsics, poses, shapes = zip(*views_cameras)
     if args.path == "turntable":
         along = [intrinsics[views[0]]] * args.frames, turntable(np.stack(poses), views[0], args.frames)
@@ -141,10 +155,10 @@ def path_of(args, views_cameras, views):
     return [helper.Camera(*camera, shapes[0]) for camera in zip(*along)]
 
 
-def turntable(poses, view, frames):
-    """The poses (frames, 4, 4) of a view's camera going once around the upright axis through the origin.
+def turntable(poses: np.ndarray, view: int, frames: int) -> np.ndarray:
+    """Return the poses (frames, 4, 4) of a view's camera on one turn around the upright axis through the origin.
 
-    poses: (N, 4, 4), all cameras', which say what is upright, as helper.upright.
+    poses: (N, 4, 4), of all cameras; helper.upright derives the axis from them.
     """
     turns = np.eye(4)[None].repeat(frames, axis=0)
     angles = 2 * np.pi * np.arange(frames) / frames     # the next frame would be the first again
@@ -152,11 +166,12 @@ def turntable(poses, view, frames):
     return turns @ poses[view]
 
 
-def between_cameras(intrinsics, poses, frames):
-    """The intrinsics (frames, 3, 3) and poses (frames, 4, 4) on the way from the first camera through all to the last.
+def between_cameras(intrinsics: np.ndarray, poses: np.ndarray, frames: int) -> Tuple[np.ndarray, np.ndarray]:
+    """Return intrinsics (frames, 3, 3) and poses (frames, 4, 4) on a path from the first camera through all the others.
 
-    Orientations by slerp; linearly the intrinsics and, seen from the camera, the place of the origin. So the object
-    keeps its place in the image, and the camera goes around it where its own place, taken linearly, would lead through.
+    intrinsics: (N, 3, 3); poses: (N, 4, 4), camera to world. Rotations are interpolated by slerp; the intrinsics and
+    the origin's position in the camera's coordinates, linearly. So the object keeps its place in the image, and the
+    camera goes around it; interpolating the camera's centre could lead through the object.
     """
     times = np.linspace(0, len(poses) - 1, frames)
     before = np.minimum(times.astype(int), len(poses) - 2)
@@ -170,8 +185,8 @@ def between_cameras(intrinsics, poses, frames):
     return (1 - weight[..., None]) * intrinsics[before] + weight[..., None] * intrinsics[before + 1], path
 
 
-def write_video(path, renders, normals):
-    """Write Renders as the frames of a video at `path`, and with `normals` a second one of these beside it."""
+def write_video(path: Path, renders: Iterable[Render], normals: bool) -> None:
+    """Write renders as the frames of a video at `path`; with `normals`, also a video of the normals beside it."""
     with ExitStack() as stack:
         append = stack.enter_context(writing.video_writer(path))
         if normals:
@@ -185,14 +200,12 @@ def write_video(path, renders, normals):
 
 # --- a view -----------------------------------------------------------------------------------------------------------
 
-def render_view(sdf, shade, camera, tracer, wanted=None):
+def render_view(sdf: ray_tracer.Sdf, shade: Callable, camera: helper.Camera, tracer: settings.Tracer,
+                wanted: Optional[np.ndarray] = None) -> Render:
     """Render what a camera sees.
 
-    sdf: points to sdf, as network.sdf_evaluator gives it; shade: points and directions to rgb and normals, as
-    network.shader gives it; camera: a helper.Camera; tracer: the configuration's section; wanted: (H, W) bool, the
-    pixels to render, by default all.
-    Returns a Render: rgb (H, W, 3) in [0, 1], white where nothing is hit; normals (H, W, 3), the sdf's gradient, and
-    depth (H, W), along the camera's axis in radii of the unit sphere, both 0 where nothing is hit; and hit (H, W) bool.
+    sdf: such as network.sdf_evaluator's. shade: points and directions (N, 3) to rgb and normals (N, 3), as
+    network.shader's. tracer: the configuration's section. wanted: (H, W) bool, the pixels to render; None for all.
     """
     height, width = camera.shape
     pixels = np.arange(height * width) if wanted is None else np.flatnonzero(wanted)
@@ -212,28 +225,28 @@ def render_view(sdf, shade, camera, tracer, wanted=None):
                   hits.reshape(height, width))
 
 
-def normal_colors(render):
-    """The unit normals as colours (H, W, 3) in [0, 1], (n + 1) / 2 in the scene's axes; white where nothing is hit."""
+def normal_colors(render: Render) -> np.ndarray:
+    """Return the unit normals as colours (H, W, 3) in [0, 1]: (n + 1) / 2 in the scene's axes; white without a hit."""
     return np.where(render.hit[..., None], unit(render.normals) * 0.5 + 0.5, 1.0)
 
 
-def unit(vectors):
-    """Vectors (..., 3) at length 1; 0 stays 0."""
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Return vectors (..., 3) scaled to length 1; 0 stays 0."""
     return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
 
 
-def depth_grey(render):
-    """The depth as grey values (H, W) in [0, 1]: white nearest, dark grey farthest, black where nothing is hit."""
+def depth_grey(render: Render) -> np.ndarray:
+    """Return the depth as grey values (H, W) in [0, 1]: white nearest, dark grey farthest, black without a hit."""
     if not render.hit.any():
         return np.zeros(render.depth.shape)
     near, far = render.depth[render.hit].min(), render.depth[render.hit].max()
     return np.where(render.hit, 1.0 - 0.8 * (render.depth - near) / max(far - near, 1e-6), 0.0)
 
 
-def clay(normals, pose):
-    """A shape as grey clay (H, W, 3) in [0, 1], lit from the camera's upper left, a little from the right.
+def clay(normals: np.ndarray, pose: np.ndarray) -> np.ndarray:
+    """Return a shape as grey clay (H, W, 3) in [0, 1], lit from the camera's upper left and faintly from the right.
 
-    normals: (H, W, 3) of any length, 0 where nothing is hit, which is white; pose (4, 4): the camera's.
+    normals: (H, W, 3) of any length, 0 without a hit, which becomes white. pose: (4, 4), the camera's.
     """
     inwards = unit(normals) @ pose[:3, :3]
     key, fill = (inwards @ unit(np.array(light)) for light in ((-0.5, -0.7, -0.75), (0.8, 0.1, -0.4)))
@@ -241,10 +254,11 @@ def clay(normals, pose):
     return np.where((normals != 0).any(axis=-1, keepdims=True), grey[..., None] * np.array([0.98, 0.96, 0.92]), 1.0)
 
 
-def shape_picture(sdf, shade, scene, view, tracer):
-    """Return the surface as clay (H, W, 3), seen small from `view` and from the scene's views that lie farthest apart.
+def shape_picture(sdf: ray_tracer.Sdf, shade: Callable, scene: datasets.Scene, view: int,
+                  tracer: settings.Tracer) -> np.ndarray:
+    """Return small pictures of the surface as clay, side by side (H, W, 3): from `view` and from views far apart.
 
-    sdf, shade and tracer as in render_view.
+    sdf, shade and tracer are those of render_view.
     """
     factor = max(max(scene.images.shape[1:3]) / SHAPE_SIDE, 1.0)
     shape = tuple(max(round(side / factor), 1) for side in scene.images.shape[1:3])

@@ -1,8 +1,9 @@
-"""Where nnabla computes: on the CPU or a GPU, with the CUDA libraries that it needs."""
+"""Choose nnabla's device, the CPU or a GPU, and load the CUDA libraries that a GPU needs."""
 import contextlib
 import ctypes
 import sys
 from pathlib import Path
+from typing import Tuple
 
 import nnabla as nn
 from nnabla.ext_utils import get_extension_context
@@ -12,26 +13,26 @@ from backends import cpu
 from helper import UserError
 
 
-def set_context(context, device_id):
+def set_context(context: str, device_id: str) -> str:
     """Make `context` ("auto", "cpu" or "cudnn") nnabla's default and prepare this process for it.
 
-    Every script that runs a network calls this once, at its start. Returns "cpu" or "cudnn". Raises UserError where the
-    GPU is asked for and not there.
+    Every script that runs a network calls this once, at its start. Returns "cpu" or "cudnn". Raises UserError if
+    "cudnn" is requested and there is no usable GPU.
     """
-    logger.setLevel("WARNING")      # nnabla would tell of every file saved, in the midst of the progress bar
+    logger.setLevel("WARNING")      # otherwise nnabla logs every saved file, in the middle of the progress bar
     cpu.set_up()
     chosen, why = "cpu", ""
     if context != "cpu":
         chosen, why = gpu_or_reason(device_id)
         if context == "cudnn" and chosen == "cpu":
-            raise UserError(f"--context cudnn: {why}; use --context cpu or mend that")
+            raise UserError(f"--context cudnn: {why}; fix this or use --context cpu")
     nn.set_default_context(get_extension_context(chosen, device_id=str(device_id)))
     print(f"computing on {'GPU ' + str(device_id) if chosen == 'cudnn' else 'the CPU'}" + (f": {why}" if why else ""))
     return chosen
 
 
-def gpu_or_reason(device_id):
-    """Return ("cudnn", "") where nnabla can use that GPU, else ("cpu", one line that says why not)."""
+def gpu_or_reason(device_id: str) -> Tuple[str, str]:
+    """Return ("cudnn", "") if nnabla can use this GPU, else ("cpu", the reason in one line)."""
     why = driver_complaint()
     if why:
         return "cpu", why
@@ -39,23 +40,23 @@ def gpu_or_reason(device_id):
     try:
         import nnabla_ext.cudnn
     except ModuleNotFoundError:
-        return "cpu", "nnabla's CUDA extension is not installed (requirements-gpu.txt names it)"
-    except Exception as error:      # a library that is missing, a GPU that the extension calls unfit, ...
-        return "cpu", f"nnabla's CUDA extension does not load: {str(error).splitlines()[0]} (see README.md)"
+        return "cpu", "nnabla's CUDA extension is not installed (requirements-gpu.txt lists it)"
+    except Exception as error:      # a missing library, an unsupported GPU, ...
+        return "cpu", f"nnabla's CUDA extension does not load: {str(error).splitlines()[0]} (see docs/install.md)"
     try:
         count = nnabla_ext.cudnn.get_device_count()
         if not str(device_id).isdigit() or int(device_id) >= count:
             return "cpu", f"there is no CUDA device {device_id} (found {count})"
-        nnabla_ext.cudnn.context(str(device_id))    # it asks another of the driver's libraries for the GPU's name
-    except Exception as error:  # the extension raises what CUDA says, in a class of its own
+        nnabla_ext.cudnn.context(str(device_id))    # needs a further library of the driver, for the GPU's name
+    except Exception as error:  # the extension wraps CUDA's errors in classes of its own
         return "cpu", f"no usable CUDA device: {str(error).splitlines()[-1].rstrip('.')}"
     return "cudnn", ""
 
 
-def driver_complaint():
-    """Return what keeps the NVIDIA driver from offering a GPU, in one line, or "" where it offers one.
+def driver_complaint() -> str:
+    """Return in one line why the NVIDIA driver offers no GPU, or "" if it offers one.
 
-    The driver is asked first: without it, or without a device, nnabla's CUDA extension tells of several failures.
+    Called before nnabla's CUDA extension is imported, which prints several errors without a driver or a device.
     """
     try:
         driver = ctypes.CDLL("libcuda.so.1")
@@ -69,19 +70,20 @@ def driver_complaint():
     return f"the NVIDIA driver offers no GPU: {reason} (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
 
 
-# What nnabla-ext-cuda120 links to, and what that needs in turn, each after what it needs itself.
+# The libraries that nnabla-ext-cuda120 links to, with their dependencies, each after those it depends on.
 CUDA_LIBRARIES = ("libcudart.so.12", "libcublasLt.so.12", "libcublas.so.12", "libnvJitLink.so.12", "libcusparse.so.12",
                   "libcusolver.so.11", "libcurand.so.10", "libcufft.so.11", "libcudnn.so.8")
 
 
-def load_cuda_libraries():
-    """Load CUDA 12's libraries from the nvidia-*-cu12 packages, where they are installed.
+def load_cuda_libraries() -> None:
+    """Load CUDA 12's libraries from the nvidia-*-cu12 packages, as far as these are installed.
 
-    The linker does not look there, but it takes a library of the right name that is loaded already; so the user need
-    not set LD_LIBRARY_PATH. What is in no package (CUDA's own installation, the Docker image) is left to the linker.
+    The linker does not search these packages, but it accepts a library of the right name that is loaded already. So the
+    user need not set LD_LIBRARY_PATH. Libraries in no package (CUDA's own installation, the Docker image) are left to
+    the linker.
     """
     for name in CUDA_LIBRARIES:
         found = [path for folder in sys.path for path in Path(folder).glob(f"nvidia/*/lib/{name}")]
-        with contextlib.suppress(OSError):      # the extension's import says what is missing
+        with contextlib.suppress(OSError):      # the extension's import reports missing libraries
             if found:
                 ctypes.CDLL(str(found[0]), ctypes.RTLD_GLOBAL)

@@ -1,18 +1,19 @@
-"""Where the time goes: a training step in parts, a render and an extraction, each beside its floor.
+"""Measure where time goes: the parts of a training step, a render and an extraction, each with its lower bound.
 
     python bench/bench.py                                   the embedded scene, from the initial sphere
     python bench/bench.py --scene DTU/scan65 --model-load-path model.h5 --settings dtu
     mpirun -n 2 --bind-to none python bench/bench.py --settings dtu        a step on two GPUs: rays per second of both
 
-The floor of a part is its matrix products at the rate that one large product reaches here (measured first); the
-yardstick is NumPy's float32 product (20000 x 512) @ (512 x 512) on all cores, which travels between machines.
+The floor of a part is the time of its matrix products at the rate of one large product on this machine, measured first.
+The yardstick is NumPy's float32 product (20000 x 512) @ (512 x 512) on all cores; step times in yardsticks compare
+across machines.
 """
 import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
 import nnabla as nn
 import nnabla.functions as F
@@ -29,23 +30,24 @@ import network  # noqa: E402
 import ray_tracer  # noqa: E402
 import synthesize  # noqa: E402
 from backends import architecture, cpu_kernels  # noqa: E402
-from config.settings import Network, load_config  # noqa: E402
+from config.settings import Network, Tracer, load_config  # noqa: E402
 from training import checkpoints, parallel  # noqa: E402
 from training.step import LossWeights, TrainingStep, place_points  # noqa: E402
 
-# The networks and the rays of a step.
+# The networks and the rays per step.
 SETTINGS = {"dtu": (Network(512, 256, 9), 2048), "small": (Network(128, 64, 9), 512), "demo": (Network(96, 32, 6), 128)}
-ALPHA = 50.0    # of the mask loss, at the beginning of a training
-STAGES = {"_coarse_to_fine": "samples", "_refine": "refinement"}
+ALPHA = 50.0    # of the mask loss, as at the start of training
+STAGES = {"_coarse_to_fine": "samples", "_refine": "refinement"}    # functions of the tracer, and their titles
 
 
 def main():
     parser = helper.argument_parser("Measure where the time of a step, a render and an extraction goes.", config=False)
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS),
+                        help="sizes of the networks; by default all")
     parser.add_argument("--scene", help="a scene's folder, instead of the embedded scene")
     parser.add_argument("--model-load-path", help="a trained model of the setting, instead of the initial sphere")
-    parser.add_argument("--steps", type=int, default=10, help="steps measured, after as many not counted")
-    parser.add_argument("--resolution", type=int, default=128, help="of the extraction")
+    parser.add_argument("--steps", type=int, default=10, help="steps to measure, after as many for warming up")
+    parser.add_argument("--resolution", type=int, default=128, help="of the extraction, in cells")
     args = parser.parse_args()
     world = parallel.connect(args.context, args.device_id)
     scene = datasets.load_scene(args.scene) if args.scene else embedded_scene()
@@ -60,14 +62,14 @@ def main():
         state = "trained" if args.model_load_path else "initial sphere"
         print(f"\n{setting} (width {net.width}, feature {net.feature}, {net.layers} layers, {num_rays} rays), {state}")
         seconds, evaluations, num_surface = measure_steps(scene, conf.tracer, num_rays, args.steps, world)
-        tell_steps(seconds, evaluations, num_surface, world.size * num_rays, Machine(rate, yardstick))
-        if world.size == 1:     # only training takes several processes
+        print_steps(seconds, evaluations, num_surface, world.size * num_rays, Machine(rate, yardstick))
+        if world.size == 1:     # only training uses several processes
             bench_render(scene, net, conf.tracer, rate)
             bench_extraction(args.resolution, rate)
 
 
-def embedded_scene():
-    """The embedded scene, straight from its maker: 8 views of 400x400."""
+def embedded_scene() -> datasets.Scene:
+    """Return make_scene.py's scene, without files: 8 views of 400x400 pixels."""
     views = []
     intrinsics = make_scene.camera_intrinsics(400)
     for direction in make_scene.view_directions(8, 0):
@@ -77,16 +79,16 @@ def embedded_scene():
     return datasets.Scene(images, masks > 0, intrinsics, poses, np.eye(4), [str(v) for v in range(8)])
 
 
-def measure_yardstick():
-    """Median seconds of NumPy's (20000 x 512) @ (512 x 512) in float32 on all cores."""
+def measure_yardstick() -> float:
+    """Return the median seconds of NumPy's (20000 x 512) @ (512 x 512) in float32 on all cores."""
     rng = np.random.default_rng(0)
     a, b = (rng.normal(size=shape).astype(np.float32) for shape in ((20000, 512), (512, 512)))
     with threadpool_limits(cpu_kernels.CORES, user_api="blas"):
         return np.median([timed(lambda: a @ b) for _ in range(9)][2:])
 
 
-def measure_rate():
-    """FLOP/s of a large float32 matrix product where the networks are computed."""
+def measure_rate() -> float:
+    """Return the FLOP/s of a large float32 matrix product on the networks' device."""
     if network.on_cpu():
         return 2 * 20000 * 512 * 512 / measure_yardstick()
     x, w = nn.Variable((65536, 512)), nn.Variable((512, 512))
@@ -100,27 +102,28 @@ def measure_rate():
     return 10 * 2 * 65536 * 512 * 512 / np.median([timed(products) for _ in range(5)][2:])
 
 
-def timed(function):
+def timed(function: Callable) -> float:
+    """Return the seconds that a call takes."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
-def synchronize():
-    """Wait for the GPU, where there is one: its calls return before they are done."""
+def synchronize() -> None:
+    """Wait for the GPU, if it is used: its calls return before they finish."""
     if not network.on_cpu():
         import nnabla_ext.cuda
         nnabla_ext.cuda.synchronize(nn.get_current_context().device_id)
 
 
-def layer_flops(name):
-    """FLOPs of one row through the affine layers of "implicit" or "rendering"."""
+def layer_flops(name: str) -> int:
+    """Return the FLOPs of one row through the affine layers of "implicit" or "rendering"."""
     return sum(2 * v.size for v, _, _ in network.layer_parameters(name))
 
 
 @contextmanager
-def named_stages(stage):
-    """Within, stage["now"] names the stage of the tracer that is at work."""
+def named_stages(stage: Dict[str, str]) -> Iterator[None]:
+    """Keep stage["now"] at the title of the tracer's current stage, within the block."""
     def wrapped(function, name):
         def stage_function(*args, **kwargs):
             stage["now"] = name
@@ -138,19 +141,21 @@ def named_stages(stage):
 
 
 class Machine(NamedTuple):
-    rate: float         # FLOP/s of a large matrix product where the networks are computed
+    """The speed of this machine."""
+    rate: float         # FLOP/s of a large matrix product on the networks' device
     yardstick: float    # seconds
 
 
-def measure_steps(scene, tracer, num_rays, num_steps, world):
-    """Take 2 num_steps training steps and measure the last half of them.
+def measure_steps(scene: datasets.Scene, tracer: Tracer, num_rays: int, num_steps: int,
+                  world: parallel.World) -> Tuple[Dict[str, List[float]], Dict[str, float], float]:
+    """Take 2 num_steps training steps and measure the second half.
 
-    Of several processes, each measures its own step; what one waits for the others is in the all-reduce.
-    Returns {part: seconds of each step}, {stage of the tracer: evaluations per step, and "... calls"}, and the mean
-    number of surface rows.
+    Each of several processes measures its own steps; waiting for the others counts as all-reduce.
+    Returns {part: seconds of each step}, {stage of the tracer: evaluations per step; "<stage> calls": calls per step},
+    and the mean number of surface rows.
     """
     rng = np.random.default_rng(world.rank)
-    solver = S.Adam(1e-30)      # the state that is measured stays as it is
+    solver = S.Adam(1e-30)      # leaves the measured networks as they are
     solver.set_parameters(nn.get_parameters())
     sdf, step = network.sdf_evaluator(), TrainingStep((), LossWeights(100.0, 0.1), num_rays)
     batches = datasets.training_batches(scene, list(range(len(scene.images))), datasets.Draw(num_rays), process=world)
@@ -163,10 +168,10 @@ def measure_steps(scene, tracer, num_rays, num_steps, world):
         seconds[name].append(time.perf_counter() - start)
         return result
 
-    def counting(points, evaluate=sdf):
+    def counting(points, counted=sdf):
         evaluations[stage["now"]] += len(points) / num_steps
         evaluations[stage["now"] + " calls"] += 1 / num_steps
-        return evaluate(points)
+        return counted(points)
 
     counting.half_precision = sdf.half_precision and (lambda points: counting(points, sdf.half_precision))
 
@@ -189,8 +194,9 @@ def measure_steps(scene, tracer, num_rays, num_steps, world):
     return seconds, evaluations, np.mean(num_surface)
 
 
-def tell_steps(seconds, evaluations, num_surface, num_rays, machine):
-    """Print what measure_steps found, and the floors of the parts; num_rays: those of all processes together."""
+def print_steps(seconds: Dict[str, List[float]], evaluations: Dict[str, float], num_surface: float, num_rays: int,
+                machine: Machine) -> None:
+    """Print the results of measure_steps, and the floors of the parts; num_rays: the total of all processes."""
     sdf_flops, rendering_flops = layer_flops("implicit"), layer_flops("rendering")
     rows = 1.5 * num_rays + num_surface
     traced = sum(evaluations[stage] for stage in STAGES.values())
@@ -201,28 +207,30 @@ def tell_steps(seconds, evaluations, num_surface, num_rays, machine):
         print_row(name, 1e3 * np.median(values), *floor(floors.get(name), np.median(values), machine.rate))
     whole = np.median(np.sum(list(seconds.values()), axis=0))
     print_row("step", 1e3 * whole, *floor(sum(floors.values()), whole, machine.rate))
-    print(f"step: {whole / machine.yardstick:.2f} yardsticks; surface rows {num_surface:.0f}; {num_rays / whole:.0f} rays "
-          "per second")
+    print(f"step: {whole / machine.yardstick:.2f} yardsticks; surface rows {num_surface:.0f}; {num_rays / whole:.0f} "
+          "rays per second")
     print("evaluations per step: " + ", ".join(
         f"{stage} {evaluations[stage]:.0f} in {evaluations[stage + ' calls']:.0f} calls" for stage in STAGES.values()))
 
 
-def floor(flops, seconds, rate):
+def floor(flops: Optional[float], seconds: float, rate: float) -> Tuple[Union[float, str], Union[float, str]]:
+    """Return the floor in ms and the ratio of the measured seconds to it; ("", "") for a part without a floor."""
     return ("", "") if flops is None else (1e3 * flops / rate, seconds * rate / flops)
 
 
-def print_row(name, *values):
+def print_row(name: str, *values: Union[float, str]) -> None:
+    """Print one line of the table."""
     print(f"{name:<12}" + "".join(f"{v:>10.2f}" if not isinstance(v, str) else f"{v:>10}" for v in values))
 
 
-def counting_sdf():
-    """The evaluator of the current parameters and a list of the number of points in each of its calls."""
+def counting_sdf() -> Tuple[ray_tracer.Sdf, List[int]]:
+    """Return the sdf of the current parameters, and a list that each call extends by its number of points."""
     sdf, calls = network.sdf_evaluator(), []
     return (lambda points: (calls.append(len(points)), sdf(points))[1]), calls
 
 
-def bench_render(scene, net, tracer, rate):
-    """Print the time of the masked pixels of a 100 pixel high render, per image and per ray."""
+def bench_render(scene: datasets.Scene, net: Network, tracer: Tracer, rate: float) -> None:
+    """Print the time to render the masked pixels of an image about 100 pixels high, and its floor."""
     factor = max(scene.masks.shape[1] // 100, 1)
     sdf, calls = counting_sdf()
     mask = datasets.shrink_mask(scene.masks[0], factor)
@@ -236,8 +244,8 @@ def bench_render(scene, net, tracer, rate):
           "evaluations")
 
 
-def bench_extraction(resolution, rate):
-    """Print the time of an extraction and its evaluations, beside those of a dense grid."""
+def bench_extraction(resolution: int, rate: float) -> None:
+    """Print the time of an extraction, its floor, and its evaluations compared with a dense grid."""
     sdf, calls = counting_sdf()
     seconds = timed(lambda: extract.extract(sdf, 64, resolution))
     print(f"extraction at {resolution}: {seconds:.2f} s, {sum(calls) * layer_flops('implicit') / rate:.2f} s at the "

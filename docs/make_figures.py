@@ -1,4 +1,4 @@
-"""Make the README's pictures. What is named is made; the scenes must lie where the runs' configurations say.
+"""Make the pictures of the README and the docs, each by its option. Scenes must be where the runs' configurations say.
 
     python docs/make_figures.py --method --initial --demo results_demo --scan65 results_scan65 scan65_cpu.png
     python docs/make_figures.py --check data/demo
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import List, Sequence, Tuple
 
 import numpy as np
 import trimesh
@@ -31,29 +32,29 @@ import prepare  # noqa: E402
 import ray_tracer  # noqa: E402
 import report  # noqa: E402
 import synthesize  # noqa: E402
-from backends import architecture, context
-from config import settings
-from files import folders, pictures, writing
+from backends import architecture, context  # noqa: E402
+from config import settings  # noqa: E402
+from files import folders, pictures, writing  # noqa: E402
 from training import checkpoints  # noqa: E402
 
-OVERSAMPLING = 2    # rendered larger by this factor and averaged, for smooth edges
+OVERSAMPLING = 2    # renders are larger by this factor and averaged, for smooth edges
 INK, GREY, BLUE, ORANGE, GREEN = "#1d2b3a", "#7b8794", "#1f77b4", "#d9730d", "#2a8c55"
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make the README's pictures.")
+    parser = argparse.ArgumentParser(description="Make the pictures of the README and the docs.")
     parser.add_argument("--method", action="store_true", help="the diagram of the method")
-    parser.add_argument("--initial", action="store_true", help="the initial surface, by README.md's commands")
+    parser.add_argument("--initial", action="store_true", help="the initial surface, by network.py and ray_tracer.py")
     parser.add_argument("--demo", metavar="FOLDER", help="the run of make demo, after extract.py")
     parser.add_argument("--scan65", nargs=2, metavar=("FOLDER", "PICTURE"), action="append", default=[],
                         help="a run on DTU's scan 65, after extract.py, and the name of its picture")
-    parser.add_argument("--check", metavar="SCENE", help="what prepare.py --check draws of a scene")
-    parser.add_argument("--psnr", metavar="TABLE", help="seconds of training and dB of a run on DTU's scan 65")
-    parser.add_argument("--cameras", metavar="TABLE", help="errors of the cameras of a run on DTU's scan 65, by epoch")
-    parser.add_argument("--turntable", metavar="FOLDER", help="a run of make demo, going round")
+    parser.add_argument("--check", metavar="SCENE", help="prepare.py --check's picture of a scene")
+    parser.add_argument("--psnr", metavar="TABLE", help="PSNR over training time, of a run on DTU's scan 65")
+    parser.add_argument("--cameras", metavar="TABLE", help="camera errors per epoch, of a run on DTU's scan 65")
+    parser.add_argument("--turntable", metavar="FOLDER", help="a turntable of a run of make demo")
     parser.add_argument("--swapped", nargs=2, metavar=("SCENE", "COPY"),
-                        help="make a copy of a scene in which red and blue are swapped")
-    parser.add_argument("--appearance", nargs=2, metavar="FOLDER", help="two such runs, in each other's colours too")
+                        help="copy a scene with red and blue swapped")
+    parser.add_argument("--appearance", nargs=2, metavar="FOLDER", help="two runs' shapes in each other's colours")
     parser.add_argument("--report", metavar="FOLDER", help="the upper part of a run's report.html, drawn by Chromium")
     args = parser.parse_args()
     if args.method:
@@ -66,14 +67,14 @@ def main():
                        rows=("true", "learnt"))
     if args.check:
         prepare.check(args.check)
-        with Image.open(str(prepare.picture_path(args.check))) as picture:  # a palette makes it a third of the size
+        with Image.open(str(prepare.picture_path(args.check))) as picture:  # a palette saves two thirds of the file
             picture.convert("RGB").quantize(256).save(str(DOCS / "prepare.png"), optimize=True)
     if args.psnr:
         draw_psnr(DOCS / "scan65_psnr.png", np.loadtxt(args.psnr, delimiter=",", skiprows=3))
     if args.cameras:
         draw_cameras(DOCS / "scan65_cameras.png", np.loadtxt(args.cameras, delimiter=",", skiprows=3))
     if args.turntable:
-        turn(Path(args.turntable))
+        write_turntable(Path(args.turntable))
     if args.swapped:
         swap_red_and_blue(*map(Path, args.swapped))
     if args.appearance:
@@ -86,8 +87,8 @@ def main():
                        ("view 20", "its normals", "the extracted mesh"))
 
 
-def draw_psnr(path, table):
-    """Plot the PSNR (rows of seconds, dB) over the time of training, and what the authors' code had at 480 s."""
+def draw_psnr(path: Path, table: np.ndarray) -> None:
+    """Plot the PSNR over training time, table (N, 2) of seconds and dB, with the authors' code's at 480 s."""
     figure = Figure(figsize=(6.4, 3.2), dpi=130, layout="constrained")
     axes = figure.add_subplot(xlabel="minutes of training", ylabel="PSNR in the mask, dB", ylim=(14, 26), xlim=(0, 10))
     axes.plot(table[:, 0] / 60, table[:, 1], "o-", color=BLUE, label="here")
@@ -97,8 +98,8 @@ def draw_psnr(path, table):
     figure.savefig(path)
 
 
-def draw_cameras(path, table):
-    """Plot the errors of trained cameras (rows of epochs, degrees, radii) over the epochs, one panel for each."""
+def draw_cameras(path: Path, table: np.ndarray) -> None:
+    """Plot the errors of trained cameras, table (N, 3) of epochs, degrees and radii, in one panel each."""
     figure = Figure(figsize=(6.4, 2.4), dpi=130, layout="constrained")
     titles = "rotation, degrees", "translation, radii of the sphere"
     for axes, column, title in zip(figure.subplots(1, 2), (1, 2), titles):
@@ -109,10 +110,13 @@ def draw_cameras(path, table):
     figure.savefig(path)
 
 
-# --- renders and meshes -----------------------------------------------------------------------------------
+# --- renders and meshes -----------------------------------------------------------------------------------------------
 
-def load_run(folder):
-    """Load a run's newest model; returns its configuration, its cameras (K, pose) and its mesh."""
+Cameras = List[Tuple[np.ndarray, np.ndarray]]     # intrinsics (3, 3) and pose (4, 4) of each view
+
+
+def load_run(folder: Path) -> Tuple[settings.Configuration, Cameras, trimesh.Trimesh]:
+    """Load a run's newest model into nnabla's parameters; return its configuration, cameras and mesh."""
     conf = settings.load_config(next(folder.glob("*.yaml")))
     context.set_context("auto", "0")
     shapes = architecture.parameter_shapes(conf.network)
@@ -121,14 +125,15 @@ def load_run(folder):
     return conf, list(zip(*cameras)), trimesh.load(folder / "mesh.ply")
 
 
-def rendered(conf, intrinsics, pose, shape):
-    """The Render of the model that load_run has loaded."""
+def rendered(conf: settings.Configuration, intrinsics: np.ndarray, pose: np.ndarray,
+             shape: Tuple[int, int]) -> synthesize.Render:
+    """Render the model that load_run has loaded, as an image of `shape` (height, width)."""
     camera = helper.Camera(intrinsics, pose, shape)
     return synthesize.render_view(network.sdf_evaluator(), network.shader(conf.network), camera, conf.tracer)
 
 
-def turn(folder, size=160, frames=36):
-    """Write docs/turntable.gif of a run as synthesize.py renders it, in few frames and colours to keep it small."""
+def write_turntable(folder: Path, size: int = 160, frames: int = 36) -> None:
+    """Write docs/turntable.gif, a run rendered by synthesize.py, in few frames and colours to keep it small."""
     with tempfile.TemporaryDirectory() as temporary:
         video = Path(temporary) / "round.gif"
         config = next(folder.glob("*.yaml"))
@@ -146,7 +151,7 @@ def turn(folder, size=160, frames=36):
         first.save(str(temporary), save_all=True, append_images=rest, duration=80, loop=0)
 
 
-def swap_red_and_blue(scene, target):
+def swap_red_and_blue(scene: Path, target: Path) -> None:
     """Copy a scene to `target` with red and blue swapped in its images."""
     with folders.new_folder(target) as folder:
         for name in ("mask", "image"):
@@ -156,8 +161,8 @@ def swap_red_and_blue(scene, target):
             writing.write_image(path, pictures.read_image(path)[..., ::-1])
 
 
-def appearance_picture(runs, view=36, size=288):
-    """A row for each run's shape, in which each run's renderer has a column."""
+def appearance_picture(runs: Sequence[Path], view: int = 36, size: int = 288) -> np.ndarray:
+    """Return a picture (H, W, 3) with a row for each run's shape and a column for each run's renderer."""
     rows = []
     for shape_of in runs:
         row = []
@@ -174,38 +179,42 @@ def appearance_picture(runs, view=36, size=288):
     return np.concatenate(rows)
 
 
-def demo_picture(folder, views, size):
-    """The true object above the learnt one: two held-out views; of the second its normals and its shape."""
+def demo_picture(folder: Path, views: Tuple[int, int], size: int) -> np.ndarray:
+    """Return a picture (H, W, 3) of the true object above the learnt one.
+
+    Columns: the two views, then normals and clay of the second.
+    """
     conf, cameras, mesh = load_run(folder)
     columns = []
     for view in views:
         intrinsics, pose = cameras[view]
-        pixels = round(2 * intrinsics[0, 2] + 1)        # of a side: the camera's axis meets the middle
+        pixels = round(2 * intrinsics[0, 2] + 1)        # per side, as the principal point is the image's centre
         intrinsics = datasets.shrink_intrinsics(intrinsics, pixels / (size * OVERSAMPLING))
         truth, mask = make_scene.render(intrinsics, pose, size * OVERSAMPLING)
         ours = rendered(conf, intrinsics, pose, mask.shape)
         columns.append((np.where(mask[..., None] > 0, truth / 255, 1.0), ours.rgb))
     true_normals = exact_normals(intrinsics, pose, size * OVERSAMPLING)
-    columns.append((normal_colours(true_normals), normal_colours(ours.normals)))
+    columns.append((normal_colors(true_normals), normal_colors(ours.normals)))
     mesh_shown = synthesize.clay(mesh_normals(mesh, intrinsics, pose, mask.shape), pose)
     columns.append((synthesize.clay(true_normals, pose), mesh_shown))
-    top, bottom = size // 10, size - size // 12     # nothing is seen beyond
+    top, bottom = size // 10, size - size // 12     # the rows that show something
     columns = [[shrink(image)[top:bottom] for image in column] for column in columns]
     return np.concatenate([np.concatenate(column) for column in columns], axis=1)
 
 
-def scan_picture(folder, view, shape):
-    """A scan as learnt, seen from a held-out view: its colours, its normals and the extracted mesh."""
+def scan_picture(folder: Path, view: int, shape: Tuple[int, int]) -> np.ndarray:
+    """Return a picture (H, W, 3) of a learnt scan in one view: its colours, its normals and the extracted mesh."""
     conf, cameras, mesh = load_run(folder)
     shape = shape[0] * OVERSAMPLING, shape[1] * OVERSAMPLING
     intrinsics, pose = framed(mesh, *cameras[view], shape)
     ours = rendered(conf, intrinsics, pose, shape)
-    images = ours.rgb, normal_colours(ours.normals), synthesize.clay(mesh_normals(mesh, intrinsics, pose, shape), pose)
+    images = ours.rgb, normal_colors(ours.normals), synthesize.clay(mesh_normals(mesh, intrinsics, pose, shape), pose)
     return np.concatenate([shrink(image) for image in images], axis=1)
 
 
-def framed(mesh, intrinsics, pose, shape):
-    """The camera with the intrinsics that fit a mesh into an image of that shape, whole and in its middle."""
+def framed(mesh: trimesh.Trimesh, intrinsics: np.ndarray, pose: np.ndarray,
+           shape: Tuple[int, int]) -> Tuple[np.ndarray, np.ndarray]:
+    """Return the camera's intrinsics and pose, the intrinsics changed so that the mesh fills an image of `shape`."""
     pixels = (mesh.vertices - pose[:3, 3]) @ pose[:3, :3] @ intrinsics.T
     pixels = pixels[:, :2] / pixels[:, 2:]
     low, high = pixels.min(axis=0), pixels.max(axis=0)
@@ -214,8 +223,8 @@ def framed(mesh, intrinsics, pose, shape):
     return np.array([[scale, 0, shift[0]], [0, scale, shift[1]], [0, 0, 1]]) @ intrinsics, pose
 
 
-def write_labelled(path, image, columns, rows=()):
-    """Write a picture made of panels with words above its columns and beside its rows."""
+def write_labelled(path: Path, image: np.ndarray, columns: Sequence[str], rows: Sequence[str] = ()) -> None:
+    """Write a picture of panels with labels above its columns and beside its rows."""
     height, width, above, beside = *image.shape[:2], 26, 30 * bool(rows)
     figure = Figure(figsize=((width + beside) / 100, (height + above) / 100), dpi=100)
     figure.figimage(image, beside, 0)
@@ -229,8 +238,8 @@ def write_labelled(path, image, columns, rows=()):
         figure.savefig(temporary)
 
 
-def exact_normals(intrinsics, pose, size):
-    """The unit normals (size, size, 3) of make_scene's object in a view; 0 where there is none."""
+def exact_normals(intrinsics: np.ndarray, pose: np.ndarray, size: int) -> np.ndarray:
+    """Return the unit normals (size, size, 3) of make_scene's object in a view; 0 on the background."""
     origin, directions = helper.pixel_rays(helper.pixel_grid(size, size), intrinsics, pose)
     t, hit = ray_tracer.trace(make_scene.exact_sdf, origin, directions, sphere_tracing_steps=200)
     normals = np.zeros((size * size, 3), np.float32)
@@ -238,10 +247,11 @@ def exact_normals(intrinsics, pose, size):
     return normals.reshape(size, size, 3)
 
 
-def mesh_normals(mesh, intrinsics, pose, shape):
-    """The normals (H, W, 3) of a mesh in a view; 0 where there is none.
+def mesh_normals(mesh: trimesh.Trimesh, intrinsics: np.ndarray, pose: np.ndarray,
+                 shape: Tuple[int, int]) -> np.ndarray:
+    """Return the normals (H, W, 3) of a mesh in a view; 0 on the background.
 
-    Each triangle is cut into points closer than a pixel, and the nearest point of each pixel is shown.
+    Each triangle is sampled more densely than the pixels, and each pixel shows its point nearest to the camera.
     """
     corners = (mesh.vertices - pose[:3, 3]) @ pose[:3, :3]
     pixels = corners[:, :2] / corners[:, 2:] * intrinsics[[0, 1], [0, 1]]
@@ -263,23 +273,19 @@ def mesh_normals(mesh, intrinsics, pose, shape):
     return normals.reshape(shape + (3,))
 
 
-def on_white(image, normals):
-    return np.where((normals != 0).any(axis=-1, keepdims=True), image, 1.0)
+def normal_colors(normals: np.ndarray) -> np.ndarray:
+    """Return normals (H, W, 3) as colours, (n + 1) / 2 in the scene's axes; white where they are 0."""
+    return np.where((normals != 0).any(axis=-1, keepdims=True), synthesize.unit(normals) / 2 + 0.5, 1.0)
 
 
-def normal_colours(normals):
-    """Normals as colours, (n + 1) / 2 in the scene's axes; white where they are 0."""
-    return on_white(synthesize.unit(normals) / 2 + 0.5, normals)
-
-
-def shrink(image):
-    """Average blocks of OVERSAMPLING x OVERSAMPLING pixels."""
+def shrink(image: np.ndarray) -> np.ndarray:
+    """Return an image (H, W, 3) with blocks of OVERSAMPLING x OVERSAMPLING pixels averaged."""
     height, width = np.array(image.shape[:2]) // OVERSAMPLING
     return image.reshape(height, OVERSAMPLING, width, OVERSAMPLING, 3).mean(axis=(1, 3))
 
 
-def copy_initial():
-    """Run the two commands that README.md shows and keep their pictures."""
+def copy_initial() -> None:
+    """Run network.py and ray_tracer.py on the initial surface and copy their pictures to docs/."""
     with tempfile.TemporaryDirectory() as folder:
         for command in (("network.py", "-Ds", "512", "-R", "0.75"), ("ray_tracer.py", "-L", "9")):
             script = DOCS.parent / command[0]
@@ -288,8 +294,8 @@ def copy_initial():
             shutil.copyfile(str(picture), str(DOCS / picture.name))
 
 
-def photograph_report(page, path):
-    """Draw the upper part of a page with headless Chromium, as a small picture."""
+def photograph_report(page: Path, path: Path) -> None:
+    """Write the upper part of an HTML page as a small picture, drawn by headless Chromium."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not browser:
         raise helper.UserError("no Chromium here to draw the page with; install one (apt-get install chromium)")
@@ -303,10 +309,10 @@ def photograph_report(page, path):
                 str(temporary), quality=85, optimize=True)
 
 
-# --- the diagram ------------------------------------------------------------------------------------------
+# --- the diagram ------------------------------------------------------------------------------------------------------
 
-def draw_method(path):
-    """Draw what happens to the rays (left) and how the parts hang together (right)."""
+def draw_method(path: Path) -> None:
+    """Draw the diagram of the method: the rays (left) and the parts with their connections (right)."""
     figure = Figure(figsize=(12.6, 4.9), dpi=120)
     figure.patch.set_facecolor("white")
     draw_rays(figure.add_axes([0.0, 0.0, 0.36, 1.0]))
@@ -315,13 +321,14 @@ def draw_method(path):
         figure.savefig(temporary)
 
 
-def flat_sdf(x, y):
-    """An object in two dimensions: three discs, melted together."""
+def flat_sdf(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Return the sdf of an object in two dimensions: a smooth union of three discs."""
     discs = ((-0.32, -0.40, 0.26), (0.25, 0.08, 0.40), (0.28, -0.46, 0.22))
     return -np.log(sum(np.exp(-9 * (np.hypot(x - a, y - b) - r)) for a, b, r in discs)) / 9
 
 
-def draw_rays(axes):
+def draw_rays(axes) -> None:
+    """Draw the object in its unit sphere, a ray that hits it, a ray that misses it, and the uniform points."""
     axes.set(xlim=(-2.12, 1.22), ylim=(-1.62, 1.78), aspect="equal")
     axes.axis("off")
     x, y = np.meshgrid(np.linspace(-1.1, 1.1, 400), np.linspace(-1.1, 1.1, 400))
@@ -335,7 +342,7 @@ def draw_rays(axes):
     hit_ray, side_ray = synthesize.unit(np.array([1.9, -0.38])), synthesize.unit(np.array([2.0, 0.52]))
     near = entry(eye, hit_ray)
     t = near
-    for _ in range(40):     # sphere tracing, its first steps drawn
+    for _ in range(40):     # sphere tracing; only its long steps are drawn
         step = flat_sdf(*(eye + t * hit_ray))
         if step > 0.03:
             here = eye + t * hit_ray
@@ -365,13 +372,14 @@ def draw_rays(axes):
         axes.text(-1.86, height, words, color=colour, fontsize=11.5, va="center")
 
 
-def entry(eye, direction, side=-1):
-    """Where a ray enters (side -1) or leaves (1) the unit circle."""
+def entry(eye: np.ndarray, direction: np.ndarray, side: int = -1) -> float:
+    """Return the distance at which a ray enters (side -1) or leaves (side 1) the unit circle."""
     along = eye @ direction
     return -along + side * np.sqrt(along ** 2 - eye @ eye + 1)
 
 
-def draw_parts(axes):
+def draw_parts(axes) -> None:
+    """Draw the networks, the ray tracer and the losses as boxes, joined by arrows."""
     axes.set(xlim=(0, 100), ylim=(0, 62))
     axes.axis("off")
     box(axes, (0.5, 39), (21, 18), "ray tracer",
@@ -399,7 +407,8 @@ def draw_parts(axes):
               color=GREY, fontsize=11.5, ha="center")
 
 
-def box(axes, corner, size, title, words, colour, dashed=False, filled=False):
+def box(axes, corner, size, title: str, words: str, colour: str, dashed: bool = False, filled: bool = False) -> None:
+    """Draw a box with a title and words below it."""
     face = colour if filled else "white"
     axes.add_patch(FancyBboxPatch(corner, *size, boxstyle="round,pad=0,rounding_size=1.6", facecolor=face,
                                   edgecolor=colour, linewidth=1.8, linestyle="--" if dashed else "-"))
@@ -410,7 +419,8 @@ def box(axes, corner, size, title, words, colour, dashed=False, filled=False):
               color="white" if filled else INK, linespacing=1.35)
 
 
-def arrow(axes, start, end, colour, words, dashed=False, side="above"):
+def arrow(axes, start, end, colour: str, words: str, dashed: bool = False, side: str = "above") -> None:
+    """Draw an arrow with words above it, or at its left or right side."""
     style = dict(arrowstyle="-|>", color=colour, linewidth=1.8, mutation_scale=15, shrinkA=0, shrinkB=0)
     axes.annotate("", end, start, arrowprops=dict(style, linestyle="--" if dashed else "-"))
     middle = (np.array(start) + end) / 2 + {"above": (0, 2.2), "left": (-0.8, 0), "right": (0.8, 0)}[side]

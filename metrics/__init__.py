@@ -1,1 +1,1 @@
-"""How good a result is: images against photographs, meshes against the true surface. Neither knows of networks."""
+"""Error measures: images against photographs, meshes against the true surface. Independent of the networks."""

@@ -1,28 +1,28 @@
-"""How far a render is from its photograph, inside the mask: PSNR and SSIM. Images (H, W, 3) are in [0, 1]."""
+"""PSNR and SSIM of a render against its photograph, inside the mask. Images are (H, W, 3) in [0, 1]."""
 import numpy as np
 from skimage.metrics import structural_similarity
 
-SSIM_WINDOW = 11        # pixels: a Gaussian of 1.5, cut at 3.5 times that (Wang et al., 2004)
+SSIM_WINDOW = 11        # pixels: a Gaussian of sigma 1.5, cut at 3.5 sigma (Wang et al., 2004)
 
 
 def squared_error(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return (sum, count), of (image - truth)^2 over the pixels of mask (H, W) bool and the 3 channels.
+    """Return (2,): the sum of (image - truth)^2 over the pixels of mask (H, W) bool and the channels, and their count.
 
-    The sum of several views' pairs is the pair of all their pixels.
+    Adding the results of several views gives that of all their pixels.
     """
     difference = (image[mask].astype(np.float64) - truth[mask]) ** 2
     return np.array([difference.sum(), difference.size])
 
 
 def psnr(error: np.ndarray) -> float:
-    """Return the PSNR in dB of a squared_error, or of the sum of several."""
+    """Return the PSNR in dB of a squared_error result (2,), or of the sum of several."""
     return -10.0 * np.log10(max(error[0] / error[1], 1e-12))
 
 
 def similarity(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return (sum, count), of SSIM's map over the pixels of mask (H, W) bool, the mean of the channels.
+    """Return (2,): the sum of the channels' mean SSIM map over the pixels of mask (H, W) bool, and their count.
 
-    Outside the mask both images show the photograph, so that no window sees an edge that is not the object's.
+    Outside the mask both images are set to the photograph, so that no window sees an artificial edge.
     """
     pasted = np.where(mask[..., None], image, truth)
     similar = structural_similarity(truth, pasted, data_range=1.0, channel_axis=-1, gaussian_weights=True, sigma=1.5,
@@ -30,6 +30,6 @@ def similarity(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> np.nda
     return np.array([similar.mean(axis=-1)[mask].sum(dtype=np.float64), mask.sum()])
 
 
-def ssim(likeness: np.ndarray) -> float:
-    """Return the mean SSIM of a `similarity`, or of the sum of several."""
-    return likeness[0] / likeness[1]
+def ssim(similarity_sum: np.ndarray) -> float:
+    """Return the mean SSIM of a similarity result (2,), or of the sum of several."""
+    return similarity_sum[0] / similarity_sum[1]

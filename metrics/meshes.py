@@ -1,7 +1,4 @@
-"""How far a mesh is from the true surface: Chamfer distance and normal consistency, freely or in DTU's own protocol.
-
-Imports nothing of the other scripts but helper.
-"""
+"""Distance of a mesh from the true surface: Chamfer distance and normal consistency, and DTU's own protocol."""
 import contextlib
 import io
 import logging
@@ -10,8 +7,8 @@ import os
 import re
 import signal
 import warnings
-from collections import namedtuple
 from pathlib import Path
+from typing import Callable, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import trimesh
@@ -20,29 +17,52 @@ from scipy.spatial import cKDTree
 
 import helper
 
-SURFACE_SAMPLES = 200000    # points taken of a mesh
-DTU_SPACING = 0.2           # mm between the points of a mesh in DTU's protocol
-DTU_FARTHEST = 20.0         # mm; what is farther from its counterpart counts as an outlier, and not at all
+SURFACE_SAMPLES = 200000    # points sampled on a mesh
+DTU_SPACING = 0.2           # mm, the least distance between points of a mesh in DTU's protocol
+DTU_FARTHEST = 20.0         # mm; points farther from their counterpart are outliers and do not count
 
-KINDS = ("ply", "obj", "stl", "glb", "off")     # of files of meshes; others hold archives, or name files to read
-LARGEST = 1e12              # of coordinates: beyond, lengths and areas overflow
-SMALL_FILE = 1 << 29        # bytes of memory that a reader may take, and GROWTH times the file's size
+KINDS = ("ply", "obj", "stl", "glb", "off")     # of mesh files; other kinds are archives or refer to further files
+LARGEST = 1e12              # bound on coordinates; beyond it, lengths and areas overflow
+# A reader may take SMALL_FILE bytes of memory plus GROWTH times the file's size, and PATIENCE seconds plus the file's
+# size / BYTES_PER_SECOND.
+SMALL_FILE = 1 << 29
 GROWTH = 40
-PATIENCE = 8                # seconds that a reader may take, and one more for each of these bytes of the file:
+PATIENCE = 8
 BYTES_PER_SECOND = 1 << 20
 
-Surface = namedtuple("Surface", "points normals")       # (N, 3) float64 each; the normals, of length 1, may be None
-Distances = namedtuple("Distances", "accuracy completeness chamfer")
-DtuScan = namedtuple("DtuScan", "points observed corner step ground")
+Shape = Union[trimesh.Trimesh, trimesh.PointCloud]
+
+
+class Surface(NamedTuple):
+    """Points on a surface."""
+    points: np.ndarray              # (N, 3) float64
+    normals: Optional[np.ndarray]   # (N, 3) float64, unit length; None if unknown
+
+
+class Distances(NamedTuple):
+    """Mean distances between two surfaces, in the points' unit."""
+    accuracy: float         # from ours to the true one
+    completeness: float     # from the true one to ours
+    chamfer: float          # the mean of both
+
+
+class DtuScan(NamedTuple):
+    """The true surface of a DTU scan and its evaluation region, in millimetres."""
+    points: np.ndarray      # (M, 3), of the structured-light scan
+    observed: np.ndarray    # (X, Y, Z) bool, the voxels to evaluate
+    corner: np.ndarray      # (3,), the centre of voxel 0
+    step: float             # between voxels
+    ground: np.ndarray      # (4,), the ground plane, positive above it
 
 
 # --- surfaces from files ----------------------------------------------------------------------------------------------
 
-def load_shape(path):
-    """What a PLY, OBJ, STL, GLB or OFF file holds, as a trimesh.Trimesh with faces, else a trimesh.PointCloud.
+def load_shape(path: Union[str, Path]) -> Shape:
+    """Return the mesh of a PLY, OBJ, STL, GLB or OFF file, or its point cloud if it has no faces.
 
-    A point cloud's metadata has the normals (N, 3) that a PLY file gives it, or None. No other file is read. Raises
-    UserError for what cannot be read, holds neither or coordinates that are not finite, or takes too much memory.
+    A point cloud's metadata["normals"] are those of a PLY file, (N, 3), or None. No other file is read.
+    Raises UserError if the file cannot be read, is empty, has coordinates that are not finite, or takes too much memory
+    or time.
     """
     points, faces, normals = read_apart(read_shape, path)
     if faces is None:
@@ -50,12 +70,15 @@ def load_shape(path):
     return trimesh.Trimesh(points, faces, process=False)
 
 
-def read_shape(path):
-    """The points (N, 3), faces (M, 3) or None, and normals (N, 3) or None, of a file of one of KINDS."""
+def read_shape(path: Union[str, Path]) -> Tuple[np.ndarray, Optional[np.ndarray], Optional[np.ndarray]]:
+    """Return the points (N, 3), the faces (M, 3) or None, and the normals (N, 3) or None of a file of one of KINDS.
+
+    Raises UserError as load_shape does, or any exception of the libraries.
+    """
     kind = Path(path).suffix.lower()[1:]
     if kind not in KINDS:
         raise helper.UserError(f"{path}: meshes and point clouds are read from .{', .'.join(KINDS)} files; convert it")
-    # Bytes without a name: trimesh would look for the materials and textures that a file names, beside it.
+    # trimesh gets bytes without a path, or it would read the materials and textures that the file refers to.
     scene = trimesh.load_scene(io.BytesIO(Path(path).read_bytes()), file_type=kind, process=False, skip_materials=True)
     points, faces, count = [np.empty((0, 3))], [np.empty((0, 3), np.int64)], 0
     for node in scene.graph.nodes_geometry:
@@ -65,13 +88,13 @@ def read_shape(path):
             corners = np.asarray(part.vertices, np.float64)
             if has_faces(part):
                 if not 0 <= part.faces.min() <= part.faces.max() < len(corners):
-                    raise helper.UserError(f"{path}: a face names a point that is not there; replace this file")
+                    raise helper.UserError(f"{path}: a face refers to a point that does not exist; replace this file")
                 faces.append(part.faces + count)
             points.append(trimesh.transform_points(corners, transform))
             count += len(corners)
     points, faces = np.concatenate(points), np.concatenate(faces)
     if len(points) == 0 or not np.isfinite(points).all() or np.abs(points).max() > LARGEST:
-        raise helper.UserError(f"{path}: holds no points, or points that are not finite, or huge")
+        raise helper.UserError(f"{path}: has no points, or points that are huge or not finite; replace this file")
     if len(faces) == 0:
         return points, None, ply_normals(scene, len(points))
     if not trimesh.triangles.area(points[faces]).sum() > 0:
@@ -79,8 +102,8 @@ def read_shape(path):
     return points, faces, None
 
 
-def ply_normals(scene, count):
-    """The normals (N, 3), of length 1, of the `count` points of a PLY file; None where it gives none."""
+def ply_normals(scene: trimesh.Scene, count: int) -> Optional[np.ndarray]:
+    """Return the unit normals (N, 3) of a PLY file's `count` points, or None if it has none."""
     for part in scene.geometry.values():
         data = part.metadata.get("_ply_raw", {}).get("vertex", {}).get("data")
         with contextlib.suppress(KeyError, ValueError, TypeError, IndexError):
@@ -91,11 +114,11 @@ def ply_normals(scene, count):
     return None
 
 
-def read_apart(read, path, *arguments):
-    """read(path, *arguments) in a process of its own: what it returns; UserError where it fails.
+def read_apart(read: Callable, path: Union[str, Path], *arguments):
+    """Return read(path, *arguments), called in a process of its own; raise UserError if it fails.
 
-    A small file may say that it holds any number of points, and the libraries believe it. So the process ends where it
-    takes much more memory or time than files of that size do.
+    A small file may claim any number of points, and the libraries believe it. So the process is ended if it takes much
+    more memory or time than files of its size need.
     """
     helper.check_is_file(path)
     size = os.path.getsize(str(path))
@@ -119,12 +142,12 @@ def read_apart(read, path, *arguments):
     return result
 
 
-def answer(sender, size, read, path, *arguments):
-    """Send a complaint, or "" and read(path, *arguments), within the bounds for a file of `size` bytes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)    # Ctrl-C is for who waits for the answer
+def answer(sender, size: int, read: Callable, path: Union[str, Path], *arguments) -> None:
+    """Send ("", read(path, *arguments)), or (a complaint, None), within the memory for a file of `size` bytes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)    # the parent process handles Ctrl-C
     logging.disable()
     warnings.simplefilter("ignore")
-    with contextlib.suppress(ImportError, OSError, ValueError):     # not on every system
+    with contextlib.suppress(ImportError, OSError, ValueError):     # not available on every system
         import resource
         with open("/proc/self/statm") as file:
             used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
@@ -136,20 +159,21 @@ def answer(sender, size, read, path, *arguments):
             message = "", read(path, *arguments)
     except helper.UserError as error:
         message = str(error), None
-    except Exception as error:  # trimesh's and SciPy's readers raise whatever the bytes lead them to
+    except Exception as error:  # damaged files make trimesh and SciPy raise anything
         message = f"{path}: cannot be read ({type(error).__name__}); replace this file", None
     with contextlib.suppress(MemoryError):
         sender.send(message)
 
 
-def has_faces(shape):
+def has_faces(shape: Shape) -> bool:
+    """Return whether a shape is a mesh, not a point cloud."""
     return len(getattr(shape, "faces", ())) > 0
 
 
-def surface(shape, count=SURFACE_SAMPLES):
-    """The Surface of a shape: samples of a mesh, uniform over its area, or the points of a point cloud as they are.
+def surface(shape: Shape, count: int = SURFACE_SAMPLES) -> Surface:
+    """Return `count` points of a mesh, uniform over its area, or all points of a point cloud.
 
-    A mesh's normals are its faces'; a point cloud has the normals that its PLY file gives, or None.
+    The normals are those of a mesh's faces, or those in a point cloud's PLY file, if any.
     """
     if has_faces(shape):
         points, faces = trimesh.sample.sample_surface(shape, count, seed=0)
@@ -159,13 +183,13 @@ def surface(shape, count=SURFACE_SAMPLES):
 
 # --- the measures -----------------------------------------------------------------------------------------------------
 
-def compare(ours, truth):
-    """Distances and normal consistency of two Surfaces.
+def compare(ours: Surface, truth: Surface) -> Tuple[Distances, Optional[float]]:
+    """Return the Distances and the normal consistency of two surfaces.
 
-    accuracy is the mean distance from our points to the nearest true one, completeness that from the true points to the
-    nearest of ours, chamfer their mean; all in the points' unit. Samples lie apart, so equal surfaces give a little
-    more than 0. The normal consistency is the mean |cosine| between the normals of those pairs, averaged over both
-    directions (Mescheder et al., CVPR 2019): 1 for equal surfaces, None where a normal is not known.
+    A distance is that of a point from the nearest one of the other surface. Since samples lie apart, equal surfaces
+    have distances slightly above 0. The normal consistency is the mean |cosine| between the normals of these pairs of
+    points, averaged over both directions (Mescheder et al., CVPR 2019): 1 for equal surfaces, None if a surface has no
+    normals.
     """
     to_truth, nearest_true = cKDTree(truth.points).query(ours.points, workers=-1)
     to_ours, nearest_ours = cKDTree(ours.points).query(truth.points, workers=-1)
@@ -176,10 +200,11 @@ def compare(ours, truth):
     return Distances(accuracy, completeness, (accuracy + completeness) / 2), consistency
 
 
-def thinned(points, spacing, seed=0):
-    """Points (N, 3) taken in random order, each unless one taken before is within `spacing`: (M, 3).
+def thinned(points: np.ndarray, spacing: float, seed: int = 0) -> np.ndarray:
+    """Return the points (M, 3), of (N, 3) in random order, that are not within `spacing` of an earlier one kept.
 
-    All at once instead of one by one: who has no neighbour before it that may still be taken, is taken.
+    Works in rounds instead of one by one: each keeps the points without an undecided earlier neighbour, and drops the
+    later neighbours of these.
     """
     points = points[np.random.default_rng(seed).permutation(len(points))]
     pairs = cKDTree(points).query_pairs(spacing, output_type="ndarray")
@@ -199,35 +224,35 @@ def thinned(points, spacing, seed=0):
 
 # --- DTU's protocol (Jensen et al., CVPR 2014; Aanaes et al., IJCV 2016) ----------------------------------------------
 
-def load_dtu(folder, scene_name):
-    """Read what DTU's evaluation needs of a scan, from anywhere below `folder`, as a DtuScan in millimetres.
+def load_dtu(folder: Union[str, Path], scene_name: str) -> DtuScan:
+    """Read a scan's data for DTU's evaluation, from files anywhere below `folder`.
 
-    scene_name: such as scan65. Of it: points (M, 3), the structured-light scan stl065_total.ply; observed (X, Y, Z)
-    bool, the voxels of ObsMask65_10.mat, with the corner (3,) and step (mm) of their grid; ground (4,), the plane of
-    Plane65.mat, positive above. Raises UserError for a file that is missing or of another kind.
+    scene_name: such as scan65. Its points are read from stl065_total.ply, the observed voxels from ObsMask65_10.mat,
+    and the ground plane from Plane65.mat. Raises UserError if a file is missing or not as DTU's.
     """
     number = re.fullmatch(r"(?i)(?:dtu_)?scan_?0*(\d+)", scene_name)
     if not number:
-        raise helper.UserError(f"--dtu: the scene {scene_name} is no scan of DTU's; data.path must end in a name such "
-                               "as scan65")
+        raise helper.UserError(f"--dtu: the scene {scene_name} is not a DTU scan; data.path must end in a name such as "
+                               "scan65")
     scan = int(number.group(1))
     points = surface(load_shape(below(folder, f"stl{scan:03d}_total.ply"))).points
     mask_file, plane_file = below(folder, f"ObsMask{scan}_10.mat"), below(folder, f"Plane{scan}.mat")
     mask, box, step = read_mat(mask_file, "ObsMask", "BB", "Res")
     (plane,) = read_mat(plane_file, "P")
     if mask.ndim != 3 or box.shape != (2, 3) or step.size != 1 or plane.size != 4:
-        raise helper.UserError(f"{mask_file if plane.size == 4 else plane_file}: its arrays are not shaped as DTU's")
+        raise helper.UserError(f"{mask_file if plane.size == 4 else plane_file}: its arrays are not shaped as DTU's; "
+                               "replace it")
     for file, numbers in ((mask_file, box), (mask_file, step), (plane_file, plane)):
         if not np.isfinite(numbers).all() or np.abs(numbers.astype(float)).max() > LARGEST or step.min() <= 0:
-            raise helper.UserError(f"{file}: has numbers that are not finite, or huge, or a step of its grid that is "
-                                   "not more than 0; replace it")
+            raise helper.UserError(f"{file}: has numbers that are huge or not finite, or a grid step that is not "
+                                   "positive; replace it")
     return DtuScan(points, mask > 0, box[0].astype(float), float(step.ravel()[0]), plane.ravel().astype(float))
 
 
-def below(folder, name):
-    """The path of the file of that name anywhere below a folder, however deep; the first by name of several."""
+def below(folder: Union[str, Path], name: str) -> Path:
+    """Return the path of the file `name` at any depth below a folder, the first in sorted order; UserError if none."""
     found, pending = [], [str(folder)]
-    while pending:      # os.walk and rglob call themselves for each level, to Python's limit
+    while pending:      # no recursion: os.walk and rglob fail in folders deeper than Python's limit
         with contextlib.suppress(OSError), os.scandir(pending.pop()) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
@@ -235,36 +260,38 @@ def below(folder, name):
                 elif entry.name == name:
                     found.append(Path(entry.path))
     if not found:
-        raise helper.UserError(f"{folder}: there is no {name} in it; DTU's SampleSet.zip has the masks and planes, "
-                               "Points.zip the scans (stl)")
+        raise helper.UserError(f"{folder}: there is no {name} in it; unpack DTU's SampleSet.zip (masks, planes) and "
+                               "Points.zip (stl scans) there")
     return min(found)
 
 
-def read_mat(path, *names):
-    """The arrays of those names in a MATLAB file, all of numbers; UserError where it lacks one or cannot be read."""
+def read_mat(path: Union[str, Path], *names: str) -> List[np.ndarray]:
+    """Return the numeric arrays `names` of a MATLAB file; raise UserError if one is missing or cannot be read."""
     return read_apart(read_arrays, path, *names)
 
 
-def read_arrays(path, *names):
+def read_arrays(path: Union[str, Path], *names: str) -> List[np.ndarray]:
+    """Do read_mat's work, in the process that read_apart starts."""
     arrays = loadmat(str(path), variable_names=names)
     for name in names:
         if name not in arrays:
-            raise helper.UserError(f"{path}: has no array {name}, as DTU's has")
+            raise helper.UserError(f"{path}: has no array {name}, unlike DTU's file; replace it")
         if not isinstance(arrays[name], np.ndarray) or arrays[name].dtype.kind not in "buif":
-            raise helper.UserError(f"{path}: {name} is not an array of numbers, as DTU's is")
+            raise helper.UserError(f"{path}: {name} is not an array of numbers, unlike DTU's; replace it")
     return [arrays[name] for name in names]
 
 
-def compare_dtu(shape, scan):
-    """The Distances (mm) of a shape in world units and a DtuScan, as DTU's protocol has them.
+def compare_dtu(shape: Shape, scan: DtuScan) -> Distances:
+    """Return the Distances (mm) between a shape in world units and a DtuScan, by DTU's protocol.
 
-    The shape becomes points no nearer than 0.2 mm to one another. Accuracy: from those of them in observed voxels to
-    the scan. Completeness: from the scan's points above the ground to all of them. From 20 mm on none counts.
+    The shape is sampled to points at least 0.2 mm apart. Accuracy is measured from its points in observed voxels to the
+    scan, completeness from the scan's points above the ground to all its points. Distances of 20 mm or more do not
+    count. Raises UserError if the shape is not in millimetres or nowhere near the scan.
     """
     if not 5 < shape.extents.max() < 5000:
-        raise helper.UserError(f"--dtu compares in millimetres, and this mesh is {shape.extents.max():.3g} of them "
-                               "long; make it with extract.py --world")
-    count = int(2 * shape.area / DTU_SPACING ** 2) if has_faces(shape) else 0   # 6 in the reach of each: few gaps left
+        raise helper.UserError(f"--dtu compares in millimetres, but this mesh is {shape.extents.max():.3g} mm long; "
+                               "make it with extract.py --world")
+    count = int(2 * shape.area / DTU_SPACING ** 2) if has_faces(shape) else 0   # 6 per disc of that radius: few gaps
     points = thinned(surface(shape, count).points, DTU_SPACING)
     voxels = np.floor((points - scan.corner) / scan.step + 0.5).astype(int)
     seen = ((voxels >= 0) & (voxels < scan.observed.shape)).all(axis=1)
@@ -274,9 +301,9 @@ def compare_dtu(shape, scan):
     to_ours = cKDTree(points).query(scan.points[above], distance_upper_bound=DTU_FARTHEST, workers=-1)[0]
     means = []
     for distances in (to_scan, to_ours):
-        distances = distances[distances < DTU_FARTHEST]     # SciPy says infinite where there is none in reach
+        distances = distances[distances < DTU_FARTHEST]     # SciPy returns inf if no point is in range
         if len(distances) == 0:
-            raise helper.UserError(f"--dtu: nothing of the mesh is within {DTU_FARTHEST:.0f} mm of the scan and "
-                                   "observed; make the mesh of this very scan, with extract.py --world")
+            raise helper.UserError(f"--dtu: no observed part of the mesh is within {DTU_FARTHEST:.0f} mm of the scan; "
+                                   "make the mesh of this very scan, with extract.py --world")
         means.append(distances.mean())
     return Distances(means[0], means[1], sum(means) / 2)

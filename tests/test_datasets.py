@@ -1,4 +1,4 @@
-"""Scenes on disk: what is read and what is refused, cameras against pixels, the training feed."""
+"""Test scenes on disk (what is read, what is refused), cameras against pixels, and training batches."""
 
 import io
 import os
@@ -22,7 +22,7 @@ WIDTH, HEIGHT, VIEWS = 24, 18, 3
 SCALE_MAT = np.array([[5.0, 0, 0, 1], [0, 5, 0, 2], [0, 0, 5, 3], [0, 0, 0, 1]])
 
 
-# --- tiny scenes ------------------------------------------------------------------------------------------
+# --- tiny scenes ------------------------------------------------------------------------------------------------------
 
 def look_at_origin(centre):
     """Return [R | t] (4, 4), world to camera, of a camera at `centre` (3,) that looks at the origin."""
@@ -36,7 +36,7 @@ def look_at_origin(centre):
 
 
 def cameras():
-    """Return the arrays of a cameras.npz for VIEWS views around the sphere that SCALE_MAT makes."""
+    """Return the arrays of a cameras.npz for VIEWS views around the sphere that SCALE_MAT maps to."""
     intrinsics = np.eye(4)
     intrinsics[:3, :3] = [[30.0, 0.5, 11.0], [0, 32, 9], [0, 0, 1]]
     arrays = {}
@@ -53,7 +53,7 @@ def save(path, array):
 
 @pytest.fixture
 def folder(tmp_path):
-    """The folder of a consistent scene; a test spoils one thing in it."""
+    """Return the folder of a valid scene, in which a test damages one thing."""
     rng = np.random.default_rng(0)
     scene = tmp_path / "scene"
     for view in range(VIEWS):
@@ -72,7 +72,7 @@ def change_cameras(folder, **changes):
 
 
 def refusal(function, *arguments):
-    """Call a function that must raise UserError; return its message, which must be one line."""
+    """Call a function that must raise UserError in one line; return the message."""
     with pytest.raises(helper.UserError) as raised:
         function(*arguments)
     message = str(raised.value)
@@ -81,13 +81,13 @@ def refusal(function, *arguments):
 
 
 def refused(folder, *named, downscale=1):
-    """The scene in `folder` must be refused in one line with all the words `named`."""
+    """Check that loading the scene in `folder` raises UserError in one line with all the words `named`."""
     message = refusal(datasets.load_scene, folder, downscale)
     for word in named:
         assert str(word) in message
 
 
-# --- what is read -----------------------------------------------------------------------------------------
+# --- what is read -----------------------------------------------------------------------------------------------------
 
 def test_loads_what_was_written(folder, capsys):
     scene = datasets.load_scene(str(folder))
@@ -139,7 +139,7 @@ def test_files_are_paired_by_sorted_name(folder):
     scene = datasets.load_scene(folder)
     assert scene.names == ["a", "b", "c"]
     np.testing.assert_array_equal(scene.images, before)
-    assert not scene.masks[2, :, 6].any() and scene.masks[0, 4:14, 6].all()  # the masks keep their own order
+    assert not scene.masks[2, :, 6].any() and scene.masks[0, 4:14, 6].all()  # masks are sorted on their own
 
 
 @pytest.mark.parametrize("kind", ["1", "L", "LA", "P", "RGB", "RGBA", "16 bits"])
@@ -200,10 +200,10 @@ def test_stray_files_are_ignored_with_one_notice(folder, capsys):
         assert name in notice
 
 
-# --- formats and orientations ---------------------------------------------------------------------------
+# --- formats and orientations -----------------------------------------------------------------------------------------
 
 def smooth(height=HEIGHT, width=WIDTH):
-    """A photograph (height, width, 3) uint8 that loses little in JPEG, and whose corners differ."""
+    """Return a photograph (height, width, 3) uint8 with little JPEG loss and four different corners."""
     v, u = np.mgrid[:height, :width]
     return np.stack([200 * u // width, 200 * v // height, 20 + 0 * u], axis=2).astype(np.uint8)
 
@@ -239,7 +239,7 @@ def test_sixteen_bit_tiff_and_palettes(tmp_path):
 
 
 def test_heic_is_named(tmp_path):
-    path = tmp_path / "phone.jpg"   # as some programs name what a phone made
+    path = tmp_path / "phone.jpg"   # some programs name phones' HEIC files so
     path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(200))
     assert "HEIC" in refusal(pictures.read_image, path) and "PNG or JPEG" in refusal(pictures.picture_size, path)
 
@@ -271,10 +271,10 @@ def test_masks_tell_how_sideways_photographs_are_meant(folder, capsys, orientati
     turned = pictures.turn(smooth(), orientation)
     for view in range(VIEWS):
         save_turned(folder / f"image/00{view}.png", smooth(), orientation)
-    scene = datasets.load_scene(folder)     # masks of the stored pixels
+    scene = datasets.load_scene(folder)     # the masks fit the stored pixels
     np.testing.assert_array_equal(scene.images[1], smooth())
     notice = capsys.readouterr().err
-    if orientation == 3:    # both would fit
+    if orientation == 3:    # ambiguous: both fit
         assert notice.count("\n") == 1 and "000.png" in notice and "not turned" in notice
     else:
         assert notice == ""
@@ -285,13 +285,13 @@ def test_masks_tell_how_sideways_photographs_are_meant(folder, capsys, orientati
         scene = datasets.load_scene(folder)
         np.testing.assert_array_equal(scene.images[2], turned)
         assert scene.masks.shape == (VIEWS, WIDTH, HEIGHT)
-        for view in range(VIEWS):   # a mask that is marked itself, as programs copy the mark
+        for view in range(VIEWS):   # the mask has the mark itself, as some programs copy it
             save_turned(folder / f"mask/00{view}.png", np.full((HEIGHT, WIDTH), 255, np.uint8), orientation)
         np.testing.assert_array_equal(datasets.load_scene(folder).images[2], smooth())
     assert capsys.readouterr().err == ""
 
 
-# --- shrinking --------------------------------------------------------------------------------------------
+# --- shrinking --------------------------------------------------------------------------------------------------------
 
 def test_downscale_averages_areas(folder):
     full, small = datasets.load_scene(folder), datasets.load_scene(folder, 2)
@@ -300,7 +300,7 @@ def test_downscale_averages_areas(folder):
     assert np.abs(small.images - averaged).max() <= 0.5
     covered = full.masks.reshape(VIEWS, 9, 2, 12, 2).mean(axis=(2, 4))
     np.testing.assert_array_equal(small.masks, covered > 0.5)
-    assert (covered == 0.5).any()  # or the threshold would not be tested
+    assert (covered == 0.5).any()  # else the threshold would not be tested
     np.testing.assert_array_equal(small.poses, full.poses)
 
 
@@ -330,11 +330,11 @@ def test_points_lie_on_the_rays_of_their_pixels(folder, downscale):
         assert np.abs(origin + along * directions - points).max() < 1e-5
 
 
-# --- what is refused --------------------------------------------------------------------------------------
+# --- what is refused --------------------------------------------------------------------------------------------------
 
 def test_refuses_missing_folders_and_files(folder):
     refused(folder.parent / "nowhere", folder.parent / "nowhere", "no such folder")
-    for name in ("cameras.npz", "mask", "image"):  # each goes with those before it, and is noticed first
+    for name in ("cameras.npz", "mask", "image"):  # removed one after the other; each is reported first
         path = folder / name
         path.unlink() if path.is_file() else shutil.rmtree(str(path))
         refused(folder, path, "no such")
@@ -394,7 +394,7 @@ def test_refuses_what_is_no_regular_file(folder, monkeypatch):
     refused(folder, path, "not a regular file")
     path.unlink()
     with socket.socket(socket.AF_UNIX) as listener:
-        monkeypatch.chdir(path.parent)  # the name of a socket is short
+        monkeypatch.chdir(path.parent)  # a socket's path must be short
         listener.bind(path.name)
         refused(folder, path, "not a regular file")
     assert "too long" in refusal(pictures.read_image, folder / ("x" * 300 + ".png"))
@@ -402,7 +402,7 @@ def test_refuses_what_is_no_regular_file(folder, monkeypatch):
 
 
 def test_refuses_a_tiff_whose_tags_share_their_bytes(tmp_path):
-    """A megabyte that 2000 tags name would take 2 GB, in the first directory or in the one of EXIF's tags."""
+    """2000 tags that share a megabyte would unpack to 2 GB, in the first directory or in that of the EXIF tags."""
     def entries(count, first):
         return b"".join(struct.pack("<HHII", first + tag, 7, 1 << 20, 8) for tag in range(count))
     picture = io.BytesIO()
@@ -486,13 +486,13 @@ def test_matrices_that_unpack_to_any_size(folder, compression, suffix):
         in_little_memory(refused, folder, path, "cameras.npz: ")
         whole = bytearray(path.read_bytes())
         place = whole.index(b"PK\1\2")
-        whole[place + 24:place + 28] = (128).to_bytes(4, "little")        # the size, which is a lie
+        whole[place + 24:place + 28] = (128).to_bytes(4, "little")        # a false size
         path.write_bytes(whole)
         in_little_memory(refused, folder, path, "cameras.npz: ")
 
 
 def test_matrices_without_a_suffix(folder):
-    """numpy.load takes them too."""
+    """numpy.load reads them as well."""
     wanted = datasets.load_cameras(folder / "cameras.npz", VIEWS)
     with zipfile.ZipFile(folder / "cameras.npz") as file:
         entries = {name[:-4]: file.read(name) for name in file.namelist()}
@@ -514,7 +514,7 @@ def test_cameras_that_are_no_file_or_a_large_one(folder):
 
 
 class Trap:
-    """Its pickle, when loaded, makes the file that it was told of."""
+    """An object whose pickle, when loaded, creates the given file."""
 
     def __init__(self, file):
         self.file = file
@@ -569,7 +569,7 @@ def test_chosen_views():
         assert "--views" in message and words[-1] in message
 
 
-# --- rays and the training feed ---------------------------------------------------------------------------
+# --- rays and the training feed ---------------------------------------------------------------------------------------
 
 def test_view_rays(folder):
     scene = datasets.load_scene(folder)
@@ -585,7 +585,7 @@ def test_view_rays(folder):
 
 
 def numbered_scene(height, width, views=3):
-    """A scene in memory whose colours number a view's pixels (256 red + green); half of them are masked."""
+    """Return a scene whose colours encode the pixel's index (256 red + green); every other pixel is in the mask."""
     numbers = np.arange(height * width).reshape(height, width)
     image = np.stack([numbers // 256, numbers % 256, 0 * numbers], axis=2).astype(np.uint8)
     pose = np.linalg.inv(look_at_origin((0, 0, -3.0)))
@@ -611,7 +611,7 @@ def test_every_view_once_in_each_epoch():
     order = [batch.view for batch in take(60, numbered_scene(4, 5, 8), views, 4, 0)]
     epochs = [order[i:i + 6] for i in range(0, 60, 6)]
     assert all(sorted(epoch) == views for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) > 3  # shuffled anew, not once
+    assert len({tuple(epoch) for epoch in epochs}) > 3  # a new order in each epoch
 
 
 def test_a_batch_is_of_one_view_and_its_pixels():
@@ -642,10 +642,10 @@ def test_batches_from_a_step_on_are_those_of_a_whole_run():
     for start in (1, 3, 8):
         rest = [(batch.view, pixel_numbers(batch).tolist()) for batch in take(12 - start, scene, views, 20, 5, start)]
         assert rest == whole[start:]
-    assert len({numbers[0] for _, numbers in whole}) > 6      # not the same pixels in each step
+    assert len({numbers[0] for _, numbers in whole}) > 6      # new pixels in each step
 
 
-@pytest.mark.parametrize("height, width, rays", [(10, 12, 40), (120, 125, 200)])  # numpy has two ways
+@pytest.mark.parametrize("height, width, rays", [(10, 12, 40), (120, 125, 200)])  # NumPy has two algorithms
 def test_pixels_are_uniform_over_the_whole_image(height, width, rays):
     batches = take(200, numbered_scene(height, width), [0], rays, 1)
     numbers = np.concatenate([pixel_numbers(batch) for batch in batches])
@@ -674,7 +674,7 @@ def test_rays_at_the_outline_come_often_and_count_little():
     assert all(len(set(row)) == rays for row in numbers)
     assert np.isin(numbers, near).sum(axis=1).tolist().count(50) in range(100, 300)     # 50 or 51
     assert np.isin(numbers, inside).mean() == pytest.approx(0.5 * datasets.OBJECT_SHARE, abs=0.003)
-    # A weighted sum over the pixels is on average what it is for uniform ones, in each of the regions and in all.
+    # The expected weighted sum over pixels equals that of uniform pixels, in each region and overall.
     weights = np.stack([batch.weights for batch in batches])
     assert weights.dtype == np.float32
     for region in (near, inside, outside):
@@ -713,11 +713,11 @@ def test_an_error_in_the_feed_reaches_the_reader():
         next(batches)
 
 
-# --- the real thing ---------------------------------------------------------------------------------------
+# --- the real thing ---------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def scan65(tmp_path_factory):
-    """Four views of DTU's scan 65 at 1/8 of its size."""
+    """Return four views of DTU's scan 65 at 1/8 of their size."""
     folder = tmp_path_factory.mktemp("data") / "dtu_scan65"
     link_scan65(folder, (0, 16, 32, 48), ("world", "scale"))
     return datasets.load_scene(folder, 8)

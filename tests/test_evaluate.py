@@ -1,4 +1,4 @@
-"""PSNR and SSIM, on cases with a known answer."""
+"""Test PSNR and SSIM on cases with a known answer."""
 import numpy as np
 import pytest
 
@@ -23,8 +23,8 @@ def test_psnr_over_views_is_over_their_pixels():
 
 def test_ssim_of_flat_images_is_what_their_means_make_it():
     image, truth = np.full((16, 20, 3), 0.5), np.full((16, 20, 3), 0.25)
-    likeness = images.similarity(image, truth, np.ones((16, 20), bool))
-    assert images.ssim(likeness) == pytest.approx((2 * 0.5 * 0.25 + 0.01 ** 2) / (0.5 ** 2 + 0.25 ** 2 + 0.01 ** 2))
+    similarity = images.similarity(image, truth, np.ones((16, 20), bool))
+    assert images.ssim(similarity) == pytest.approx((2 * 0.5 * 0.25 + 0.01 ** 2) / (0.5 ** 2 + 0.25 ** 2 + 0.01 ** 2))
 
 
 def test_ssim_counts_the_masked_pixels_alone():
@@ -32,7 +32,7 @@ def test_ssim_counts_the_masked_pixels_alone():
     truth = rng.uniform(size=(24, 24, 3)).astype(np.float32)
     mask = np.zeros((24, 24), bool)
     mask[8:16, 6:20] = True
-    image = np.where(mask[..., None], truth, 1.0)       # right within the mask, white without
+    image = np.where(mask[..., None], truth, 1.0)       # right inside the mask, white outside
     assert images.ssim(images.similarity(image, truth, mask)) == pytest.approx(1.0)
     image[mask] = image[mask][::-1]
     wrong = images.similarity(image, truth, mask)

@@ -1,4 +1,4 @@
-"""The extraction, on exact shapes; what it writes, opened as others open it."""
+"""Test the extraction on exact shapes, and its files as other programs open them."""
 import shutil
 import subprocess
 
@@ -21,7 +21,7 @@ def torus(points):
 
 
 def box(points):
-    """A slanted box with sides 1, 0.6, 0.2: exact outside, and inside."""
+    """A slanted box with sides 1, 0.6, 0.2; exact inside and outside."""
     turned = points @ slanted_axes().T
     q = np.abs(turned) - np.array([0.5, 0.3, 0.1])
     return (np.linalg.norm(np.maximum(q, 0), axis=1) + np.minimum(q.max(axis=1), 0)).astype(np.float32)
@@ -85,21 +85,21 @@ def test_no_surface_is_said_in_one_line(sdf):
         extract.extract(sdf, 32, 32)
 
 
-# --- what the coarse pass misses ------------------------------------------------------------------------------
+# --- what the coarse pass misses --------------------------------------------------------------------------------------
 
 def ball(points):
     return np.linalg.norm(points, axis=1) - 0.3
 
 
 def capsule(points, start, end, radius, end_radius=None):
-    """A rod from `start` to `end`, or about a cone where its radius changes."""
+    """A rod from `start` to `end`, or approximately a cone if its radius changes."""
     along = np.clip((points - start) @ (end - start) / ((end - start) @ (end - start)), 0, 1)
     radii = radius + along * ((radius if end_radius is None else end_radius) - radius)
     return np.linalg.norm(points - start - along[:, None] * (end - start), axis=1) - radii
 
 
 class Counted:
-    """An sdf that counts the points at which it is asked for."""
+    """An sdf, the union of parts, that counts its evaluations."""
 
     def __init__(self, *parts):
         self.parts, self.count = parts, 0
@@ -136,7 +136,7 @@ def test_a_tail_with_a_bend_and_a_second_ball_at_its_end():
 
 @pytest.mark.parametrize("slope", [0.5, 2.5])
 def test_a_tail_of_an_sdf_that_is_none(slope):
-    """A slope above SLACK hides the tail from the coarse grid; the box grows all the same."""
+    """A slope above SLACK hides the tail from the coarse grid, but the box still grows."""
     tip = np.array([0.5, 0.4, 0.3])
     parts = Counted(ball, lambda points: capsule(points, 0 * tip, tip, 0.02))
     mesh = extract.extract(lambda points: slope * parts(points), 40, 100)
@@ -162,11 +162,11 @@ def test_a_sheet_between_the_points_of_the_coarse_grid():
     assert mesh.is_watertight and mesh.extents == pytest.approx([0.016, 1.0, 0.8], abs=0.01)
 
 
-# --- the unit sphere --------------------------------------------------------------------------------------------
+# --- the unit sphere --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("sdf", [torus, box, with_floater, ball])
 def test_a_shape_within_the_unit_sphere_is_what_it_is_without_that(sdf):
-    """The two passes on the sdf as it is give the mesh bit for bit."""
+    """The two passes without the unit sphere give the same mesh, bit for bit."""
     cell = 2 / 48
     coarse = extract.largest_component(extract.grid_mesh(sdf, np.eye(3), np.full(3, -1.0), np.full(3, 1.0), cell))
     axes, low, high = extract.oriented_box(coarse)
@@ -196,7 +196,7 @@ def test_a_surface_that_leaves_the_unit_sphere_is_closed_by_it(direction):
     mesh = extract.extract(off, 40, 80)
     assert mesh.is_watertight and mesh.euler_number == 2
     assert np.linalg.norm(mesh.vertices, axis=1).max() < 1 + 1e-3
-    # Two spherical caps: the planes of the circle in which the spheres meet are 5/6 and 7/30 from their centres.
+    # Two spherical caps: the plane of the circle in which the spheres meet is 5/6 and 7/30 from their centres.
     on_unit, on_shape = 2 * np.pi * (1 - 5 / 6), 2 * np.pi * 0.6 * (0.6 + 7 / 30)
     cut = extract.cut_by_sphere(mesh.vertices, off)
     assert mesh.area_faces[cut[mesh.faces].all(axis=1)].sum() == pytest.approx(on_unit, rel=0.08)
@@ -215,7 +215,7 @@ def test_where_the_sphere_cuts_the_normals_are_the_spheres():
 
 
 def test_a_surface_through_grid_points_is_closed_all_the_same():
-    """Where the sdf is exactly 0 on points of the grid, marching cubes makes triangles without area."""
+    """If the sdf is exactly 0 at grid points, marching cubes makes triangles without area."""
     def plates(points):
         return np.abs(np.round(points * 16) / 16).max(axis=1).astype(np.float32) - np.float32(0.5)
 
@@ -225,7 +225,7 @@ def test_a_surface_through_grid_points_is_closed_all_the_same():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_surface_within_rounding_of_grid_points_is_closed_all_the_same(seed):
-    """A turned cube whose faces lie in the grid's planes: triangles as thin as float32 can tell, none of them lost."""
+    """A rotated cube with faces in the grid's planes gives triangles as thin as float32 allows; none may be lost."""
     axes = Rotation.random(random_state=seed).as_matrix()
 
     def cube(points):
@@ -233,11 +233,11 @@ def test_a_surface_within_rounding_of_grid_points_is_closed_all_the_same(seed):
 
     mesh = extract.largest_component(extract.grid_mesh(cube, axes, np.full(3, -1.0), np.full(3, 1.0), 1 / 16))
     assert mesh.is_watertight and mesh.euler_number == 2
-    assert mesh.volume == pytest.approx(1.0, rel=0.03)     # its edges are cut within a cell
+    assert mesh.volume == pytest.approx(1.0, rel=0.03)     # marching cubes cuts its edges within a cell
 
 
 def painted_ball():
-    """A small ball off the middle with exact normals: red where z > 0, dark blue below."""
+    """Return a small ball beside the origin with exact normals: red where z > 0, dark blue below."""
     ball = trimesh.creation.icosphere(subdivisions=3, radius=0.4)
     colors = np.where(ball.vertices[:, 2:] > 0, [[250, 10, 10]], [[10, 20, 60]]).astype(np.uint8)
     return trimesh.Trimesh(ball.vertices + [0.1, 0.2, 0.0], ball.faces, vertex_normals=ball.vertices / 0.4,
@@ -276,14 +276,14 @@ def test_what_is_written_has_colours_and_normals(tmp_path, suffix):
     assert loaded.vertices == pytest.approx(ball.vertices, abs=1e-6)
     assert loaded.vertex_normals == pytest.approx(ball.vertex_normals, abs=1e-6)
     colors = ball.visual.vertex_colors[:, :3]
-    if suffix == ".glb":        # linear light there: a grey of 188 is half of white
+    if suffix == ".glb":        # glTF is linear: a grey of 188 is half of white
         assert loaded.visual.vertex_attributes["color"] == pytest.approx((colors / 255) ** 2.2, abs=0.02)
         assert b"KHR_materials_unlit" in (tmp_path / "ball.glb").read_bytes()
     else:
         assert np.array_equal(loaded.visual.vertex_colors[:, :3], colors)
 
 
-# Into the page: it may fetch nothing from outside, and after one second a mouse drags the mesh by 150 pixels.
+# Inserted into the page: a policy against fetching anything, and a mouse that drags the mesh by 150 pixels after 1 s.
 NOTHING_FROM_OUTSIDE = """<head><meta http-equiv="Content-Security-Policy" content="default-src 'none';
     script-src 'unsafe-inline'; style-src 'unsafe-inline'; connect-src data: blob:; img-src data: blob:">"""
 DRAG = """<script>
@@ -300,7 +300,7 @@ setTimeout(() => {
 
 
 def photographed(page, folder):
-    """What headless Chromium draws of a page (H, W, 3), and its console's lines; skips where there is no Chromium."""
+    """Return a page (H, W, 3) as headless Chromium draws it, and the console's lines; skip without Chromium."""
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     if not browser:
         pytest.skip("no Chromium here to open the page with (apt-get install chromium)")
@@ -310,13 +310,14 @@ def photographed(page, folder):
          "--enable-unsafe-swiftshader", "--disable-quic", "--no-first-run", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", f"--user-data-dir={folder / 'profile'}",
          "--enable-logging=stderr", "--window-size=400,400", "--virtual-time-budget=4000",
-         f"--screenshot={folder / 'page.png'}", f"file://{folder / 'page.html'}"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
+         f"--screenshot={folder / 'page.png'}", f"file://{folder / 'page.html'}"], stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, timeout=120)
     console = [line for line in done.stdout.decode(errors="replace").splitlines() if "CONSOLE" in line]
     return imageio.imread(folder / "page.png")[..., :3].astype(int), console
 
 
 def share(picture, condition):
-    """The share of the drawn pixels, those that are not white, that fulfil a condition on (r, g, b)."""
+    """Return the share of the drawn pixels (those not white) that satisfy a condition on (r, g, b)."""
     drawn = picture[(picture < 240).any(axis=-1)]
     assert 0.05 * picture.size / 3 < len(drawn) < 0.8 * picture.size / 3
     return condition(*drawn.T).mean()

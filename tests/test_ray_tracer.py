@@ -1,5 +1,4 @@
-"""The tracer on exact shapes, against closed forms and a dense march in double precision, which share none of
-its code."""
+"""Test the tracer on exact shapes, against independent code: closed forms, and a dense march in double precision."""
 
 import numpy as np
 import pytest
@@ -10,13 +9,14 @@ from config.settings import Tracer
 from training import step
 
 TOLERANCE = 5e-5
-# A ray that only just touches or clears a surface is neither hit nor miss. The tests leave out the rays whose
-# sdf has an extremum, or begins or ends on the unit sphere, within this distance of zero.
+# A ray that barely touches or barely misses a surface is neither hit nor miss. The tests exclude rays whose sdf has an
+# extremum, or an end on the unit sphere, within this distance of zero.
 GRAZING = 3e-4
 ALONG_X = np.array([[1, 0, 0]], np.float32)
 
 
-# Shapes: points (N, 3) of either precision -> sdf (N,) of the same, exact or, for cut shapes, a lower bound.
+# --- shapes -----------------------------------------------------------------------------------------------------------
+# Points (N, 3) of either precision -> sdf (N,) of the same precision: exact, or a lower bound for cut shapes.
 
 def length(x):
     return np.sqrt((x * x).sum(-1))
@@ -41,7 +41,7 @@ def two_balls(x):
 
 
 def shell(x, half=0.0025):
-    """A hollow ball. Its wall, by default 0.005, is a quarter of the gap between 100 samples of a chord."""
+    """A hollow ball. Its wall, 0.005 by default, is a quarter of the gap between 100 samples of a chord."""
     return np.abs(length(x) - x.dtype.type(0.6)) - x.dtype.type(half)
 
 
@@ -50,12 +50,12 @@ def half_ball(x):
 
 
 def protruding(x):
-    """A ball and a bar that leave the unit sphere, which cuts them open."""
+    """A ball and a bar that leave the unit sphere and are cut open by it."""
     return np.minimum(ball(x, 0.5, (0.8, 0, 0)), box(x, (0.2, 1.5, 0.15)))
 
 
 def bumpy(x):
-    """Like an sdf only roughly: its slope reaches 1.6."""
+    """Only approximately an sdf: its slope reaches 1.6."""
     return ball(x, 0.5) + x.dtype.type(0.03) * np.sin(20 * x).prod(-1)
 
 
@@ -63,7 +63,7 @@ SHAPES = [ball, box, torus, two_balls, shell, half_ball, protruding]
 
 
 def make_rays(seed=0, outside=1200, inside=300, away=50):
-    """Rays from 3 units away (some miss the sphere), from inside the sphere, and looking away from it."""
+    """Return rays from 3 units away (some miss the sphere), from inside the sphere, and pointing away from it."""
     rng = np.random.default_rng(seed)
 
     def unit(n):
@@ -80,15 +80,15 @@ def make_rays(seed=0, outside=1200, inside=300, away=50):
 
 
 def least_sdf_points(sdf, origins, directions, samples, rng=None):
-    """The points of least sdf, of rays none of which seeks its hit."""
-    nothing = np.zeros(len(directions), bool)
-    t, hit = ray_tracer.hit_or_least_sdf(sdf, origins, directions, nothing, samples=samples, rng=rng)
+    """Return the points of least sdf on rays none of which wants a hit."""
+    want_none = np.zeros(len(directions), bool)
+    t, hit = ray_tracer.hit_or_least_sdf(sdf, origins, directions, want_none, samples=samples, rng=rng)
     assert not hit.any() and t.dtype == np.float32
     return np.asarray(origins, np.float32) + t[:, None] * np.asarray(directions, np.float32)
 
 
 def first_below(sdf, level, origins, directions, t, values):
-    """Where values, the sdf at the sorted t (R, S), first go below level, by bisection; NaN for nowhere."""
+    """Return where `values`, the sdf at the sorted t (R, S), first fall below level, by bisection; NaN if never."""
     below = (values[:, :-1] > level) & (values[:, 1:] <= level)
     rays, first = np.arange(len(t)), below.argmax(1)
     low, high = t[rays, first], t[rays, first + 1]
@@ -100,14 +100,14 @@ def first_below(sdf, level, origins, directions, t, values):
 
 
 def chords(origins, directions):
-    """near, far (R,), equal for a ray that misses the unit sphere."""
+    """Return near and far (R,), which are equal for a ray that misses the unit sphere."""
     middle = -(origins * directions).sum(1)
     half = np.sqrt(np.maximum(1 - length(origins + middle[:, None] * directions) ** 2, 0))
     return np.maximum(middle - half, 0), np.maximum(middle + half, 0)
 
 
 def find_truth(sdf, origins, directions, samples=2000):
-    """hit (R,) bool; earliest, latest (R,), t at sdf = +- TOLERANCE; clear (R,) bool, not grazing."""
+    """Return hit (R,) bool, earliest and latest (R,), the t at sdf = +-TOLERANCE, and clear (R,) bool, not grazing."""
     origins, directions = origins.astype(float), directions.astype(float)
     near, far = chords(origins, directions)
     rays = np.flatnonzero(far > near)
@@ -131,13 +131,13 @@ def sdf_at(sdf, origins, directions, t):
 
 
 def trace(sdf, **settings):
-    """One ray along +x from x = -3."""
+    """Trace one ray along +x from x = -3."""
     t, hit = ray_tracer.trace(sdf, np.float32([-3, 0, 0]), ALONG_X, tolerance=TOLERANCE, **settings)
     return float(t[0]), bool(hit[0])
 
 
 def counted(sdf):
-    """The sdf, and a list to which each of its calls adds the points."""
+    """Return the sdf, and a list that each call extends by its points."""
     calls = []
 
     def seen(points):
@@ -158,7 +158,7 @@ def truths(rays):
     return {sdf: find_truth(sdf, *rays) for sdf in SHAPES + [bumpy]}
 
 
-# Every ray.
+# --- every ray --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("refinement", ["secant", "bisection"])
 @pytest.mark.parametrize("sdf", SHAPES + [bumpy])
@@ -175,7 +175,7 @@ def test_every_ray_is_right(sdf, refinement, rays, truths):
 
 
 def test_truth_agrees_with_closed_forms(rays, truths):
-    """The ball's and the box's truth once more, from their equations."""
+    """Check find_truth on the ball and the box, whose hits have equations."""
     origins, directions = np.float64(rays[0]), np.float64(rays[1])
     b = (origins * directions).sum(1)
     discriminant = b * b - (origins * origins).sum(1) + 0.36
@@ -205,7 +205,7 @@ def test_every_ray_is_right_by_march_alone(sdf, rays, truths):
 
 @pytest.mark.parametrize("half", [0.001, 0.0002])
 def test_thinner_shell_is_not_lost_between_samples(half, rays):
-    """Sphere tracing stalls in front of these walls, and all samples of the march may lie beside them."""
+    """Sphere tracing stalls in front of these walls, and all samples of the march may miss them."""
     def thin(x):
         return shell(x, half)
 
@@ -233,7 +233,7 @@ def test_batch_size_changes_nothing(batch, rays):
         assert (part_points == points[part]).all()
 
 
-# Single rays: where they start, and which crossing comes first.
+# --- single rays: their starts, and the first of several crossings ----------------------------------------------------
 
 def test_ray_and_unit_sphere():
     origins = np.float32([[-3, 0, 0], [0.5, 0, 0], [3, 0, 0], [-3, 0.6, 0], [-3, 2, 0], [3, 2, 0], [1, 0, 0]])
@@ -256,7 +256,7 @@ def test_ends_of_the_chord_lie_on_the_unit_sphere(rays):
 
 
 def test_chord_of_a_grazing_ray_is_exact():
-    """In float32 arithmetic the end of this chord is wrong by 1e-4."""
+    """In float32 arithmetic, the end of this chord would be wrong by 1e-4."""
     height = np.float32(1 - 3e-6)
     angle = 0.7
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
@@ -269,7 +269,7 @@ def test_chord_of_a_grazing_ray_is_exact():
 
 
 def test_first_of_several_crossings():
-    """Four balls in a row, seen along it and by a camera among them."""
+    """Four balls in a row, seen from outside and from cameras between and inside them."""
     def row(x):
         return np.min([ball(x, 0.1, (centre, 0, 0)) for centre in (-0.75, -0.25, 0.25, 0.75)], 0)
 
@@ -294,7 +294,7 @@ def test_start_on_the_surface_is_a_hit():
 
 
 def test_near_end_that_steps_inside_keeps_the_bracket():
-    """The first stride, too long, lands inside; the march samples from the last point outside to there."""
+    """The first stride is too long and lands inside; the march samples from the last point outside to there."""
     seen, calls = counted(lambda x: np.float32(1.7) * ball(x, 0.6))
     t, hit = trace(seen)
     assert hit and abs(t - 2.4) <= TOLERANCE
@@ -304,7 +304,7 @@ def test_near_end_that_steps_inside_keeps_the_bracket():
 
 
 def test_near_end_that_steps_inside_at_first_of_two():
-    """The first step, too long, lands in the second of two plates."""
+    """The first stride is too long and lands in the second of two plates."""
     def plates(x):
         nearest = np.minimum(np.abs(x[:, 0] + np.float32(0.8)), np.abs(x[:, 0] + np.float32(0.7)))
         return np.minimum(np.float32(1.6) * nearest - np.float32(0.02), np.float32(0.31))
@@ -315,17 +315,17 @@ def test_near_end_that_steps_inside_at_first_of_two():
 
 @pytest.mark.parametrize("slope", [1.5, 3, 20])
 def test_stride_past_an_end_inside_is_no_miss(slope):
-    """The object reaches through the far side of the sphere: there is a surface, however long the strides."""
+    """The object reaches through the far side of the sphere, so there is a surface, however long the strides."""
     t, hit = trace(lambda x: np.float32(slope) * ball(x, 0.5, (1, 0, 0)))
     assert hit and abs(t - 3.5) <= TOLERANCE
 
 
 @pytest.mark.parametrize("slope", [1, 1.2])
 def test_no_wall_is_lost_between_samples(slope):
-    """Wherever it lies to the samples; at the greater slope the search of the gap steps inside the wall."""
+    """The wall may lie anywhere between two samples. At the greater slope, the search of the gap steps inside it."""
     half = 0.0005 if slope == 1 else 0.002
     for x in np.linspace(-0.55, -0.52, 61):
-        def wall(points):
+        def wall(points, x=x):
             return np.float32(slope) * (np.abs(points[:, 0] - np.float32(x)) - np.float32(half))
 
         t, hit = trace(wall, sphere_tracing_steps=0)
@@ -333,7 +333,7 @@ def test_no_wall_is_lost_between_samples(slope):
 
 
 def test_stalled_near_end_goes_on_by_march():
-    """In so few steps nothing arrives; the rest of the way is sampled."""
+    """So few steps do not arrive; the rest of the chord is sampled."""
     t, hit = trace(lambda x: np.float32(0.05) * ball(x, 0.6), sphere_tracing_steps=3)
     assert hit and abs(t - 2.4) <= 20 * TOLERANCE
 
@@ -344,7 +344,7 @@ def test_nan_is_a_miss():
 
 
 def test_noise_moves_hits_by_no_more_than_itself(rays, truths):
-    """An sdf as rough as a half-trained network's, its slope anything up to 3: the ball is still found."""
+    """The ball is found even if the sdf is as noisy as a half-trained network's, with slopes up to 3."""
     def noisy(x):
         return ball(x) + np.float32(0.002) * np.sin(np.float32(1000) * x).prod(-1)
 
@@ -358,15 +358,15 @@ def test_noise_moves_hits_by_no_more_than_itself(rays, truths):
     assert np.abs(sdf_at(ball, *rays, t))[hit & sure].max() < 0.0025
 
 
-# Refinement.
+# --- refinement -------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("refinement", ["secant", "bisection"])
 @pytest.mark.parametrize("before, behind", [(1, 0.01), (0.01, 1), (1, 1)])
 def test_kinked_sdf_is_refined_within_the_steps(before, behind, refinement):
-    """Slopes that differ a hundredfold, with the kink and the zero anywhere in the widest of brackets."""
+    """Slopes differ a hundredfold, and kink and zero lie anywhere in the widest bracket."""
     for kink in np.linspace(-0.0095, 0.0095, 39):
         for zero in np.linspace(-0.009, 0.009, 7):
-            def sdf(x):
+            def sdf(x, kink=kink, zero=zero):
                 def rise(u):
                     u = u - np.float32(kink)
                     return np.where(u < 0, np.float32(before) * u, np.float32(behind) * u)
@@ -405,10 +405,10 @@ def test_refinement_steps_are_a_limit_and_the_best_point_counts(refinement):
         values = np.abs(steep(np.concatenate(calls)))
         assert hit and np.abs(steep(np.float32([[t - 3, 0, 0]])))[0] == values.min()
     assert np.subtract(number, number[0]).tolist() == [0, 1, 3, 8]
-    assert sorted(off, reverse=True) == off and off[-1] < 4 / 99 / 2 ** 7  # of 2 gaps where so steep
+    assert sorted(off, reverse=True) == off and off[-1] < 4 / 99 / 2 ** 7  # a steep sdf's bracket: 2 gaps
 
 
-# What is evaluated, and how often.
+# --- what is evaluated, and how often ---------------------------------------------------------------------------------
 
 def test_nothing_is_evaluated_where_no_ray_meets_the_sphere():
     seen, calls = counted(ball)
@@ -433,11 +433,11 @@ def test_no_rays():
 
 
 def test_plain_rays_end_early():
-    seen, calls = counted(ball)  # straight at the ball: both ends, one step of each, the hit
+    seen, calls = counted(ball)  # straight at the ball: both ends, then one step of each
     t, hit = trace(seen)
     assert hit and [len(points) for points in calls] == [2, 2]
 
-    seen, calls = counted(lambda x: ball(x, 0.05, (0, 0.9, 0)))  # the space about its ends is free
+    seen, calls = counted(lambda x: ball(x, 0.05, (0, 0.9, 0)))  # the free spheres at the two ends cover the chord
     t, hit = trace(seen)
     assert not hit and [len(points) for points in calls] == [2]
 
@@ -447,7 +447,7 @@ def test_plain_rays_end_early():
 
 
 def test_an_end_that_stops_is_not_evaluated_again():
-    def near_arrives(x):  # the far end, whose sdf is too small, would have a long way to go
+    def near_arrives(x):  # the far end's sdf is too small, so it would need many steps
         return np.where(x[:, 0] < 0, np.float32(1), np.float32(0.5)) * ball(x)
 
     def far_gets_inside(x):
@@ -460,14 +460,14 @@ def test_an_end_that_stops_is_not_evaluated_again():
 
 
 def wavy(x):
-    """Much like a sdf, but along rays it rises and falls often near 0."""
+    """Similar to an sdf, but along rays it often rises and falls near 0."""
     return np.float32(0.03) * np.cos(np.float32(40) * x[:, 0]) + np.float32(0.4) * np.abs(x[:, 1]) - np.float32(0.02)
 
 
 @pytest.mark.parametrize("shape", [ball, bumpy, wavy, lambda x: -ball(x, 0.4), lambda x: np.float32(0.2) * ball(x)],
                          ids=["ball", "bumpy", "wavy", "from inside", "flat"])
-def test_samples_left_out_change_nothing(rays, monkeypatch, shape):
-    """Coarse to fine gives to the bit what all samples give, from fewer: hits and least-sdf points."""
+def test_skipped_samples_change_nothing(rays, monkeypatch, shape):
+    """Coarse to fine gives the hits and least-sdf points of all samples, bit for bit, from fewer evaluations."""
     def results():
         seen, calls = counted(shape)
         found = (*ray_tracer.trace(seen, *rays, sphere_tracing_steps=0),
@@ -475,7 +475,7 @@ def test_samples_left_out_change_nothing(rays, monkeypatch, shape):
         return found, sum(len(points) for points in calls)
 
     fine, few = results()
-    monkeypatch.setattr(ray_tracer, "FEW_POINTS", (1,))
+    monkeypatch.setattr(ray_tracer, "STRIDES", (1,))
     dense, many = results()
     for ours, theirs in zip(fine, dense):
         assert np.array_equal(ours, theirs)
@@ -484,13 +484,13 @@ def test_samples_left_out_change_nothing(rays, monkeypatch, shape):
 
 @pytest.mark.parametrize("sdf", SHAPES)
 def test_a_step_finds_the_hits_that_a_trace_finds(sdf, rays, truths):
-    """Of the rays that seek it the hit, of all others and of those that miss the least sdf of their samples."""
+    """Rays that want a hit get it; all others, and those without one, get their sample of least sdf."""
     true_hit, earliest, latest, clear = truths[sdf]
-    seeks = np.arange(len(true_hit)) % 3 > 0
+    want_hit = np.arange(len(true_hit)) % 3 > 0
     seen, calls = counted(sdf)
-    t, hit = ray_tracer.hit_or_least_sdf(seen, *rays, seeks, samples=100, rng=np.random.default_rng(2),
+    t, hit = ray_tracer.hit_or_least_sdf(seen, *rays, want_hit, samples=100, rng=np.random.default_rng(2),
                                          tolerance=TOLERANCE)
-    assert np.flatnonzero((hit != (true_hit & seeks)) & clear).tolist() == []
+    assert np.flatnonzero((hit != (true_hit & want_hit)) & clear).tolist() == []
     sure = hit & clear
     assert (t >= earliest)[sure].all() and (t <= latest)[sure].all()
     expected = least_sdf_points(sdf, *rays, 100, np.random.default_rng(2))
@@ -499,18 +499,18 @@ def test_a_step_finds_the_hits_that_a_trace_finds(sdf, rays, truths):
 
 
 @pytest.mark.parametrize("sdf", SHAPES)
-def test_a_rough_sdf_for_the_samples_changes_no_hit(sdf, rays, truths):
-    """What a half-precision sdf gets wrong is looked at again."""
+def test_a_half_precision_sdf_changes_no_hit(sdf, rays, truths):
+    """A half-precision sdf replaces the exact one only where values choose among samples."""
     true_hit, earliest, latest, clear = truths[sdf]
     noise = np.random.default_rng(3)
 
-    def rough(x):
+    def half_precision(x):
         return sdf(x) + noise.uniform(-2e-3, 2e-3, len(x)).astype(np.float32)
 
-    seeks = np.ones(len(true_hit), bool)
-    t, hit = ray_tracer.hit_or_least_sdf(sdf, *rays, seeks, rough_sdf=rough, tolerance=TOLERANCE)
+    want_hit = np.ones(len(true_hit), bool)
+    t, hit = ray_tracer.hit_or_least_sdf(sdf, *rays, want_hit, half_precision_sdf=half_precision, tolerance=TOLERANCE)
     wrong = np.flatnonzero((hit != true_hit) & clear)
-    assert len(wrong) <= 2e-3 * len(hit)        # a ray may just reach what only an exact sum of two ends would rule out
+    assert len(wrong) <= 2e-3 * len(hit)        # rays that only an exact sum of two ends would rule out
     sure = hit & clear & true_hit
     assert (np.abs(sdf(rays[0] + t[:, None] * rays[1])) <= TOLERANCE)[sure].mean() > 0.995
     assert ((t >= earliest) & (t <= latest))[sure].mean() > 0.995
@@ -528,7 +528,7 @@ def test_the_hits_of_a_step_take_few_calls():
 
 def test_the_march_looks_at_few_samples():
     for radius in (0.8, 0.485, 0.1):
-        seen, calls = counted(lambda x: ball(x, radius))
+        seen, calls = counted(lambda x, radius=radius: ball(x, radius))
         _, hit = trace(seen, sphere_tracing_steps=0, refinement_steps=0)
         assert hit and sum(len(points) for points in calls) < 30
 
@@ -541,8 +541,8 @@ def test_only_gaps_that_can_matter_are_searched():
     t, hit = trace(plates, sphere_tracing_steps=0)
     assert hit and abs(t - 2.07) <= TOLERANCE
 
-    for height, searches in ((0.015, []), (0.009, [99])):  # along a wall: over and under half a gap away
-        seen, calls = counted(lambda x: np.full(len(x), height, np.float32))
+    for height, searches in ((0.015, []), (0.009, [99])):  # along a wall: farther and nearer than half a gap
+        seen, calls = counted(lambda x, height=height: np.full(len(x), height, np.float32))
         _, hit = trace(seen, sphere_tracing_steps=0)
         sizes = [len(points) for points in calls]
         assert not hit and sum(sizes[:5]) == 100 and sizes[5:] == searches
@@ -560,7 +560,7 @@ def test_few_points_are_evaluated(rays, truths):
     assert len(calls) <= 11 + 5 + 8
 
 
-# Least sdf.
+# --- least sdf --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("rng", [None, 5])
 def test_least_sdf_is_the_least_of_the_samples(rng, rays):
@@ -578,10 +578,10 @@ def test_least_sdf_is_the_least_of_the_samples(rng, rays):
 
 
 def test_least_sdf_points_fill_the_chord():
-    """Each of the intervals has its sample, drawn anew each time, and all rays share the draw."""
+    """Each interval has one sample, drawn anew in each call, and all rays share the draw."""
     rng, x = np.random.default_rng(0), []
     for _ in range(200):
-        seen, calls = counted(lambda points: 0 * points[:, 0])  # where all are the least, none is left out
+        seen, calls = counted(lambda points: 0 * points[:, 0])  # all samples are least, so none is skipped
         least_sdf_points(seen, np.float32([-3, 0, 0]), ALONG_X.repeat(2, 0), 4, rng)
         x.append(np.sort(np.concatenate(calls)[:, 0]).reshape(5, 2).T[:, 1:])     # behind the near end
     x = np.stack(x)
@@ -601,7 +601,7 @@ def test_least_sdf_of_a_ray_that_misses_is_its_nearest_point(rays):
     assert np.abs(length(points) - nearest).max() < 1e-5
 
 
-# Arguments.
+# --- arguments --------------------------------------------------------------------------------------------------------
 
 def test_one_origin_serves_all_rays(rays):
     origin = np.float64([0, -3, 0])
@@ -637,7 +637,7 @@ def test_sdf_of_the_wrong_shape_is_refused():
         trace(lambda x: ball(x)[:, None])
 
 
-# The authors' numbers.
+# --- the authors' numbers ---------------------------------------------------------------------------------------------
 
 def test_the_tracer_agrees_with_the_original(reference_network):
     network = pytest.importorskip("network")
@@ -650,7 +650,7 @@ def test_the_tracer_agrees_with_the_original(reference_network):
 
 
 def test_every_ray_without_a_colour_carries_its_true_least_sample(reference_network):
-    """On a trained network, to the bit: these points carry the mask loss and the eikonal loss."""
+    """Exact to the bit on a trained network, since these points carry the mask loss and the eikonal loss."""
     network = pytest.importorskip("network")
     r, sdf = reference_network, network.sdf_evaluator()
     origin, directions = r["camera_location"], r["ray_directions"]

@@ -1,4 +1,4 @@
-"""The scripts as a user types them: one tiny run from scene to mesh, the seed's two pictures, and what is refused."""
+"""Run the scripts as a user does: from scene to mesh on a tiny scene, the initial surface, and what is refused."""
 import html
 import re
 import subprocess
@@ -17,15 +17,15 @@ from training import checkpoints
 
 
 def run(*command, cwd, status=0):
-    """Run a script of ours in the folder `cwd`; returns what it printed, its standard error after its output."""
+    """Run one of our scripts in the folder `cwd`; return its standard output followed by its standard error."""
     done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=cwd,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+                          capture_output=True, text=True)
     assert done.returncode == status, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def refused(*command, cwd):
-    """Run a script that must refuse: status 2, one line of its own, no traceback; returns the line."""
+    """Run a script that must fail with status 2 and one line, and write nothing; return the line."""
     before = sorted(p for p in cwd.rglob("*"))
     said = [line for line in run(*command, cwd=cwd, status=2).splitlines() if "[nnabla][INFO]" not in line]
     said = [line for line in said if not line.startswith("computing on ")]
@@ -35,7 +35,7 @@ def refused(*command, cwd):
 
 
 def write_config(folder, **changes):
-    """Write a tiny configuration (config/demo.yaml with less of everything), with section.key=value changed."""
+    """Write a tiny variant of config/demo.yaml, with `changes` {section__key: value}; return its path."""
     return write_demo_config(
         folder / "tiny.yaml", changes, data=dict(path="scenes/tiny", held_out_views=[9]),
         network=dict(width=64, feature=16),
@@ -46,7 +46,7 @@ def write_config(folder, **changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a tiny scene and a model trained on it by the scripts."""
+    """Return a folder in which the scripts have made a tiny scene and trained a model on it."""
     folder = tmp_path_factory.mktemp("user")
     run("make_scene.py", "--output", "scenes/tiny", "--views", "9", "--held-out", "1", "--size", "32", cwd=folder)
     write_config(folder)
@@ -87,7 +87,7 @@ def test_training_again_keeps_the_earlier_run(folder):
     assert "results_tiny.1" in said
     assert (folder / "results_tiny.1" / "model_00011.h5").read_bytes() == before
     assert (folder / "results_tiny" / "model_00000.h5").exists()
-    for name in ("results_tiny", "results_tiny.1"):     # as it was, for the other tests
+    for name in ("results_tiny", "results_tiny.1"):     # restored for the other tests
         (folder / name).rename(folder / ("again" if name == "results_tiny" else "results_tiny"))
 
 
@@ -111,8 +111,9 @@ def test_extraction_of_a_surface_that_leaves_the_unit_sphere_is_closed_and_says_
     points = trimesh.creation.icosphere(subdivisions=3).vertices.astype(np.float32)
     last = max(name for name in arrays if name.startswith("implicit/") and name.endswith("/b"))
     context.set_context("cpu", "0")
+    nn.clear_parameters()       # of other tests' networks
     checkpoints.set_parameters(arrays)
-    arrays[last][0] -= np.percentile(network.sdf_evaluator()(points), 30)       # so 30 % of the sphere are inside
+    arrays[last][0] -= np.percentile(network.sdf_evaluator()(points), 30)       # now 30 % of the sphere are inside
     nn.clear_parameters()
     checkpoints.set_parameters(arrays)
     checkpoints.save_model(folder / "large.h5")
@@ -138,6 +139,12 @@ def test_extraction_in_world_units_and_as_several_kinds_of_file(folder):
     assert len({tuple(color) for color in mesh.visual.vertex_colors}) > 50
     assert "<script>" in (folder / "out" / "a.html").read_text(encoding="utf-8")
     assert "mesh.stl" in refused("extract.py", *MODEL, "--output", "out/a.ply", "mesh.stl", cwd=folder)
+
+
+@pytest.mark.parametrize("resolution", [15, 1025, 10 ** 9, -512])
+def test_the_extractions_resolution_has_the_configurations_bounds(folder, resolution):
+    said = refused("extract.py", *MODEL, "--resolution", resolution, cwd=folder)
+    assert said == f"error: --resolution must be between 16 and 1024, not {resolution}"
 
 
 def test_rendering_writes_pictures(folder):

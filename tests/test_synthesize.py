@@ -1,4 +1,4 @@
-"""The paths of a camera, videos, and the appearance of one model on the shape of another."""
+"""Test camera paths, videos, and one model's appearance on another's shape."""
 import imageio.v2 as imageio
 import nnabla as nn
 import numpy as np
@@ -16,7 +16,7 @@ from training import checkpoints
 
 
 def ring(*degrees):
-    """Poses of level cameras at these places of a circle about z, a little above the middle."""
+    """Return poses of level cameras at these angles of a circle about z, slightly above the centre."""
     return np.stack([make_scene.look_at((2.5 * np.cos(a), 2.5 * np.sin(a), 0.8), (0, 0, 0), (0, 0, 1))
                      for a in np.radians(degrees)])
 
@@ -27,7 +27,7 @@ def test_a_turntable_goes_once_around_the_upright_axis():
 
 
 def rolled(poses, *degrees):
-    """Poses whose cameras are rolled about their axes by these angles in turn."""
+    """Return the poses, with each camera rolled about its axis by the next of these angles, cyclically."""
     rolls = Rotation.from_euler("z", [degrees[i % len(degrees)] for i in range(len(poses))], degrees=True).as_matrix()
     poses = poses.copy()
     poses[:, :3, :3] = poses[:, :3, :3] @ rolls
@@ -35,13 +35,13 @@ def rolled(poses, *degrees):
 
 
 def dome(count, least=0.0):
-    """Poses of cameras all over a hemisphere, or its part at this height and more, that look at its middle."""
+    """Return poses of cameras on a hemisphere, or on its part above the height `least`, looking at its centre."""
     places = make_scene.fibonacci_sphere(int(2 * count / (1 - least)))
     return np.stack([make_scene.look_at(2.5 * place, (0, 0, 0), (0, 0, 1)) for place in places if place[2] > least])
 
 
 def off(poses):
-    """The angle in degrees between what helper.upright says of these poses, turned somehow, and z."""
+    """Return the angle in degrees between z and helper.upright of these poses, both under an arbitrary rotation."""
     turn = np.eye(4)
     turn[:3, :3] = Rotation.from_rotvec((0.3, -1.1, 0.7)).as_matrix()
     return np.degrees(np.arccos(np.clip(helper.upright(turn @ poses) @ turn[:3, 2], -1, 1)))
@@ -61,7 +61,7 @@ def test_up_is_the_axis_of_cameras_that_lie_on_their_sides(poses, degrees):
 def test_up_is_the_mean_of_the_cameras_where_they_agree(poses):
     mean = -poses[:, :3, 1].mean(axis=0)
     assert helper.upright(poses) @ mean / np.linalg.norm(mean) > np.cos(np.radians(3))
-    mean = -rolled(poses, 180)[:, :3, 1].mean(axis=0)       # photographs upside down are believed
+    mean = -rolled(poses, 180)[:, :3, 1].mean(axis=0)       # photographs upside down are taken as they are
     assert helper.upright(rolled(poses, 180)) @ mean > 0
 
 
@@ -150,7 +150,8 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
 def test_another_models_renderer_that_is_not_given_everything(tmp_path, without):
     context.set_context("cpu", "0")
     points = np.random.default_rng(3).normal(size=(50, 3)).astype(np.float32)
-    network.initialize(Network(80, 5 if "feature" in without else 8, 9, without=list(without)), np.random.default_rng(1))
+    feature = 5 if "feature" in without else 8
+    network.initialize(Network(80, feature, 9, without=list(without)), np.random.default_rng(1))
     checkpoints.save_model(tmp_path / "other.h5")
     network.initialize(Network(80, 8, 9), np.random.default_rng(1))
     checkpoints.save_model(tmp_path / "whole.h5")

@@ -35,7 +35,7 @@ def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng) -> Placed:
     """
     settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
     t, hit_in_mask = ray_tracer.hit_or_least_sdf(sdf, batch.origin, batch.directions, batch.mask,
-                                                 rough_sdf=sdf.half_precision, rng=rng, **settings)
+                                                 half_precision_sdf=sdf.half_precision, rng=rng, **settings)
     return Placed(batch.origin + t[:, None] * batch.directions, hit_in_mask)
 
 

@@ -1,4 +1,4 @@
-"""Distances between surfaces, on cases with a known answer; DTU's protocol on a small scan in DTU's files."""
+"""Test distances between surfaces on cases with a known answer, and DTU's protocol on a small scan in DTU's files."""
 import json
 import os
 import struct
@@ -22,7 +22,7 @@ def sphere(radius):
 
 
 def square(height, low=0.0, high=40.0):
-    """A mesh: the square [low, high] x [0, 40] at z = height."""
+    """Return the rectangle [low, high] x [0, 40] at z = height as a mesh."""
     corners = [[low, 0, height], [high, 0, height], [high, 40, height], [low, 40, height]]
     return trimesh.Trimesh(corners, [[0, 1, 2], [0, 2, 3]], process=False)
 
@@ -53,7 +53,7 @@ def test_missing_and_superfluous_surface_are_told_apart():
 
 
 def test_the_embedded_scenes_surface_and_its_normals(tmp_path):
-    """A mesh of the exact sdf against what make_scene.py writes: next to nothing, as its samples lie apart."""
+    """A mesh of the exact sdf is as close to make_scene.py's points as the spacing of the samples allows."""
     points = make_scene.surface_samples(20000, np.random.default_rng(0))
     cloud = trimesh.Trimesh(points, vertex_normals=make_scene.exact_normals(points), process=False)
     cloud.export(tmp_path / "surface.ply")
@@ -74,7 +74,7 @@ def test_a_file_that_is_no_mesh_is_refused(tmp_path, content):
 
 
 def refusal(function, *arguments):
-    """The one line in which a function refuses."""
+    """Call a function that must raise UserError in one line; return the message."""
     with pytest.raises(helper.UserError) as raised:
         function(*arguments)
     assert "\n" not in str(raised.value)
@@ -90,7 +90,7 @@ def test_meshes_of_every_kind_have_the_same_surface(kind, tmp_path):
 
 
 def test_a_glb_stands_where_its_nodes_put_it(tmp_path):
-    """Blender writes the object's place into a node: twice the size, 5 to the side."""
+    """Blender writes an object's placement into a node; here twice the size, and 5 to the side."""
     scene = trimesh.Scene()
     scene.add_geometry(sphere(0.5), transform=[[2, 0, 0, 5], [0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 1]])
     scene.export(tmp_path / "mesh.glb")
@@ -113,7 +113,7 @@ def glb(tree, rest=b""):
 
 
 def test_no_other_file_is_read(tmp_path):
-    """Materials, textures and buffers that a file names, beside it or anywhere."""
+    """A file's references to materials, textures and buffers are not followed."""
     corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0]], np.float32)
     Image.new("RGB", (4, 4)).save(tmp_path / "texture.png")
     (tmp_path / "named.mtl").write_text("newmtl a\nmap_Kd texture.png\n")
@@ -133,7 +133,7 @@ def test_no_other_file_is_read(tmp_path):
     (tmp_path / "mesh.zip").write_bytes(b"")
     watching, (read_fd, write_fd) = [True], os.pipe()
 
-    def note(event, arguments):     # of the process that reads, too: it is a copy of this one
+    def note(event, arguments):     # also runs in the reading process, a fork of this one
         if watching[0] and event == "open" and str(arguments[0]).startswith(str(tmp_path)):
             os.write(write_fd, os.fsencode(os.path.basename(arguments[0])) + b"\n")
 
@@ -192,9 +192,9 @@ def test_thinning_is_what_taking_points_one_by_one_gives():
 
 @pytest.fixture
 def dtu(tmp_path):
-    """DTU's three files of a made-up scan 7: a plane at z = 0, a patch below the ground and another far above.
+    """Write DTU's three files of a made-up scan 7: a plane at z = 0, a patch below the ground and one far above.
 
-    The grid of voxels of 0.5 mm begins at (-10, -10, -10); observed is x < 20 alone.
+    The voxels of 0.5 mm start at (-10, -10, -10); only x < 20 is observed.
     """
     grid = np.stack(np.meshgrid(np.arange(0, 40.01, 0.2), np.arange(0, 40.01, 0.2)), axis=-1).reshape(-1, 2)
     points = np.concatenate([np.c_[grid, np.full(len(grid), z)] for z in (0.0, -9.0, 60.0)])
@@ -209,20 +209,20 @@ def dtu(tmp_path):
 
 
 def to_steps(left, right):
-    """The mean distance of the scan's plane from two others, that far above its left half and its right half."""
+    """Return the mean distance of the scan's plane from two half planes, at heights `left` and `right`."""
     beyond = np.arange(0, 40.01, 0.2) - 20
     return np.minimum(np.hypot(left, np.maximum(beyond, 0)), np.hypot(right, np.minimum(beyond, 0))).mean()
 
 
 def test_dtu_counts_what_was_observed_above_the_ground_and_near(dtu):
-    """Ours is 1 mm off where x < 20 and 3 mm where not, which no camera observed; a piece 25 mm up is an outlier."""
+    """The mesh is 1 mm off where x < 20, and 3 mm elsewhere, unobserved; a piece at 25 mm is an outlier."""
     mesh = trimesh.util.concatenate([square(1.0, 0, 20), square(3.0, 20, 40), square(25.0, 0, 40)])
     scan = meshes.load_dtu(dtu, "scan7")
     found = meshes.compare_dtu(mesh, scan)
     assert found.accuracy == pytest.approx(1.0, abs=0.01)
     assert found.completeness == pytest.approx(to_steps(1.0, 3.0), abs=0.01)
     assert found.chamfer == pytest.approx((found.accuracy + found.completeness) / 2)
-    below = scan._replace(ground=np.array([0.0, 0, 1, 15]))         # the patch at -9 counts once the ground is below it
+    below = scan._replace(ground=np.array([0.0, 0, 1, 15]))         # now the patch at -9 is above the ground
     assert meshes.compare_dtu(mesh, below).completeness == pytest.approx(
         (to_steps(1.0, 3.0) + to_steps(10.0, 12.0)) / 2, abs=0.01)
     wide = scan._replace(observed=np.ones_like(scan.observed))
@@ -248,7 +248,7 @@ def test_a_folder_however_deep_is_searched(dtu):
     (dtu / "deep").mkdir()
     try:
         os.chdir(str(dtu / "deep"))
-        for _ in range(2000):   # its path is longer than the system takes
+        for _ in range(2000):   # the path gets longer than the system allows
             os.mkdir("deep")
             os.chdir("deep")
     finally:
@@ -281,7 +281,7 @@ def test_refuses_a_grid_without_a_step(dtu, step):
 
 
 def test_matlab_files_that_unpack_to_any_size_are_refused(tmp_path):
-    """5 MB of zeros, compressed, that say that they are the 5 GB which they unpack to."""
+    """5 MB of compressed zeros, which unpack to the 5 GB that the file declares."""
     size = 5 * 10 ** 9 // 8
     head = struct.pack("<IIIIII", 6, 8, 6, 0, 5, 8) + struct.pack("<iihh4s", 1, size, 1, 1, b"P\0\0\0") \
         + struct.pack("<II", 9, 8 * size % 2 ** 32)
