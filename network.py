@@ -1,8 +1,9 @@
 """IDR's two networks (Yariv et al., NeurIPS 2020): parameters, initialisation, evaluation. The backends compute them.
 
 The sdf reaches the tracer and the extraction as a plain callable, from sdf_evaluator(), and the colours from shader().
-As a script: the zero contour of the initial sdf as a picture, `python network.py -Ds 512 -R 0.75`.
+As a script, it draws the zero contour of the initial sdf: `python network.py -Ds 512 -R 0.75`.
 """
+import time
 from functools import partial
 from typing import Callable, List, Tuple
 
@@ -144,7 +145,7 @@ def shade(points: np.ndarray, directions=None, without=(), chunk=4096) -> Tuple[
     return rgb, normals
 
 
-# --- the initial sdf as a picture -------------------------------------------------------------------------------------
+# --- pictures of the initial networks ----------------------------------------------------------------------------------
 
 def network_of(width, layers, radius):
     """Return the network of these sizes; UserError where they are none that a configuration may have."""
@@ -208,6 +209,37 @@ def draw_errors(widths, errors, path):
     axes.set_ylim(bottom=0)
     with writing.replacing(path) as temporary:
         figure.savefig(temporary)
+
+
+def run_initial_surface(trace):
+    """Run `python ray_tracer.py`: trace and shade the initial surface; trace: ray_tracer.trace."""
+    helper.run(lambda: draw_initial_surface(trace))
+
+
+def draw_initial_surface(trace):
+    """Trace the initial surface, print the hits and the time, and draw it, lit from the camera's upper left."""
+    parser = helper.argument_parser("Trace and shade the initial surface, a sphere; print hits and time.", config=False)
+    parser.add_argument("-D", type=int, default=512, help="layer width")
+    parser.add_argument("-L", type=int, default=9, help="affine layers of the implicit network")
+    parser.add_argument("-R", type=float, default=0.6, help="radius of the sphere")
+    args = parser.parse_args()
+    net = network_of(args.D, args.L, args.R)
+    context.set_context(args.context, args.device_id)
+    initialize(net, np.random.default_rng(0))
+    size, focal, pose = 256, 300.0, np.eye(4)
+    intrinsics = np.array([[focal, 0, (size - 1) / 2], [0, focal, (size - 1) / 2], [0, 0, 1]])
+    pose[2, 3] = -1.8
+    origin, directions = helper.pixel_rays(helper.pixel_grid(size, size), intrinsics, pose)
+    start = time.perf_counter()
+    t, hit = trace(sdf_evaluator(), origin, directions)
+    seconds = time.perf_counter() - start
+    normals = shade(origin + t[hit, None] * directions[hit], directions[hit])[1]
+    light = np.array([-0.5, -0.6, -0.62])       # y points down
+    image = np.ones((size * size, 3), np.float32)
+    image[hit] = 0.15 + 0.85 * np.maximum(normals @ light / np.linalg.norm(normals, axis=1), 0)[:, None]
+    path = f"sphere_D{args.D:03d}_L{args.L:03d}.png"
+    writing.write_image(path, image.reshape(size, size, 3))
+    print(f"{hit.sum()} of {len(hit)} rays hit, in {seconds:.2f} s, {path}")
 
 
 if __name__ == "__main__":

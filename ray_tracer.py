@@ -497,41 +497,6 @@ def _between(near, far, near_value, far_value, reach, secant):
     return min(max(zero, middle - room), middle + room)
 
 
-# --- the initial surface, traced and shaded ---------------------------------------------------------------------------
-
-def main():
-    import time
-
-    import helper
-    import network  # imported here: the tracer itself knows no network
-    from backends import context
-    from files import writing
-    parser = helper.argument_parser("Trace and shade the initial surface, a sphere; print hits and time.", config=False)
-    parser.add_argument("-D", type=int, default=512, help="layer width")
-    parser.add_argument("-L", type=int, default=9, help="affine layers of the implicit network")
-    parser.add_argument("-R", type=float, default=0.6, help="radius of the sphere")
-    args = parser.parse_args()
-    net = network.network_of(args.D, args.L, args.R)
-    context.set_context(args.context, args.device_id)
-    network.initialize(net, np.random.default_rng(0))
-    sdf = network.sdf_evaluator()
-    size, focal = 256, 300.0
-    intrinsics = np.array([[focal, 0, (size - 1) / 2], [0, focal, (size - 1) / 2], [0, 0, 1]])
-    pose = np.eye(4)
-    pose[2, 3] = -1.8
-    origin, directions = helper.pixel_rays(helper.pixel_grid(size, size), intrinsics, pose)
-    start = time.perf_counter()
-    t, hit = trace(sdf, origin, directions)
-    seconds = time.perf_counter() - start
-    normals = network.shade(origin + t[hit, None] * directions[hit], directions[hit])[1]
-    light = np.array([-0.5, -0.6, -0.62])       # from the camera's upper left; y points down
-    image = np.ones((size * size, 3), np.float32)
-    image[hit] = 0.15 + 0.85 * np.maximum(normals @ light / np.linalg.norm(normals, axis=1), 0)[:, None]
-    path = f"sphere_D{args.D:03d}_L{args.L:03d}.png"
-    writing.write_image(path, image.reshape(size, size, 3))
-    print(f"{hit.sum()} of {len(hit)} rays hit, in {seconds:.2f} s, {path}")
-
-
 if __name__ == "__main__":
-    import helper
-    helper.run(main)
+    import network  # only here: the tracer itself knows no network
+    network.run_initial_surface(trace)
