@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import nnabla as nn
@@ -471,9 +470,8 @@ def test_a_state_without_its_solver(home):
                   lambda arrays: arrays.update({"solver/implicit/0/v/mean": np.zeros((2, 2), np.float32)})):
         arrays = dict(state.arrays)
         spoil(arrays)
-        spoilt = SimpleNamespace(**{**vars(state), "arrays": arrays})
         with pytest.raises(helper.UserError, match="no state of this solver for implicit/0/v"):
-            checkpoints.restore_state(spoilt, {"solver": train.S.Adam(1e-3)})
+            checkpoints.restore_state(state._replace(arrays=arrays), {"solver": train.S.Adam(1e-3)})
 
 
 def test_a_run_that_is_complete_and_one_that_is_to_be_longer(home, capfd):
