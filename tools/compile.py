@@ -1,6 +1,6 @@
-"""Compile what Numba compiles when it is first called (some 15 s), so that the first training need not.
+"""Compile all Numba functions, by a tiny training step. It takes about 15 s, which the first training then saves.
 
-The result is kept in __pycache__ until its source changes.
+Numba keeps the compiled code in __pycache__ until the source changes.
 """
 import sys
 from pathlib import Path
