@@ -16,8 +16,8 @@ RUN apt-get update \
 # nnabla's communicator loads lib/libmpi.so from this folder.
 ENV OMPI_HOME=/usr/lib/x86_64-linux-gnu/openmpi
 
-# requirements.txt pins nnabla 1.39.0, NumPy and h5py; other versions of nnabla choose their own NumPy and h5py. Versions
-# before 1.35 do not declare that they need NumPy < 1.24 and protobuf < 3.21. Ubuntu's pip is too old for the wheels.
+# requirements.txt pins nnabla 1.39.0, NumPy and h5py; other versions of nnabla choose their own NumPy and h5py.
+# Versions before 1.35 do not declare that they need NumPy < 1.24 and protobuf < 3.21. Ubuntu's pip is too old.
 ARG NNABLA_VER=1.39.0
 COPY requirements.txt /tmp/
 RUN case ${NNABLA_VER} in 1.[12]?.*|1.3[0-4].*) numpy="numpy<1.24" ;; *) numpy=numpy ;; esac \

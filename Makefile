@@ -25,7 +25,8 @@ demo: env
 	$(python) evaluate.py --config $(run)/demo.yaml --model-load-path $(run) \
 		--mesh $(run)/mesh.ply --ground-truth data/demo/surface.ply
 	$(python) report.py $(run)
-	@echo "Open $(run)/report.html and $(run)/mesh.html in a browser. Renders are in $(run)/renders, the mesh is $(run)/mesh.ply."
+	@echo "Open $(run)/report.html and $(run)/mesh.html in a browser."
+	@echo "Renders are in $(run)/renders; the mesh is $(run)/mesh.ply."
 
 test: env
 	$(python) -m pytest

@@ -49,7 +49,7 @@ with_uv() {
 } &> /dev/null
 
 if [ -n "$python" ]; then
-    chosen=$(identify "$python") || fail "PYTHON=$python is not a Python 3.8 to 3.10, which nnabla needs; choose another"
+    chosen=$(identify "$python") || fail "PYTHON=$python is not CPython 3.8 to 3.10, which nnabla needs"
 fi
 if [ "$(cat "$stamp" 2> /dev/null)" = "$wanted" ] && present=$(identify .venv/bin/python) \
         && [ "${chosen:-$present}" = "$present" ]; then
