@@ -22,7 +22,7 @@ REFUSED_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM)
 
 
 class UserError(Exception):
-    """Bad input. The message is one line: the file, key or value at fault, and the mend."""
+    """Bad input. The message is one line: the file, key or value at fault, and how to fix it."""
 
 
 def run(main):
@@ -59,7 +59,7 @@ SHORT.maxlevel = 2
 
 
 def check_is_file(path, mend=""):
-    """Raise UserError unless `path` is a regular file or a link to one. `mend` is appended to the message.
+    """Raise UserError unless `path` is a regular file or a link to one. The message ends with `mend`.
 
     Reading a named pipe may block forever, and reading a device may never end.
     """

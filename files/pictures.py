@@ -54,8 +54,8 @@ def read_mask(path):
 def read_pair(image_file, mask_file):
     """Read an image (H, W, 3) uint8 and its mask (H, W) bool.
 
-    Each is turned by its EXIF orientation if only then the two have the same proportions (as_meant). Returns the
-    image, the mask, and a list of those paths whose orientation remains in doubt.
+    EXIF orientations are applied if the two have the same proportions only then; see as_meant. Returns the image,
+    the mask, and a list of the paths whose orientation remains in doubt.
     """
     image, mask = read_picture(image_file, colours), read_picture(mask_file, on_object)
     pixels, image_doubt = as_meant(image, mask.pixels.shape)
@@ -64,10 +64,11 @@ def read_pair(image_file, mask_file):
 
 
 def as_meant(picture, shape):
-    """Return the pixels of a Picture, turned by its EXIF orientation if only then they have the proportions of `shape`.
+    """Return (pixels, doubt) of a Picture, with its EXIF orientation applied if the proportions require it.
 
-    shape: (h, w, ...), or None if unknown. Returns (pixels, doubt); doubt: the picture has an EXIF orientation, and
-    the proportions do not tell whether to apply it. The pixels are then as stored.
+    shape: (h, w, ...) with the required proportions, or None if unknown. The pixels are turned if they match `shape`
+    only when turned; otherwise they are as stored. doubt: there is an orientation, but `shape` does not tell whether
+    to apply it.
     """
     turned = turn(picture.pixels, picture.orientation)
     as_stored, as_turned = (shape is not None and alike(pixels.shape, shape) for pixels in (picture.pixels, turned))

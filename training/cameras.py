@@ -192,8 +192,8 @@ def errors(poses, true_poses):
     scale = np.cbrt(np.linalg.det(aligned[:3, :3]))
     turned = aligned[:3, :3] / scale @ poses[:, :3, :3]
     angles = Rotation.from_matrix(np.swapaxes(turned, 1, 2) @ true_poses[:, :3, :3]).magnitude()
-    moved = poses[:, :3, 3] @ aligned[:3, :3].T + aligned[:3, 3]
-    return Errors(np.degrees(angles), np.linalg.norm(moved - true_poses[:, :3, 3], axis=1))
+    centres = poses[:, :3, 3] @ aligned[:3, :3].T + aligned[:3, 3]
+    return Errors(np.degrees(angles), np.linalg.norm(centres - true_poses[:, :3, 3], axis=1))
 
 
 def alignment(points, targets):

@@ -68,7 +68,7 @@ class EpochLog:
 
 
 def keep_lines(path, until):
-    """Remove all lines of a monitor's file, but whole ones whose first number is below `until`.
+    """Keep only the complete lines of a monitor's file whose first number is below `until`.
 
     Does nothing if there is no file. Raises UserError if the file cannot be written.
     """

@@ -161,8 +161,8 @@ def point_to_libraries():
 def run(main):
     """Run a script's `main()` as helper.run does; of several processes, only the first one prints.
 
-    An error in all processes is printed once, by the first. The others wait before they print theirs: mpirun kills
-    all processes once one has failed, so only an error that the first does not have is printed by another.
+    If all processes fail with the same error, only the first prints it: the others wait, and mpirun kills them. A
+    process that fails alone prints its own error.
     """
     here = launched()
     if here.size == 1:
