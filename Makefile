@@ -1,5 +1,5 @@
-# make demo and make test set up .venv first, with a Python 3.8 to 3.10 that tools/python_env.sh finds;
-# make PYTHON=/path/to/python3.10 test names one.
+# Most targets first set up .venv, with a Python 3.8 to 3.10 found by tools/python_env.sh. To choose one:
+# make PYTHON=/path/to/python3.10 test
 PYTHON ?=
 python := .venv/bin/python
 run := results_demo
@@ -7,12 +7,12 @@ run := results_demo
 .PHONY: help env demo lint test fuzz bench clean
 
 help:
-	@echo "make demo    make the embedded scene, train on it, render, extract and evaluate"
+	@echo "make demo    create the embedded scene, train on it, render, extract and evaluate"
 	@echo "make test    run the tests"
-	@echo "make lint    look for mistakes with ruff"
-	@echo "make fuzz    feed the readers thousands of damaged files (FUZZ=2000 of each)"
-	@echo "make bench   measure where the time of a training step goes"
-	@echo "make clean   remove .venv, data/demo and the caches (never a result)"
+	@echo "make lint    check the code with ruff"
+	@echo "make fuzz    test the readers on thousands of damaged files (FUZZ=2000 of each kind)"
+	@echo "make bench   measure the time of each part of a training step"
+	@echo "make clean   remove .venv, data/demo and caches, but no results"
 
 env:
 	@bash tools/python_env.sh "$(PYTHON)"
@@ -25,7 +25,8 @@ demo: env
 	$(python) evaluate.py --config $(run)/demo.yaml --model-load-path $(run) \
 		--mesh $(run)/mesh.ply --ground-truth data/demo/surface.ply
 	$(python) report.py $(run)
-	@echo "Look at $(run)/report.html in a browser, the renders in $(run)/renders, the mesh $(run)/mesh.ply and, in a browser too, $(run)/mesh.html."
+	@echo "Open $(run)/report.html and $(run)/mesh.html in a browser."
+	@echo "Renders are in $(run)/renders; the mesh is $(run)/mesh.ply."
 
 test: env
 	$(python) -m pytest

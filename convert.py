@@ -1,17 +1,21 @@
-"""Turn models of IDR's authors (PyTorch checkpoints) into ours, and ours into theirs, without PyTorch.
+"""Convert models between the PyTorch checkpoints of IDR's authors (.pth) and ours (.h5), without PyTorch.
 
     python convert.py ModelParameters/latest.pth --output scan65.h5
     python convert.py ModelParameters/latest.pth CamParameters/latest.pth --output scan65.h5
     python convert.py results_scan65/model_01999.h5 --output latest.pth
 
-Their `{implicit,rendering}_network.lin{layer}.{weight_v,weight_g,bias}`, (out, in), (out, 1) and (out,), are our
-`{implicit,rendering}/{layer}/{v,g,b}`, (in, out), (out,) and (out,); inputs and encodings have the same order.
-Their trained cameras become `cameras/pose`, (n, 7) float32, one row per view by sorted name: a quaternion w, x, y, z,
-of any length, whose rotation takes the camera's axes (x right, y down, z forward) to those of the unit sphere's
-coordinates, and the camera's centre there.
+Parameters, with l the number of the layer; inputs and encodings have the same order in both:
 
-A checkpoint of PyTorch is a pickle, a program that may do anything to whoever loads it. Here none is run: its few
-instructions that build dicts and tensors are read one by one, and a file with any other is refused.
+    authors                                             shape       ours                        shape
+    {implicit,rendering}_network.lin{l}.weight_v        (out, in)   {implicit,rendering}/{l}/v  (in, out)
+    {implicit,rendering}_network.lin{l}.weight_g        (out, 1)    {implicit,rendering}/{l}/g  (out,)
+    {implicit,rendering}_network.lin{l}.bias            (out,)      {implicit,rendering}/{l}/b  (out,)
+    [pose_vecs.]weight (trained cameras)                (n, 7)      cameras/pose                (n, 7)
+
+Ours are float32. training/cameras.py explains the rows of cameras.
+
+A PyTorch checkpoint contains a pickle, which can run any code when it is loaded. Here no pickle is loaded. Its opcodes
+are interpreted one by one; those that build dicts and tensors are supported, and files with any other are refused.
 """
 import argparse
 import contextlib
@@ -38,44 +42,45 @@ from helper import UserError
 from training import checkpoints
 from training.checkpoints import POSE, check_parameters, check_pose
 
-MOST_BYTES = 3 << 27    # of a checkpoint, which is read whole; the paper's networks take 12 MB
-MOST_FILES = 10000      # in a zip
-# Of a pickle; the paper's networks take 10,000 bytes in 1,500 instructions that nest three deep.
+MOST_BYTES = 3 << 27    # per checkpoint, which is read into memory; the paper's networks have 12 MB
+MOST_FILES = 10000      # per zip
+# Per pickle: bytes, instructions and nesting depth. The paper's networks have 10,000, 1,500 and 3.
 MOST_PICKLED, MOST_INSTRUCTIONS, MOST_NESTED = 1 << 18, 100000, 8
-OLD_MAGIC = 0x1950A86A20F9469CFC6C      # the first thing in the form that PyTorch wrote before 1.6
+OLD_MAGIC = 0x1950A86A20F9469CFC6C      # at the start of the format before PyTorch 1.6
 OLD_VERSION = 1001
-THEIR_PARTS = {"b": "bias", "g": "weight_g", "v": "weight_v"}      # in their order
+THEIR_PARTS = {"b": "bias", "g": "weight_g", "v": "weight_v"}      # in the authors' order
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Turn PyTorch checkpoints of IDR's authors into our .h5, or back.")
+    parser = argparse.ArgumentParser(description="Convert PyTorch checkpoints of IDR's authors to .h5, or back.")
     parser.add_argument("files", nargs="+", metavar="FILE",
-                        help="their ModelParameters, CamParameters or one of each, or a model_*.h5 of ours")
-    parser.add_argument("--output", required=True, help="what to write: a name in .h5, or in .pth for theirs; trained "
-                                                        "cameras go to a second file then, {name}_cameras.pth")
+                        help="a .pth of ModelParameters or CamParameters, one of each, or a model_*.h5")
+    parser.add_argument("--output", required=True, help="file to write, .h5 or .pth; with .pth, trained cameras go to "
+                                                        "a second file, {name}_cameras.pth")
     parser.add_argument("--old-form", action="store_true", help="write the .pth for PyTorch before 1.6")
     args = parser.parse_args()
     suffix = Path(args.output).suffix
-    logger.setLevel("WARNING")      # nnabla would tell of a temporary file that it saves
+    logger.setLevel("WARNING")      # nnabla logs the temporary files that it saves
     if suffix == ".h5" and args.old_form:
-        raise UserError(f"--old-form is for writing a .pth; leave it out for --output {args.output}")
+        raise UserError(f"--output {args.output}: --old-form applies to .pth only; leave it out")
     if suffix == ".h5":
         to_ours(args.files, args.output)
     elif suffix == ".pth" and len(args.files) == 1:
         to_theirs(args.files[0], args.output, args.old_form)
     elif suffix == ".pth":
-        raise UserError(f"--output {args.output}: only one model can become a .pth, not {len(args.files)} files")
+        raise UserError(f"--output {args.output}: a .pth is made from one model, not {len(args.files)} files; name one")
     else:
         raise UserError(f"--output {args.output}: must end in .h5 (from their .pth) or in .pth (from our .h5)")
 
 
 def to_ours(paths, output):
-    """Write the networks or cameras, or both, that their checkpoints at `paths` hold as our `output` (.h5)."""
+    """Convert the authors' checkpoints at `paths` (networks, cameras or both) to our model `output` (.h5)."""
     ours = {}
     for path in paths:
         found = our_parameters(path, *read_checkpoint(path))
         if not ours.keys().isdisjoint(found):
-            raise UserError(f"{path}: the file before held the same; give ModelParameters and CamParameters of a run")
+            raise UserError(f"{path}: the file before has the same parameters; name the ModelParameters and the "
+                            "CamParameters of one run")
         ours.update(found)
     nn.clear_parameters()
     for name, array in ours.items():
@@ -85,7 +90,7 @@ def to_ours(paths, output):
 
 
 def to_theirs(path, output, old_form):
-    """Write our model at `path` (.h5) as their checkpoint `output` (.pth), and trained cameras to one beside it."""
+    """Convert our model at `path` (.h5) to the authors' checkpoint `output` (.pth), with cameras in a second file."""
     ours = checkpoints.read_arrays(path)[0]
     models, cameras = their_parameters(path, ours)
     number = re.fullmatch(r"model_(\d{1,9})\.h5", Path(path).name)
@@ -99,7 +104,7 @@ def to_theirs(path, output, old_form):
 
 
 def in_words(ours):
-    """Return the words for what parameters of ours hold: the sizes as a configuration has them, and the cameras."""
+    """Describe our parameters for a message: the network's keys in a configuration, and the number of cameras."""
     shapes, words = {name: array.shape for name, array in ours.items() if name != POSE}, []
     if shapes:
         said = ", ".join(f"{key}: {value}" for key, value in sizes(shapes).items()).replace("'", "")
@@ -110,10 +115,10 @@ def in_words(ours):
 # --- names and shapes -------------------------------------------------------------------------------------------------
 
 def sizes(shapes):
-    """Return {"width", "feature", "layers"} of the network whose parameters have these shapes, {our name: shape}, and
-    where its renderer is not given all inputs, "without".
+    """Return the network's sizes {"width", "feature", "layers"} from its parameters' shapes, {our name: shape}.
 
-    Whether all shapes fit is for the caller. Raises ValueError, KeyError or IndexError where a bias is not there.
+    Includes "without" if its renderer lacks inputs. The shapes are not checked for consistency. Raises ValueError,
+    KeyError or IndexError if parameters are missing.
     """
     layers = min(max(int(name.split("/")[1]) for name in shapes if name.startswith("implicit/")) + 1, len(shapes))
     found = {"width": int(shapes["implicit/0/b"][0]), "feature": int(shapes[f"implicit/{layers - 1}/b"][0]) - 1,
@@ -123,8 +128,10 @@ def sizes(shapes):
 
 
 def left_out(feature, shape):
-    """Return which inputs a renderer whose first layer has this shape is not given, as a list; [] where none or several
-    choices would explain the shape."""
+    """Return the list of inputs that a renderer lacks, from the shape (in, out) of its first layer.
+
+    Returns [] unless exactly one choice explains the shape.
+    """
     inputs = architecture.renderer_inputs(settings.Network(feature=feature))
     subsets = [names for count in range(4) for names in itertools.combinations(architecture.OPTIONAL_INPUTS, count)
                if len(shape) == 2 and sum(inputs.values()) - sum(inputs[name] for name in names) == shape[0]]
@@ -132,49 +139,49 @@ def left_out(feature, shape):
 
 
 def their_name(name):
-    """Return the authors' name of our network parameter `name`, such as implicit/0/v."""
+    """Return the authors' name of our parameter `name`, such as implicit/0/v."""
     scope, layer, part = name.split("/")
     return f"{scope}_network.lin{layer}.{THEIR_PARTS[part]}"
 
 
 def our_name(name):
-    """Return our name of the authors' network parameter `name`, or None for another."""
+    """Return our name of the authors' parameter `name`, or None if it is not a parameter of IDR's networks."""
     fits = re.fullmatch(r"(implicit|rendering)_network\.lin(\d{1,4})\.(bias|weight_g|weight_v)", name)
     return f"{fits.group(1)}/{int(fits.group(2))}/{fits.group(3)[-1].replace('s', 'b')}" if fits else None
 
 
 def their_shape(name, shape):
-    """Return the shape that our network parameter `name` of `shape` has with the authors."""
+    """Return the shape in the authors' checkpoints of our parameter `name` with `shape`."""
     return {"v": shape[::-1], "g": shape + (1,), "b": shape}[name[-1]]
 
 
 def wanted_shapes(path, shapes):
-    """Return {our name: shape} of all parameters of the network that has these shapes, {our name: shape}.
+    """Return {our name: shape} of a complete network with the sizes that `shapes`, {our name: shape}, imply.
 
-    Raises UserError where its sizes are none that a configuration may have.
+    Raises UserError if parameters are missing, or if no configuration can have these sizes.
     """
     try:
         found = sizes(shapes)
     except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path}: holds no networks of IDR's, or not all of their layers") from error
+        raise UserError(f"{path}: holds no networks of IDR, or not all of their layers; use another file") from error
     return architecture.parameter_shapes(settings.check_network(path, found))
 
 
 def check_shapes(path, found, wanted):
-    """Raise UserError unless `found` has just the names and shapes of `wanted`, both {name: shape}."""
+    """Raise UserError unless `found` and `wanted`, both {name: shape}, are the same."""
     for name in wanted:
         if name not in found:
             raise UserError(f"{path}: {name} is missing; another architecture than IDR's with weight normalisation")
         if tuple(found[name]) != tuple(wanted[name]):
-            raise UserError(f"{path}: {name} is {tuple(found[name])}, in IDR with these layers it is "
+            raise UserError(f"{path}: {name} is {tuple(found[name])}, but with these layers IDR's is "
                             f"{tuple(wanted[name])}" + why_inputs_differ(name, found[name], wanted[name]))
     for name in found:
         if name not in wanted:
-            raise UserError(f"{path}: {shown(name)} has no place in IDR's networks; another architecture")
+            raise UserError(f"{path}: {shown(name)} does not exist in IDR's networks; another architecture")
 
 
 def why_inputs_differ(name, found, wanted):
-    """Return a guess at the option behind a first layer's wrong number of inputs, or ""."""
+    """Return a likely reason for the wrong number of inputs of a first layer, or "". found, wanted: (out, in)."""
     if len(found) != 2 or found[0] != wanted[0]:
         return ""
     encoded = 6 * (architecture.POSITION_BANDS if name.startswith("implicit") else architecture.VIEW_BANDS)
@@ -182,16 +189,17 @@ def why_inputs_differ(name, found, wanted):
 
 
 def our_parameters(path, tree, buffers):
-    """Return {our name: array float32} of a checkpoint of theirs, as read_checkpoint gives it.
+    """Convert an authors' checkpoint, as returned by read_checkpoint, to {our name: array float32}.
 
-    Raises UserError for another architecture, and for anything else that is no model or cameras of IDR's.
+    Raises UserError for other architectures, values that are not finite, and anything but IDR's models and cameras.
     """
     tree = tree if isinstance(tree, dict) else {}
     state = tree.get("model_state_dict", tree.get("pose_vecs_state_dict", tree))
     state = state if isinstance(state, dict) else {}
     tensors = {name: tensor for name, tensor in state.items() if type(name) is str and type(tensor) is Tensor}
     if not tensors:
-        raise UserError(f"{path}: holds no model_state_dict (ModelParameters) or pose_vecs_state_dict (CamParameters)")
+        raise UserError(f"{path}: holds no model_state_dict (ModelParameters) or pose_vecs_state_dict (CamParameters); "
+                        "name one of these files")
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
     if set(shapes) in ({"weight"}, {"pose_vecs.weight"}):
         names = {POSE: next(iter(shapes))}
@@ -201,8 +209,8 @@ def our_parameters(path, tree, buffers):
         check_shapes(path, shapes, {their_name(name): their_shape(name, shape) for name, shape in wanted.items()})
         names = {name: their_name(name) for name in wanted}
     claimed = sum(np.dtype(tensor.storage.dtype).itemsize * math.prod(tensor.shape) for tensor in tensors.values())
-    if claimed > sum(len(buffer) for buffer in buffers.values()):   # strides of 0, or many tensors of one storage
-        raise UserError(f"{path}: has tensors of more numbers than it holds; the file is damaged")
+    if claimed > sum(len(buffer) for buffer in buffers.values()):   # strides of 0, or tensors that share a storage
+        raise UserError(f"{path}: has tensors of more numbers than it holds; the file is damaged, use another")
     ours = {}
     for name, theirs in names.items():
         array = as_array(tensors[theirs], buffers)
@@ -215,9 +223,9 @@ def our_parameters(path, tree, buffers):
 
 
 def their_parameters(path, ours):
-    """Return their two state dicts, {their name: array float32}, of our parameters: the networks' and the cameras'.
+    """Convert our parameters, {our name: array} from `path`, to the authors' two state dicts: networks and cameras.
 
-    Either may be empty. Raises UserError where `ours`, from `path`, is no model of ours.
+    Both are {their name: array float32}, and either may be empty. Raises UserError if `ours` is not a model.
     """
     shapes = {name: array.shape for name, array in ours.items() if name != POSE}
     if shapes or POSE not in ours:
@@ -234,63 +242,73 @@ def their_parameters(path, ours):
 # --- reading what torch.save wrote ------------------------------------------------------------------------------------
 
 class Storage(NamedTuple):
+    """An array of numbers in a checkpoint, which tensors refer to."""
     key: str
-    dtype: str      # NumPy's name
-    count: int      # numbers in it
+    dtype: str      # of NumPy, such as "<f4"
+    count: int      # of numbers
 
 
 class Tensor(NamedTuple):
+    """A view of a storage; offset and stride in numbers."""
     storage: Storage
-    offset: int     # in numbers
+    offset: int
     shape: Tuple[int, ...]
     stride: Tuple[int, ...]
 
 
 class Called(str):
-    """A function or type that a pickle names, as "module name"; a mere text is none."""
+    """A function or type that a pickle refers to, "module name"; a class of its own, as strings are not callable."""
 
 
 def rebuilt_tensor(storage, offset, shape, stride, *_):
-    """What torch._utils._rebuild_tensor_v2 makes, as a Tensor; what follows the stride says how to train it."""
+    """Return the Tensor that torch._utils._rebuild_tensor_v2 would build; further arguments concern training.
+
+    Raises UserError if an argument is invalid, or if the tensor exceeds its storage.
+    """
     if type(storage) is not Storage or type(shape) is not tuple or type(stride) is not tuple \
             or len(shape) != len(stride) or len(shape) > 8 or not all(map(is_count, (offset,) + shape + stride)):
-        raise UserError("has a tensor that is none; the file is damaged")
+        raise UserError("has an invalid tensor; the file is damaged, use another")
     last = offset + sum((n - 1) * step for n, step in zip(shape, stride))
     if 0 not in shape and last >= storage.count:
-        raise UserError(f"has a tensor of shape {shown(shape)} that reaches beyond its {storage.count} numbers")
+        raise UserError(f"has a tensor of shape {shown(shape)} that exceeds its {storage.count} numbers; the file "
+                        "is damaged, use another")
     return Tensor(storage, offset, shape, stride)
 
 
 def is_count(value):
-    """Whether a value is a whole number from 0 that a computer counts with."""
+    """Return whether a value is an int in [0, 2^63)."""
     return type(value) is int and 0 <= value < 2 ** 63
 
 
-# All that a checkpoint may name; each is a function of ours, or the type of a storage's numbers.
+# All names that a checkpoint may refer to: functions, replaced by ours, and types of storages, as NumPy dtypes.
 FUNCTIONS = {"collections OrderedDict": lambda: {}, "torch._utils _rebuild_tensor_v2": rebuilt_tensor,
              "torch._utils _rebuild_parameter": lambda tensor, *_: tensor}
 STORAGES = {"torch FloatStorage": "<f4", "torch DoubleStorage": "<f8", "torch HalfStorage": "<f2"}
 
-# The instructions that PyTorch writes into a pickle, where more than one does the same to our stack.
+# Groups of pickle opcodes that have the same effect on our stack.
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 WITH_VALUE = ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE")
 EMPTY = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_TUPLE": tuple}
 TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+FILLS = (*TUPLES, "TUPLE", "SETITEM", "SETITEMS", "APPEND", "APPENDS")
+CALLS = ("GLOBAL", "REDUCE", "BINPERSID")
 
 
 class Nesting:
-    """How deep the dicts, lists and tuples of a pickle nest, which stays below MOST_NESTED.
+    """Bounds the nesting depth of the dicts, lists and tuples of a pickle by MOST_NESTED.
 
-    Python goes into values that nest by recursion, as to hash or to compare them, and at some depth crashes.
+    Python hashes, compares and prints nested values recursively, and crashes at some depth.
     """
 
     def __init__(self):
-        self.known, self.within = {}, set()     # id of a value: (the value, which so keeps its id, its depth)
+        self.known = {}         # {id of a value: (value, its depth)}; holding the value keeps its id unique
+        self.within = set()     # ids of the values that are in another one
 
     def put(self, holder, values):
-        """Note that `values` are now in `holder`, and return it; UserError where that nests too deep.
+        """Record that `values` are now in `holder`, and return `holder`.
 
-        What is in another value may not change any more, or the depth of that would; torch.save fills it before.
+        Raises UserError if the nesting is too deep, or if `holder` is already in another value, whose depth would
+        change unnoticed. torch.save fills values before it puts them into others.
         """
         depth = self.known.get(id(holder), (None, 1))[1]
         for value in values:
@@ -298,127 +316,151 @@ class Nesting:
                 depth = max(depth, 1 + self.known.setdefault(id(value), (value, 1))[1])
                 self.within.add(id(value))
         if values and id(holder) in self.within:
-            raise UserError("changes a dict or list that is in another already; it is no checkpoint of a model")
+            raise UserError("changes a dict or list that is already in another; it is not a checkpoint of a model")
         if depth > MOST_NESTED:
-            raise UserError(f"nests values more than {MOST_NESTED} deep; it is no checkpoint of a model")
+            raise UserError(f"nests values more than {MOST_NESTED} deep; it is not a checkpoint of a model")
         self.known[id(holder)] = holder, depth
         return holder
 
 
-def read_pickle(file):
-    """Read the pickle at the position of a binary file: what it holds and {key: Storage} of all its storages.
+class Interpreter:
+    """Interprets the opcodes of a pickle. They can only fill dicts, lists and tuples, and call FUNCTIONS."""
 
-    Only the instructions here are known, and they can only fill dicts, lists and tuples and call FUNCTIONS. Raises
-    UserError, without the file's name, at any other and at too many; any exception where the pickle is damaged.
-    """
-    stack, marks, memo, storages, nesting = [], [], {}, {}, Nesting()
+    def __init__(self):
+        self.stack, self.marks, self.memo, self.nesting = [], [], {}, Nesting()
+        self.storages = {}      # {key: Storage} of all storages that the pickle refers to
 
-    def take_off(start):
-        taken = stack[start:]
-        del stack[start:]
+    def take_off(self, start):
+        """Remove and return the top of the stack, from the index `start`."""
+        taken = self.stack[start:]
+        del self.stack[start:]
         return taken
 
-    for number, (instruction, value, _) in enumerate(pickletools.genops(file)):
-        name = instruction.name
-        if number == MOST_INSTRUCTIONS:
-            raise UserError(f"has more than {MOST_INSTRUCTIONS} instructions; it is no checkpoint of a model")
+    def run(self, name, argument):
+        """Execute the opcode `name`. Raises UserError for unsupported ones; other exceptions for damaged pickles."""
+        stack = self.stack
         if name in WITH_VALUE:
-            stack.append(value)
+            stack.append(argument)
         elif name in CONSTANTS:
             stack.append(CONSTANTS[name])
         elif name in EMPTY:
             stack.append(EMPTY[name]())
-        elif name in TUPLES:
-            items = take_off(len(stack) - TUPLES[name])
-            stack.append(nesting.put(tuple(items), items))
         elif name == "MARK":
-            marks.append(len(stack))
-        elif name == "TUPLE":
-            items = take_off(marks.pop())
-            stack.append(nesting.put(tuple(items), items))
+            self.marks.append(len(stack))
         elif name in ("BINPUT", "LONG_BINPUT"):
-            memo[value] = stack[-1]
+            self.memo[argument] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(memo[value])
-        elif name in ("SETITEM", "SETITEMS"):
-            items = take_off(marks.pop() if name == "SETITEMS" else len(stack) - 2)
-            if not all(type(key) is str or is_count(key) for key in items[::2]):
-                raise UserError("has a dict whose keys are neither texts nor small numbers; it is no model's")
-            dict.update(nesting.put(stack[-1], items[1::2]), zip(items[::2], items[1::2]))
-        elif name in ("APPEND", "APPENDS"):
-            items = take_off(marks.pop() if name == "APPENDS" else len(stack) - 1)
-            list.extend(nesting.put(stack[-1], items), items)
-        elif name == "GLOBAL":
-            if value not in FUNCTIONS and value not in STORAGES:
-                raise UserError(f"asks for {shown(value.replace(' ', '.'))}, which no model needs; it was not run")
-            stack.append(Called(value))
-        elif name == "REDUCE":
-            function, arguments = take_off(len(stack) - 2)
-            if type(function) is not Called or type(arguments) is not tuple:
-                raise UserError("calls what is no function; the file is damaged")
-            stack.append(FUNCTIONS[function](*arguments))
+            stack.append(self.memo[argument])
         elif name == "BUILD":
-            stack.pop()     # what it would set are attributes, such as a state dict's _metadata
-        elif name == "BINPERSID":
-            storage = named_storage(stack.pop())
-            if storages.setdefault(storage.key, storage) != storage:
-                raise UserError("describes one storage in two ways; the file is damaged")
-            stack.append(storage)
+            stack.pop()     # attributes to set, such as the _metadata of a state dict
+        elif name in CALLS:
+            self.refer_or_call(name, argument)
+        elif name in FILLS:
+            self.fill_container(name)
         elif name not in ("PROTO", "STOP"):
             raise UserError(f"has the instruction {name}, which torch.save does not write; it was not run")
-    result, = stack
-    return result, storages
+
+    def fill_container(self, name):
+        """Execute an opcode of FILLS, which builds a tuple or fills a dict or list."""
+        stack = self.stack
+        if name in TUPLES or name == "TUPLE":
+            items = self.take_off(self.marks.pop() if name == "TUPLE" else len(stack) - TUPLES[name])
+            stack.append(self.nesting.put(tuple(items), items))
+        elif name in ("SETITEM", "SETITEMS"):
+            items = self.take_off(self.marks.pop() if name == "SETITEMS" else len(stack) - 2)
+            if not all(type(key) is str or is_count(key) for key in items[::2]):
+                raise UserError("has a dict whose keys are neither strings nor small integers; it is not a model's")
+            dict.update(self.nesting.put(stack[-1], items[1::2]), zip(items[::2], items[1::2]))
+        else:
+            items = self.take_off(self.marks.pop() if name == "APPENDS" else len(stack) - 1)
+            list.extend(self.nesting.put(stack[-1], items), items)
+
+    def refer_or_call(self, name, argument):
+        """Execute an opcode of CALLS, which refers to a function, type or storage, or calls a function."""
+        stack = self.stack
+        if name == "GLOBAL":
+            if argument not in FUNCTIONS and argument not in STORAGES:
+                raise UserError(f"asks for {shown(argument.replace(' ', '.'))}, which no model needs; it was not run")
+            stack.append(Called(argument))
+        elif name == "REDUCE":
+            function, arguments = self.take_off(len(stack) - 2)
+            if type(function) is not Called or type(arguments) is not tuple:
+                raise UserError("calls something that is not a function; the file is damaged")
+            stack.append(FUNCTIONS[function](*arguments))
+        else:
+            storage = named_storage(stack.pop())
+            if self.storages.setdefault(storage.key, storage) != storage:
+                raise UserError("describes one storage in two ways; the file is damaged")
+            stack.append(storage)
+
+
+def read_pickle(file):
+    """Read the pickle at the position of a binary file. Return its value and {key: Storage} of all its storages.
+
+    Raises UserError, without the file's name, for unsupported or too many instructions. Damaged pickles may raise any
+    exception.
+    """
+    interpreter = Interpreter()
+    for number, (instruction, argument, _) in enumerate(pickletools.genops(file)):
+        if number == MOST_INSTRUCTIONS:
+            raise UserError(f"has more than {MOST_INSTRUCTIONS} instructions; it is not a checkpoint of a model")
+        interpreter.run(instruction.name, argument)
+    result, = interpreter.stack
+    return result, interpreter.storages
 
 
 def named_storage(described):
-    """Return the Storage that a pickle's persistent id describes; its device does not matter."""
+    """Return the Storage that a persistent id of a pickle describes, whatever its device. Raises UserError."""
     if type(described) is tuple and len(described) == 6 and described[5] is None:
-        described = described[:5]       # the old form says that it is no view of another
+        described = described[:5]       # None, in the old format: not a view of another storage
     if type(described) is not tuple or len(described) != 5:
-        raise UserError("has a storage that is none, or a view of another; the file is damaged or very old")
+        raise UserError("has an invalid storage, or a view of another; the file is damaged or very old")
     kind, dtype, key, _, count = described
     if not (type(kind) is str and kind == "storage" and type(dtype) is Called and dtype in STORAGES
             and type(key) is str and is_count(count) and count <= MOST_BYTES):
-        raise UserError("has a storage that is none; the file is damaged")
+        raise UserError("has an invalid storage; the file is damaged")
     return Storage(key, STORAGES[dtype], count)
 
 
 def read_checkpoint(path):
-    """Read what torch.save wrote to `path`, in its zip form or the old one, and run nothing.
+    """Read a file of torch.save, in its zip format or the old one, without running any of its code.
 
-    Returns what it holds, with a Tensor for each tensor, and {key: the bytes of a storage}; as_array joins the two.
-    Raises UserError for a file that is neither, is damaged, or asks for anything but dicts and tensors.
+    Returns its content, with a Tensor for each tensor, and {key: bytes of a storage}; see as_array.
+    Raises UserError for other and damaged files, and for anything but dicts and tensors.
     """
     helper.check_is_file(path)
     try:
         size = Path(path).stat().st_size
         if size > MOST_BYTES:
-            raise UserError(f"has {size} bytes; a model of IDR's has no more than {MOST_BYTES}")
+            raise UserError(f"has {size} bytes; models of IDR have at most {MOST_BYTES}")
         data = Path(path).read_bytes()
         if data.startswith(b"PK\3\4"):
             return read_zip_form(data)
         if data.startswith(b"\x80\x02\x8a\x0a" + OLD_MAGIC.to_bytes(10, "little") + b"."):
             return read_old_form(data)
-        raise UserError("is not what torch.save writes; give a .pth of ModelParameters or CamParameters")
+        raise UserError("is not what torch.save writes; name a .pth of ModelParameters or CamParameters")
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except Exception as error:  # zipfile, struct, pickletools and the stack raise whatever the bytes lead them to
+    except Exception as error:  # damaged bytes may raise any exception
         raise UserError(f"{path}: is damaged or truncated; copy it again") from error
 
 
 def read_zip_form(data):
-    """Read the form that PyTorch writes since 1.6: a zip, not compressed, of data.pkl and one file per storage."""
-    if data.count(b"PK\1\2") > MOST_FILES:     # one for each; zipfile would take them all in
-        raise UserError(f"holds more than {MOST_FILES} files; a model of IDR's has fewer")
+    """Read the format of PyTorch 1.6 and later: an uncompressed zip of data.pkl and one file per storage.
+
+    Returns and raises as read_checkpoint does.
+    """
+    if data.count(b"PK\1\2") > MOST_FILES:     # one per file; checked before zipfile reads them all
+        raise UserError(f"holds more than {MOST_FILES} files; models of IDR have fewer")
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         files = {info.filename: info for info in archive.infolist()}
     if sum(info.file_size for info in files.values()) > len(data):
         raise UserError("unpacks to more than it holds; torch.save does not compress")
     folder, = [name[:-len("data.pkl")] for name in files if name.endswith("/data.pkl")]
     if folder + "byteorder" in files and stored(data, files[folder + "byteorder"]) != b"little":
-        raise UserError("was written on a big-endian machine; save it again on another")
+        raise UserError("was written on a big-endian machine; save it again on a little-endian one")
     program = stored(data, files[folder + "data.pkl"])
     tree, storages = read_pickle(io.BytesIO(program[:MOST_PICKLED]))
     buffers = {key: stored(data, files[f"{folder}data/{key}"]) for key in storages}
@@ -429,9 +471,9 @@ def read_zip_form(data):
 
 
 def stored(data, info):
-    """Return a file of a zip that is `data`, as a view of the bytes there; its directory says `info` of it."""
+    """Return a view of a file's bytes in the zip `data`; info: its ZipInfo. Raises UserError or ValueError."""
     if info.compress_type != zipfile.ZIP_STORED:
-        raise UserError("is compressed; torch.save does not do so")
+        raise UserError("is compressed, which torch.save does not do; save it again")
     name, extra = struct.unpack_from("<HH", data, info.header_offset + 26)
     start = info.header_offset + 30 + name + extra
     content = memoryview(data)[start:start + info.file_size]
@@ -441,7 +483,10 @@ def stored(data, info):
 
 
 def read_old_form(data):
-    """Read the form of PyTorch before 1.6: five pickles, then for each storage its count (int64) and its numbers."""
+    """Read the format before PyTorch 1.6: five pickles, then for each storage its count (int64) and its numbers.
+
+    Returns and raises as read_checkpoint does.
+    """
     pickles, start = [], 0
     for _ in range(5):
         file = io.BytesIO(data[start:start + MOST_PICKLED])
@@ -451,7 +496,7 @@ def read_old_form(data):
     if type(keys) is not list or not all(type(key) is str for key in keys):
         raise UserError("does not say where its numbers are; the file is damaged")
     if version != OLD_VERSION or machine["little_endian"] is not True:
-        raise UserError("is of another version, or of a big-endian machine; save it again with a newer PyTorch")
+        raise UserError("has another version, or is from a big-endian machine; save it again with a newer PyTorch")
     buffers = {}
     for key in keys:
         count, = struct.unpack_from("<q", data, start)
@@ -466,7 +511,7 @@ def read_old_form(data):
 
 
 def as_array(tensor, buffers):
-    """Return the numbers of a Tensor as an array that shares the storage's memory."""
+    """Return a Tensor as a read-only array that shares the memory of its storage. buffers: {key: bytes}."""
     dtype = np.dtype(tensor.storage.dtype)
     numbers = np.frombuffer(buffers[tensor.storage.key], dtype)
     return np.lib.stride_tricks.as_strided(numbers[tensor.offset:], tensor.shape,
@@ -474,7 +519,7 @@ def as_array(tensor, buffers):
 
 
 def shown(value):
-    """Return something of a file's for an error's one line, cut where it is long."""
+    """Return a value as printable text for a one-line message, cut to 80 characters."""
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -482,9 +527,9 @@ def shown(value):
 # --- writing what torch.load reads ------------------------------------------------------------------------------------
 
 def pickled(value, arrays, old_form):
-    """Return the instructions that make `value` of dicts, lists, str, bool, int and float32 arrays, as PyTorch's do.
+    """Return the pickle opcodes, as PyTorch writes them, of `value`: dicts, lists, tuples, str, bool, int and arrays.
 
-    arrays: a list that each array is appended to; its number there is its storage's key.
+    arrays: list to which each array (float32) is appended; its index is the key of its storage.
     """
     def all_of(values):
         return b"".join(pickled(v, arrays, old_form) for v in values)
@@ -510,7 +555,7 @@ def pickled(value, arrays, old_form):
 
 
 def write_checkpoint(path, tree, old_form):
-    """Write a tree of dicts, int and float32 arrays to `path` as torch.save does, in the zip form or the old one."""
+    """Write `tree`, of dicts, ints and float32 arrays, to `path` as torch.save does; old_form: before PyTorch 1.6."""
     arrays = []
     with open(path, "wb") as file:
         if not old_form:
@@ -526,13 +571,13 @@ def write_checkpoint(path, tree, old_form):
 
 
 def write_zip_form(file, program, arrays):
-    """Write the zip form to an open file: data.pkl, which is `program`, and the storages."""
+    """Write the zip format to an open binary file: `program` as data.pkl, and `arrays` as storages."""
     with zipfile.ZipFile(file, "w") as archive:
         files = [("data.pkl", program), ("byteorder", b"little")]
         files += [(f"data/{number}", array.tobytes()) for number, array in enumerate(arrays)]
         for name, content in files + [("version", b"3\n")]:
             info = zipfile.ZipInfo("archive/" + name)
-            # PyTorch maps a file into memory, so it puts each storage at a multiple of 64 bytes, by an extra field.
+            # PyTorch aligns files to 64 bytes by an extra field, so that storages can be mapped into memory.
             padding = -(file.tell() + 30 + len(info.filename) + 4) % 64
             info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
             archive.writestr(info, content)

@@ -1,9 +1,9 @@
-"""Make the page of a run, report.html in its folder, of what the scripts have written there so far.
+"""Write report.html, a page about a training run, from the files in the run's folder.
 
     python report.py results_demo
 
-train.py keeps it up to date by itself; after extract.py or evaluate.py this command takes up what they add. The page
-is one file that any browser opens and that fetches nothing: plots are inline SVG, pictures are inline too.
+train.py updates the page by itself. After extract.py or evaluate.py, this command adds their results. The page is a
+single file that fetches nothing: plots are inline SVG, and pictures are inline, too.
 """
 import argparse
 import base64
@@ -14,6 +14,7 @@ import re
 import shlex
 import time
 from pathlib import Path
+from typing import Dict, NamedTuple
 
 import cv2
 import numpy as np
@@ -24,13 +25,13 @@ from files import folders, pictures, writing
 from training import checkpoints
 
 PAGE = "report.html"
-REFRESH = 30        # seconds after which the browser loads the page of a run that is on again
-PAGE_EVERY = 60     # seconds: a page older than that is made anew after the epoch
-LARGE, SMALL = 640, 200         # pixels of width to which pictures are shrunk, for the page's size
-THUMBNAILS = 8      # how many of the renders so far are shown
-TOLD = set()        # failures that the log has been told of
+REFRESH = 30        # seconds after which the browser reloads the page of a running training
+PAGE_EVERY = 60     # seconds; after an epoch, an older page is written again
+LARGE, SMALL = 640, 200         # maximum widths of pictures in pixels, which limit the size of the page
+THUMBNAILS = 8      # number of earlier renders shown
+TOLD = set()        # failures that were printed already
 
-# What evaluate.py writes one number of: its name here, and how it reads.
+# {series of evaluate.py: (its label, its format)}
 MEASURED = {
     "psnr_all_views": ("PSNR, all views", "{:.2f} dB"),
     "psnr_trained_views": ("PSNR, trained views", "{:.2f} dB"),
@@ -49,18 +50,18 @@ MEASURED = {
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make the page of a run: report.html in its folder.")
-    parser.add_argument("folder", help="the run's folder, such as results_demo")
+    parser = argparse.ArgumentParser(description="Write report.html, the page of a training run.")
+    parser.add_argument("folder", help="folder of the run, such as results_demo")
     folder = Path(parser.parse_args().folder)
     if not folder.is_dir():
-        raise helper.UserError(f"{folder}: no such folder; name that of a training run")
+        raise helper.UserError(f"{folder}: no such folder; name the folder of a training run")
     folders.remove_unfinished(folder)
     write(folder, running=is_held(folder))
     print(folder / PAGE)
 
 
 def keep(folder, due, tell):
-    """Make the page of a run that is on, where it is due or the one there is old; a failure is one line for `tell`."""
+    """Write the page of a running training if it is due or old. A failure is one line, passed to `tell`."""
     page = folder / PAGE
     if due or not page.exists() or time.time() - page.stat().st_mtime > PAGE_EVERY:
         attempt(folder, running=True, tell=tell)
@@ -68,7 +69,7 @@ def keep(folder, due, tell):
 
 @contextlib.contextmanager
 def last_page(folder):
-    """Make the page once more when the training within ends, in whatever way."""
+    """Write the page once more when the block, a training, ends or fails."""
     try:
         yield
     finally:
@@ -76,9 +77,9 @@ def last_page(folder):
 
 
 def attempt(folder, running, tell):
-    """Make the page; a failure must not end a training: it is told in one line, and once.
+    """Write the page. A failure does not end the training; it is passed to `tell` as one line, and only once.
 
-    Raises UserError where the training's folder is no longer at its place.
+    Raises UserError if the run's folder was moved.
     """
     folders.check_held(folder)
     try:
@@ -91,12 +92,12 @@ def attempt(folder, running, tell):
 
 
 def write(folder, running):
-    """Write the page of the run in `folder`, replacing it whole. Raises UserError where there is no run."""
+    """Write the page of the run in `folder` atomically. Raises UserError if the folder holds no run."""
     writing.write_bytes(folder / PAGE, page(read_run(folder), running).encode(errors="replace"))
 
 
 def is_held(folder):
-    """Whether a training writes to that folder now."""
+    """Return whether a training is writing to the folder."""
     try:
         with folders.held(folder):
             return False
@@ -104,30 +105,40 @@ def is_held(folder):
         return True
 
 
-# --- what a run has written -------------------------------------------------------------------------------------------
+# --- reading a run ----------------------------------------------------------------------------------------------------
+
+class Run(NamedTuple):
+    """The content of a run's folder."""
+    folder: Path
+    config: Path                        # file of the configuration
+    conf: settings.Configuration
+    series: Dict[str, np.ndarray]       # {name: (N, 2)}, step or epoch, and value
+    steps: int                          # per epoch; 1 while no epoch is done
+    epochs: int                         # number of epochs done
+    laps: np.ndarray                    # (N, 2), last step and seconds of each epoch
+    elapsed: float                      # seconds of all epochs
+
 
 def read_run(folder):
-    """Read a run's folder: {"folder", "conf", its file "config", "series": {name: (N, 2)}, "steps", "epochs", ...}.
-
-    steps: of an epoch, 1 while none is done; epochs: how many are done; laps, elapsed: seconds of each epoch and of
-    all of them. Raises UserError where the folder holds no configuration that can be read.
-    """
+    """Return the Run in `folder`. Raises UserError if the folder has no valid configuration."""
     configs = sorted(folder.glob("*.yaml"), key=lambda path: path.stat().st_mtime)
     if not configs:
-        raise helper.UserError(f"{folder}: holds no configuration (.yaml), so it is not the folder of a training run")
+        raise helper.UserError(f"{folder}: holds no configuration (.yaml); name the folder of a training run")
     series = {path.name[:-len(".series.txt")]: read_series(path) for path in sorted(folder.glob("*.series.txt"))}
     series = {name: values for name, values in series.items() if len(values)}
     timer = read_series(folder / "time.timer.txt", columns=4)
-    ends = series.get("loss", np.zeros((0, 2)))[:, 0] + 1       # the steps done after each epoch
+    ends = series.get("loss", np.zeros((0, 2)))[:, 0] + 1       # steps done after each epoch
     steps = int(ends[0]) if len(ends) else 1
-    return {"folder": folder, "config": configs[-1], "conf": settings.load_config(configs[-1]), "series": series,
-            "steps": steps, "epochs": int(ends[-1]) // steps if len(ends) else 0,
-            "laps": timer[:, [0, 1]], "elapsed": timer[-1, 3] if len(timer) else 0.0}
+    return Run(folder, configs[-1], settings.load_config(configs[-1]), series, steps,
+               epochs=int(ends[-1]) // steps if len(ends) else 0, laps=timer[:, [0, 1]],
+               elapsed=timer[-1, 3] if len(timer) else 0.0)
 
 
 def read_series(path, columns=2):
-    """The numbers (N, columns) of a file of nnabla's monitors; a line that is not whole, as one being written, is left
-    out, and a file that is not there has none."""
+    """Return the numbers (N, columns) in a file of nnabla's monitors.
+
+    Incomplete lines, which are being written, are left out. A missing file gives N = 0.
+    """
     rows = []
     for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
         with contextlib.suppress(ValueError):
@@ -138,41 +149,43 @@ def read_series(path, columns=2):
 
 
 def validations(folder, ending=""):
-    """The pictures of the validations so far, {epoch: path}, oldest first."""
+    """Return the pictures of validations, {epoch: path}, oldest first; ending: "" or "_shape"."""
     found = {re.fullmatch(rf"epoch_(\d+){ending}\.png", path.name): path for path in folder.glob("validation/epoch_*")}
     return {int(match.group(1)): path for match, path in sorted(found.items(), key=lambda item: item[1]) if match}
 
 
 def measurements(run):
-    """What evaluate.py has measured of the newest model, [(name, value as text)]."""
-    newest = max((path.stat().st_mtime for path in run["folder"].glob("model_*.h5")), default=0)
-    return [(label, form.format(run["series"][name][-1, 1])) for name, (label, form) in MEASURED.items()
-            if name in run["series"] and (run["folder"] / f"{name}.series.txt").stat().st_mtime >= newest]
+    """Return the measures of the newest model by evaluate.py, [(label, value as text)]."""
+    newest = max((path.stat().st_mtime for path in run.folder.glob("model_*.h5")), default=0)
+    return [(label, form.format(run.series[name][-1, 1])) for name, (label, form) in MEASURED.items()
+            if name in run.series and (run.folder / f"{name}.series.txt").stat().st_mtime >= newest]
 
 
 # --- plots and pictures -----------------------------------------------------------------------------------------------
 
-# Colours of the plots, and the page's variables that take their places: so a plot is light or dark as the page is.
+# Placeholder colours of the plots, and the page's CSS variables that replace them, for light and dark themes.
 INK, RULE = "#010101", "#020202"
 LINES = ("#030301", "#030302", "#030303", "#030304")
 VARIABLES = {INK: "--muted", RULE: "--rule", **{line: f"--line{i}" for i, line in enumerate(LINES)}}
 
 
 def plot(words, lines, log=False, step=False, from_zero=False):
-    """Draw lines over the epochs as an inline SVG.
+    """Draw lines over the epochs, and return them as inline SVG.
 
-    words: what it shows, for who cannot see it; lines: {label: (x (N,), y (N,))}, the labels drawn where there are
-    several; log: a logarithmic axis, on which what is not positive is left out; step: values that hold for an epoch;
-    from_zero: the axis begins at 0.
+    words: description for screen readers
+    lines: {label: (x (N,), y (N,))}; labels are drawn if there are several
+    log: logarithmic y axis, without values that are not positive
+    step: draw steps, for values that are constant within an epoch
+    from_zero: the y axis begins at 0
     """
-    import matplotlib  # here: a training starts without waiting for it
+    import matplotlib  # imported here, as it delays the start of a training
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     style = {"svg.fonttype": "none", "svg.hashsalt": words, "axes.edgecolor": RULE, "text.color": INK,
-                "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
-                "axes.labelcolor": INK, "font.size": 10.5, "grid.color": RULE, "grid.linewidth": 0.6,
-                "text.parse_math": False}
+             "xtick.color": RULE, "ytick.color": RULE, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+             "axes.labelcolor": INK, "font.size": 10.5, "grid.color": RULE, "grid.linewidth": 0.6,
+             "text.parse_math": False}
     with matplotlib.rc_context(style):
         figure = Figure(figsize=(4.6, 2.7), constrained_layout=True)
         axes = figure.add_subplot()
@@ -199,9 +212,13 @@ def plot(words, lines, log=False, step=False, from_zero=False):
             figure.legend(loc="outside upper center", ncol=2, frameon=False, handlelength=1.2, columnspacing=1.2)
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    svg = file.getvalue()
+    return inline_svg(file.getvalue(), words)
+
+
+def inline_svg(svg, words):
+    """Return an SVG of matplotlib without metadata, styles and ids, with the page's font and colours. words: label."""
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg[svg.index("<svg"):], flags=re.S)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)       # several plots stand in one page
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)       # ids would repeat, as a page has several plots
     svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>',
                  rf'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="\1" role="img" '
                  rf'aria-label="{html.escape(words)}">', svg)
@@ -210,7 +227,7 @@ def plot(words, lines, log=False, step=False, from_zero=False):
 
 
 def picture(image, words, width=LARGE):
-    """An image (H, W, 3) uint8 as an inline <img>, no wider than `width`: PNG, or JPEG where that would be large."""
+    """Return an image (H, W, 3) uint8 as an inline <img> of at most `width` pixels: PNG, or JPEG if that is large."""
     if image.shape[1] > width:
         height = max(round(image.shape[0] * width / image.shape[1]), 1)
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
@@ -224,9 +241,9 @@ def picture(image, words, width=LARGE):
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 def page(run, running):
-    """The page of a run as HTML. run: what read_run gives; running: whether its training is on."""
-    folder, conf = run["folder"].resolve(), run["conf"]
-    done, wanted = run["epochs"], conf.train.epochs
+    """Return the page of a Run as HTML; running: whether its training is running now."""
+    folder, conf = run.folder.resolve(), run.conf
+    done, wanted = run.epochs, conf.train.epochs
     state = "complete" if done >= wanted else "running" if running else "stopped"
     scene = Path(conf.data.path).name
     share = min(done / wanted, 1.0)
@@ -263,44 +280,47 @@ aria-label="epochs done"><div style="width: {share:.2%}"></div></div>
 
 
 def section(title, content):
+    """Return a section with a heading, or "" if it has no content."""
     return f"<section>\n<h2>{title}</h2>\n{content}\n</section>\n" if content else ""
 
 
 def figures(items, kind):
-    """A grid of figures: items are (content, caption as HTML)."""
+    """Return a grid of figures; items: [(content, caption as HTML)]; kind: CSS classes."""
     return f'<div class="grid {kind}">' + "".join(
         f"<figure>{content}<figcaption>{caption}</figcaption></figure>\n" for content, caption in items) + "</div>"
 
 
 def tiles(run, state):
-    """The run's numbers of the moment."""
-    series, wanted = run["series"], run["conf"].train.epochs
-    items = [("epoch", f"{run['epochs']:,} <small>of {wanted:,}</small>")]
+    """Return the current numbers of the run, such as epoch, PSNR, loss and time."""
+    series, wanted = run.series, run.conf.train.epochs
+    items = [("epoch", f"{run.epochs:,} <small>of {wanted:,}</small>")]
     if "psnr" in series:
-        items.append((f"PSNR, view {run['conf'].train.validation_view}", f"{series['psnr'][-1, 1]:.2f} <small>dB</small>"))
+        items.append((f"PSNR, view {run.conf.train.validation_view}", f"{series['psnr'][-1, 1]:.2f} <small>dB</small>"))
     if "loss" in series:
         items.append(("loss", f"{series['loss'][-1, 1]:.4f}"))
-    if len(run["laps"]):
-        lap = np.median(run["laps"][-5:, 1])
-        items.append(("training time", duration(run["elapsed"])))
-        items.append(("a step", f"{lap / run['steps'] * 1000:.0f} <small>ms</small>"))
+    if len(run.laps):
+        lap = np.median(run.laps[-5:, 1])
+        items.append(("training time", duration(run.elapsed)))
+        items.append(("a step", f"{lap / run.steps * 1000:.0f} <small>ms</small>"))
         if state != "complete":
-            items.append(("left, about", duration(lap * (wanted - run["epochs"]))))
+            items.append(("left, about", duration(lap * (wanted - run.epochs))))
     return '<dl class="tiles">' + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in items) \
         + "</dl>"
 
 
 def validation_view(conf):
+    """Return the name of the validation view, such as "view 3, held out"."""
     view = conf.train.validation_view
     return f"view {view}, held out" if view in conf.data.held_out_views else f"view {view}"
 
 
 def epochs(count):
+    """Return a number of epochs in words, such as "1,000 epochs"."""
     return f"{count:,} epoch{'s' if count != 1 else ''}"
 
 
 def duration(seconds):
-    """Seconds in words, such as 2 h 5 min."""
+    """Return seconds in words as HTML, such as 2 h 5 min."""
     minutes, hours = seconds / 60, seconds / 3600
     if minutes < 1:
         return f"{seconds:.0f} <small>s</small>"
@@ -311,13 +331,13 @@ def duration(seconds):
 
 
 def renders(run):
-    """The latest validation: photograph, render, normals, depth."""
-    found = validations(run["folder"])
+    """Return the latest validation: photograph, render, normals, depth."""
+    found = validations(run.folder)
     if not found:
         return '<p class="muted">None yet: a view is rendered every ' \
-            f'{run["conf"].train.validate_every} epochs (train.validate_every).</p>'
+            f'{run.conf.train.validate_every} epochs (train.validate_every).</p>'
     epoch, path = list(found.items())[-1]
-    view, psnr = validation_view(run["conf"]), dict(run["series"].get("psnr", []))
+    view, psnr = validation_view(run.conf), dict(run.series.get("psnr", []))
     captions = ("photograph", f"render, {psnr[epoch]:.2f} dB" if epoch in psnr else "render", "normals",
                 "depth, white is near")
     panels = np.split(pictures.read_image(path), len(captions), axis=1)
@@ -326,41 +346,43 @@ def renders(run):
 
 
 def shape(run):
-    """The surface as clay from several sides, and the way to the mesh where there is one."""
-    found, content = validations(run["folder"], "_shape"), ""
-    panels = validations(run["folder"])
+    """Return the latest shaded surface from several sides, and links to the mesh if there is one."""
+    found, content = validations(run.folder, "_shape"), ""
+    panels = validations(run.folder)
     if found:
         epoch, path = list(found.items())[-1]
         image = pictures.read_image(path)
         height, width = pictures.read_image(panels[epoch]).shape[:2] if epoch in panels else (1, 4)
-        count = max(round(image.shape[1] / image.shape[0] / (width / 4 / height)), 1)     # of the same proportions
+        # The number of images side by side; each has the proportions of a validation's panel.
+        count = max(round(image.shape[1] / image.shape[0] / (width / 4 / height)), 1)
         items = [(picture(part, "the surface from another side"), "") for part in np.array_split(image, count, axis=1)]
         content = f'<p class="muted">The surface, as extract.py would mesh it, from cameras that lie far apart; ' \
             f'after {epochs(epoch + 1)}.</p>' + figures(items, "four bare")
     links = [f'<a href="{name}">{words}</a>' for name, words in
-             (("mesh.html", "turn the mesh"), ("mesh.ply", "the mesh, mesh.ply")) if (run["folder"] / name).exists()]
+             (("mesh.html", "turn the mesh"), ("mesh.ply", "the mesh, mesh.ply")) if (run.folder / name).exists()]
     return content + (f'<p class="links">{" ".join(links)}</p>' if links else "")
 
 
 def thumbnails(run):
-    """Some of the renders so far, evenly over the epochs."""
-    found = list(validations(run["folder"]).items())
+    """Return at most THUMBNAILS earlier renders, evenly spaced over the epochs."""
+    found = list(validations(run.folder).items())
     if len(found) < 2:
         return ""
-    psnr, items = dict(run["series"].get("psnr", [])), []
+    psnr, items = dict(run.series.get("psnr", [])), []
     for index in np.unique(np.linspace(0, len(found) - 1, THUMBNAILS).round().astype(int)):
         epoch, path = found[index]
         image = np.split(pictures.read_image(path), 4, axis=1)[1]
-        items.append((picture(image, f"render after {epochs(epoch + 1)}", SMALL), epochs(epoch + 1) + (f"<br>{psnr[epoch]:.1f} dB" if epoch in psnr else "")))
+        caption = epochs(epoch + 1) + (f"<br>{psnr[epoch]:.1f} dB" if epoch in psnr else "")
+        items.append((picture(image, f"render after {epochs(epoch + 1)}", SMALL), caption))
     return figures(items, "eight")
 
 
 def curves(run):
-    """The plots: losses, PSNR, errors of trained cameras, rays that hit, learning rate, alpha, time."""
-    series, train = run["series"], run["conf"].train
+    """Return the plots: losses, PSNR, errors of trained cameras, hits, learning rate, alpha and time."""
+    series, train = run.series, run.conf.train
 
     def over_epochs(name, factor=1.0):
-        return (series[name][:, 0] + 1) / run["steps"], series[name][:, 1] * factor
+        return (series[name][:, 0] + 1) / run.steps, series[name][:, 1] * factor
 
     items = []
 
@@ -373,7 +395,7 @@ def curves(run):
     if losses:
         add("Loss", f"{series['loss'][-1, 1]:.4f}", losses, log=True)
     if "psnr" in series:
-        add("PSNR", f"{series['psnr'][-1, 1]:.2f} dB, {validation_view(run['conf'])}",
+        add("PSNR", f"{series['psnr'][-1, 1]:.2f} dB, {validation_view(run.conf)}",
             {"PSNR": (series["psnr"][:, 0] + 1, series["psnr"][:, 1])})
     for name, title, unit in (("camera_rotation", "Cameras turned", "°"),
                               ("camera_translation", "Cameras moved", " of the sphere's radius")):
@@ -381,38 +403,39 @@ def curves(run):
             add(title, f"{series[name][-1, 1]:.3g}{unit}", {title: (series[name][:, 0] + 1, series[name][:, 1])},
                 from_zero=True)
     for name, title, says, how in (
-            ("hits", "Rays that hit in the mask", "{:.0f} of %d" % train.rays, {}),
+            ("hits", "Rays that hit in the mask", "{:.0f} of " + str(train.rays), {}),
             ("learning_rate", "Learning rate", "{:.3g}", {"step": True, "from_zero": True}),
             ("alpha", "Alpha, the sharpness of the mask", "{:g}", {"step": True, "from_zero": True})):
         if name in series:
             add(title, says.format(series[name][-1, 1]), {title: over_epochs(name)}, **how)
-    if len(run["laps"]):
-        add("Seconds an epoch", f"{run['laps'][-1, 1]:.3g} s, {run['steps']} steps",
-            {"time": ((run["laps"][:, 0] + 1) / run["steps"], run["laps"][:, 1])}, from_zero=True)
+    if len(run.laps):
+        add("Seconds an epoch", f"{run.laps[-1, 1]:.3g} s, {run.steps} steps",
+            {"time": ((run.laps[:, 0] + 1) / run.steps, run.laps[:, 1])}, from_zero=True)
     return figures(items, "three") if items else '<p class="muted">No epoch is done yet.</p>'
 
 
 def measured(run):
+    """Return the measures of evaluate.py as a table."""
     return table(measurements(run))
 
 
 def table(rows):
-    """Rows (name, value) as a list of terms, or "" where there are none."""
+    """Return rows [(name, value)] as a description list, or "" if there are none."""
     return '<dl class="table">' + "".join(
         f"<div><dt>{html.escape(str(name))}</dt><dd>{html.escape(str(value))}</dd></div>" for name, value in rows) \
         + "</dl>" if rows else ""
 
 
 def commands(run, state):
-    """What a user types next, in the folder from which the run was started."""
-    folder, config = shlex.quote(str(run["folder"])), shlex.quote(str(run["config"]))
+    """Return the commands to run next, in the folder where the run was started."""
+    folder, config = shlex.quote(str(run.folder)), shlex.quote(str(run.config))
     resume = f"python train.py --config {config} --resume {folder}"
     model = f"--config {config} --model-load-path {folder}"
     says = {"complete": "The run is complete. To train on, raise train.epochs in the configuration first.",
             "running": "Where the run is interrupted, this goes on with it.",
             "stopped": "The run was stopped before its end. This goes on with it."}[state]
-    content = f"<p>{says}</p><pre>{html.escape(resume)}</pre>" if (run["folder"] / checkpoints.STATE_FILE).exists() else ""
-    if any(run["folder"].glob("model_*.h5")):
+    content = f"<p>{says}</p><pre>{html.escape(resume)}</pre>" if (run.folder / checkpoints.STATE_FILE).exists() else ""
+    if any(run.folder.glob("model_*.h5")):
         lines = [f"python {script}.py {model}" for script in ("synthesize", "extract", "evaluate")]
         lines.append(f"python report.py {folder}")
         content += "<p>Views, the mesh and the measures of the newest model, and this page with them:</p>" \
@@ -421,9 +444,9 @@ def commands(run, state):
 
 
 def keys(conf):
-    """The configuration, a table for each of its sections."""
-    return '<div class="grid three">' + "".join(
-        f"<div><h3>{name}</h3>{table(vars(section_keys).items())}</div>" for name, section_keys in vars(conf).items()) + "</div>"
+    """Return the configuration, one table per section."""
+    tables = "".join(f"<div><h3>{name}</h3>{table(vars(values).items())}</div>" for name, values in vars(conf).items())
+    return f'<div class="grid three">{tables}</div>'
 
 
 STYLE = """
@@ -477,7 +500,8 @@ svg { display: block; width: 100%; height: auto; padding: 0 6px 6px; }
 .links { margin-top: 12px; }
 .links a { margin-right: 18px; }
 a { color: var(--line0); }
-pre { margin: 0 0 16px; padding: 12px 14px; overflow-x: auto; font: 13.5px/1.6 ui-monospace, Menlo, Consolas, monospace; }
+pre { margin: 0 0 16px; padding: 12px 14px; overflow-x: auto; \
+font: 13.5px/1.6 ui-monospace, Menlo, Consolas, monospace; }
 .table { margin: 0; font-size: 14px; }
 .table div { display: flex; justify-content: space-between; gap: 16px; padding: 3px 0;
   border-top: 1px solid var(--rule); }

@@ -1,1 +1,1 @@
-"""What a run may be told: every key of a configuration (settings.py), and configurations to copy (*.yaml)."""
+"""Configurations: the keys and their checks (settings.py), and files to copy (*.yaml)."""

@@ -1,8 +1,7 @@
-"""Every key of a configuration, one line each: its type, its default, the values it may take, and what it means.
+"""Every key of a configuration, one line each: type, default, allowed values and meaning.
 
-From these lines come the checks of load_config, the file config/default.yaml (`python -m config.settings >
-config/default.yaml` writes it) and the keys that the documentation explains. To add a key, add its line, write the file
-anew, and use it.
+load_config checks files against these lines, and config/default.yaml is generated from them. To add a key, add its
+line, run `python -m config.settings > config/default.yaml`, and explain the key in docs/configuration.md.
 """
 import math
 import re
@@ -14,13 +13,13 @@ import yaml
 
 from helper import SHORT, UserError, check_is_file
 
-MOST_TEXT = 1 << 16     # bytes of a configuration; ours have 3,000
-MOST_EPOCHS = 100000    # the names of models have five digits
+MOST_TEXT = 1 << 16     # bytes per configuration file; default.yaml has 3,000
+MOST_EPOCHS = 100000    # model_*.h5 has five digits
 MOST_VIEWS = 100000
-OLD_NAMES = {"train.outline_rays": "train.outline_fraction"}    # still read, with a notice
+OLD_NAMES = {"train.outline_rays": "train.outline_fraction"}    # {old: new}; old names still work, with a notice
 
 
-# --- the values that a key may take: a function that allows them, and the words for it --------------------------------
+# --- allowed values: pairs of a predicate and its description for messages --------------------------------------------
 
 def between(least, most):
     return lambda v: least <= v <= most, f"between {least} and {most}"
@@ -39,7 +38,7 @@ def any_of(*names):
 
 
 def path_of(what):
-    """A name of files and folders, which systems hold to 255 bytes between two slashes."""
+    """Allow paths whose parts have at most 200 bytes: file systems allow 255, and suffixes are added to some."""
     return (lambda v: v.strip() != "" and v.isprintable() and len(v) <= 1000
             and all(len(part.encode()) <= 200 for part in v.split("/")), what)
 
@@ -52,63 +51,63 @@ INSIDE = (lambda v: 0 < v < 1, "between 0 and 1")
 
 
 def key(default, allowed, says, optional=False):
-    """A key of a section. An optional one may be missing in a file, and then has its default."""
+    """Return the dataclass field of a key. A file may leave out an optional key, which then has its default."""
     value = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
     return field(**value, metadata={"allowed": allowed, "says": says, "optional": optional})
 
 
 # --- the keys ---------------------------------------------------------------------------------------------------------
-# The upper bounds lie far beyond what is of use, and below what a computer cannot do at all.
+# Upper bounds lie far above useful values, and below those that no computer can handle.
 
 @dataclass(frozen=True)
 class Data:
     path: str = key("DTU/scan118", path_of("a folder"), "folder with image/, mask/, cameras.npz; names the run")
-    downscale: int = key(1, between(1, 1000), "shrink the images by this whole factor; the cameras follow")
-    cameras: str = key("cameras.npz", path_of("a file in the scene's folder"), "the cameras' file in that folder", True)
-    held_out_views: List[int] = key([], VIEWS, "indices of the views to measure on and not to train on")
+    downscale: int = key(1, between(1, 1000), "integer factor by which images are shrunk; cameras are adapted")
+    cameras: str = key("cameras.npz", path_of("a file in the scene's folder"), "camera file in that folder", True)
+    held_out_views: List[int] = key([], VIEWS, "indices of views to evaluate on, not to train on")
 
 
 @dataclass(frozen=True)
 class Network:
-    width: int = key(512, between(64, 4096), "units per hidden layer, of both networks")
-    feature: int = key(256, between(1, 1024), "length of the vector that the implicit network gives the renderer")
+    width: int = key(512, between(64, 4096), "units per hidden layer, in both networks")
+    feature: int = key(256, between(1, 1024), "length of the feature vector from the implicit network to the renderer")
     layers: int = key(9, between(2, 64), "affine layers of the implicit network")
-    radius: float = key(0.6, INSIDE, "of the initial surface, a sphere; the cameras must be outside it")
-    without: List[str] = key([], any_of("normal", "view", "feature"), "inputs that the renderer does not get", True)
+    radius: float = key(0.6, INSIDE, "radius of the initial surface, a sphere; cameras must be outside it")
+    without: List[str] = key([], any_of("normal", "view", "feature"), "inputs to withhold from the renderer", True)
 
 
 @dataclass(frozen=True)
 class Tracer:
-    sphere_tracing_steps: int = key(10, between(0, 1000), "of a render, from each end; training samples instead")
-    tolerance: float = key(5e-5, above_zero(1), "|sdf| at which a point counts as on the surface")
-    samples: int = key(100, between(2, 1000), "per ray, where sphere tracing leaves it open, and for the mask loss")
-    refinement: str = key("secant", one_of("secant", "bisection"), "of a bracket: secant or bisection")
-    refinement_steps: int = key(8, between(0, 100), "at most this many")
+    sphere_tracing_steps: int = key(10, between(0, 1000), "per ray and end, in renders; training samples instead")
+    tolerance: float = key(5e-5, above_zero(1), "a point is on the surface if |sdf| is at most this")
+    samples: int = key(100, between(2, 1000), "sdf samples per ray, if sphere tracing fails, and for the mask loss")
+    refinement: str = key("secant", one_of("secant", "bisection"), "root finding in a bracket: secant or bisection")
+    refinement_steps: int = key(8, between(0, 100), "maximum number of refinement steps")
 
 
 @dataclass(frozen=True)
 class Train:
-    epochs: int = key(2000, between(1, MOST_EPOCHS), "an epoch takes one step per training view")
-    rays: int = key(2048, between(2, 65536), "pixels per step, all of one view")
-    outline_fraction: float = key(0.0, FRACTION, "of the rays near the mask's outline, weighted to keep the loss", True)
-    learning_rate: float = key(1e-4, above_zero(100), "of Adam")
-    learning_rate_halved_after: List[int] = key([1000, 1500], MILESTONES, "epochs")
-    camera_learning_rate: float = key(0.0, between(0, 100), "of the cameras' Adam; 0: cameras are exact", True)
+    epochs: int = key(2000, between(1, MOST_EPOCHS), "an epoch is one step per training view")
+    rays: int = key(2048, between(2, 65536), "pixels per step, all from one view")
+    outline_fraction: float = key(0.0, FRACTION, "fraction of rays near outlines; weights keep the loss unbiased", True)
+    learning_rate: float = key(1e-4, above_zero(100), "learning rate of Adam")
+    learning_rate_halved_after: List[int] = key([1000, 1500], MILESTONES, "epochs after which it is halved")
+    camera_learning_rate: float = key(0.0, between(0, 100), "learning rate of the cameras; 0: they are exact", True)
     alpha: float = key(50.0, above_zero(1000000), "sharpness of the soft mask, sigmoid(-alpha * sdf)")
-    alpha_doubled_after: List[int] = key([250, 500, 750, 1000, 1250], MILESTONES, "epochs")
-    mask_weight: float = key(100.0, between(0, 1000000), "of the mask loss")
-    eikonal_weight: float = key(0.1, between(0, 1000000), "of the eikonal loss")
-    seed: int = key(0, between(0, 2 ** 32 - 1), "of the weights, the views' order and the pixels")
-    save_every: int = key(100, between(1, MOST_EPOCHS), "epochs; a model is also saved after the last")
-    validate_every: int = key(50, between(1, MOST_EPOCHS), "epochs; a view is also rendered after the last")
-    validation_view: int = key(0, between(0, MOST_VIEWS - 1), "the view to render")
-    validation_downscale: int = key(4, between(1, 1000), "render it smaller by this whole factor, to save time")
+    alpha_doubled_after: List[int] = key([250, 500, 750, 1000, 1250], MILESTONES, "epochs after which it is doubled")
+    mask_weight: float = key(100.0, between(0, 1000000), "weight of the mask loss")
+    eikonal_weight: float = key(0.1, between(0, 1000000), "weight of the eikonal loss")
+    seed: int = key(0, between(0, 2 ** 32 - 1), "seed of the initial weights, the order of views and the pixels")
+    save_every: int = key(100, between(1, MOST_EPOCHS), "epochs between models; one is also saved after the last")
+    validate_every: int = key(50, between(1, MOST_EPOCHS), "epochs between renders; one is also made after the last")
+    validation_view: int = key(0, between(0, MOST_VIEWS - 1), "index of the view to render")
+    validation_downscale: int = key(4, between(1, 1000), "integer factor by which the render is shrunk, to save time")
 
 
 @dataclass(frozen=True)
 class Extract:
-    coarse_resolution: int = key(100, between(16, 512), "cells along the longest side, in the first pass")
-    resolution: int = key(512, between(16, 1024), "the same in the second pass, which gives the mesh")
+    coarse_resolution: int = key(100, between(16, 512), "grid cells along the longest side, first pass")
+    resolution: int = key(512, between(16, 1024), "grid cells along the longest side, second pass, for the mesh")
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Configuration:
     extract: Extract
 
 
-# What products of keys may come to: about as many weights, samples or activations.
+# Upper bounds of products of keys, which are about the numbers of weights, samples and activations.
 MOST_TOGETHER = ((("network.width", "network.width", "network.layers"), 64 * 10 ** 6),
                  (("train.rays", "tracer.samples"), 16 * 10 ** 6),
                  (("train.rays", "network.width", "network.layers"), 500 * 10 ** 6))
@@ -132,12 +131,12 @@ def flat(conf) -> dict:
 
 
 def default_of(item):
-    """Return the default of a dataclass's field."""
+    """Return the default of a dataclass field."""
     return item.default if item.default is not MISSING else item.default_factory()
 
 
 def optional_defaults() -> dict:
-    """Return {"section.key": value} of the keys that a file may leave out."""
+    """Return {"section.key": default} of all optional keys."""
     return {f"{section.name}.{item.name}": default_of(item) for section in fields(Configuration)
             for item in fields(section.type) if item.metadata["optional"]}
 
@@ -145,11 +144,11 @@ def optional_defaults() -> dict:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 class ConfigLoader(yaml.SafeLoader):
-    """Safe YAML, with 1e-4 as a number (YAML 1.2 has it so, 1.1 calls it a text), and without aliases and double
-    keys."""
+    """A loader of safe YAML that reads 1e-4 as a number (as YAML 1.2 does, and 1.1 does not) and refuses aliases and
+    duplicate keys."""
 
     def compose_node(self, parent, index):
-        if self.check_event(yaml.AliasEvent):       # a few lines of them spell out a text without end
+        if self.check_event(yaml.AliasEvent):       # a few nested aliases can expand to gigabytes
             raise yaml.composer.ComposerError(problem="a configuration has no aliases; write out what * stands for",
                                               problem_mark=self.peek_event().start_mark)
         return super().compose_node(parent, index)
@@ -158,10 +157,11 @@ class ConfigLoader(yaml.SafeLoader):
         seen = set()
         for key_node, _ in node.value:
             name = self.construct_object(key_node, deep=True)
-            if isinstance(name, Hashable) and name in seen:
+            hashable = isinstance(name, Hashable)       # SafeLoader refuses other keys below
+            if hashable and name in seen:
                 raise yaml.constructor.ConstructorError(problem=f"the key {SHORT.repr(name)} is given twice",
                                                         problem_mark=key_node.start_mark)
-            if isinstance(name, Hashable):       # SafeLoader refuses others
+            if hashable:
                 seen.add(name)
         return super().construct_mapping(node, deep)
 
@@ -171,10 +171,9 @@ ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]
 
 
 def load_config(path) -> Configuration:
-    """Read a configuration file.
+    """Read and check a configuration file.
 
-    Raises UserError, naming the file and the key, for a file that cannot be read, and for a key that is unknown,
-    missing, of the wrong type or out of range.
+    Raises UserError if the file cannot be read, or if a key is unknown, missing, of the wrong type or out of range.
     """
     tree = read_yaml(path)
     check_keys(path, "", tree, {section.name: None for section in fields(Configuration)})
@@ -191,20 +190,20 @@ def load_config(path) -> Configuration:
 
 
 def read_yaml(path):
-    """Return what a YAML file holds; UserError where it is none, or too large."""
+    """Return the parsed content of a YAML file. Raises UserError if it cannot be read or parsed, or is too large."""
     check_is_file(path)
     try:
         with open(str(path), "rb") as file:
             content = file.read(MOST_TEXT + 1)
         if len(content) > MOST_TEXT:
-            raise UserError(f"{path}: has more than {MOST_TEXT} bytes, so it is no configuration")
+            raise UserError(f"{path}: has more than {MOST_TEXT} bytes, so it is not a configuration")
         text = content.decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text file"
         raise UserError(f"{path}: cannot read the configuration ({reason})") from error
     try:
         return yaml.load(text, Loader=ConfigLoader)
-    except Exception as error:      # PyYAML raises nearly anything where a tag and its text do not fit
+    except Exception as error:      # PyYAML may raise any exception if a tag and its value do not match
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         problem = (getattr(error, "problem", None) or "cannot be parsed")[:200]
@@ -212,7 +211,7 @@ def read_yaml(path):
 
 
 def renamed(path, section, found):
-    """Return a section with OLD_NAMES replaced, and a notice for each."""
+    """Return the mapping of a section with OLD_NAMES replaced; print a notice for each."""
     if not isinstance(found, dict):
         return found
     for old, new in OLD_NAMES.items():
@@ -225,8 +224,10 @@ def renamed(path, section, found):
 
 
 def check_keys(path, section, found, items):
-    """Raise UserError unless `found` is a mapping with just the keys of items {name: field or None}, but for optional
-    ones."""
+    """Raise UserError unless `found` is a mapping with the keys of `items`, {name: field or None}, and no others.
+
+    Keys with an optional field may be missing.
+    """
     prefix = section + "." if section else ""
     if not isinstance(found, dict):
         raise UserError(f"{path}: {section or 'the file'} must be a mapping with the keys {', '.join(items)}")
@@ -241,13 +242,13 @@ def check_keys(path, section, found, items):
 
 
 def check_value(where, value, item):
-    """Return `value` in the type of the dataclass's field `item`; UserError where it is of another, or not allowed."""
+    """Return `value` in the type of the dataclass field `item`. Raises UserError for a wrong type or value."""
     kinds = {int: "a whole number", float: "a number", str: "a text", List[int]: "a list of whole numbers",
              List[str]: "a list of texts"}
     if item.type in (List[int], List[str]):
         fits = isinstance(value, list) and all(type(v) is item.type.__args__[0] for v in value)
     elif item.type is float:
-        fits = type(value) in (int, float) and abs(value) < 1e300       # not infinite, not NaN
+        fits = type(value) in (int, float) and abs(value) < 1e300       # neither infinite nor NaN
     else:
         fits = type(value) is item.type
     if not fits:
@@ -260,7 +261,7 @@ def check_value(where, value, item):
 
 
 def check_network(where, sizes) -> Network:
-    """Return the Network of some sizes {key: value}; UserError where they are none that a configuration may have."""
+    """Return the Network with `sizes` {key: value}. Raises UserError if a configuration could not have them."""
     items = {item.name: item for item in fields(Network)}
     net = Network(**{name: check_value(f"{where}: the network's {name}", value, items[name])
                      for name, value in sizes.items()})
@@ -269,9 +270,9 @@ def check_network(where, sizes) -> Network:
 
 
 def check_products(where, values):
-    """Raise UserError where numbers of {"section.key": value} are together more than MOST_TOGETHER allows.
+    """Raise UserError if a product of `values`, {"section.key": number}, exceeds MOST_TOGETHER.
 
-    A product of which a key is not in `values` is left out.
+    Products with a key that is missing in `values` are not checked.
     """
     for keys, most in MOST_TOGETHER:
         product = math.prod(values[name] for name in keys) if values.keys() >= set(keys) else 0
@@ -282,20 +283,20 @@ def check_products(where, values):
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 INTRODUCTION = """\
-# IDR on a DTU scan, with the paper's settings. Copy this file and change what you need. Every key must be there, but
-# for those marked as optional. config/settings.py writes this file and has the values that each key may take.
+# IDR on a DTU scan, with the paper's settings. Copy this file and change what you need. Every key is required, except
+# those marked as optional. config/settings.py generates this file, and lists the allowed values of each key.
 """
 
 
 def as_yaml() -> str:
-    """Return the text of config/default.yaml: every key with its default and what it means."""
+    """Return the text of config/default.yaml: every key with its default and meaning."""
     text = INTRODUCTION
     for section in fields(Configuration):
         text += f"\n{section.name}:\n"
         for item in fields(section.type):
             value = default_of(item)
             shown = str(value).replace("'", "")
-            if isinstance(value, float):    # YAML 1.1 wants a point in 5.0e-05
+            if isinstance(value, float):    # YAML 1.1 requires the decimal point in 5.0e-05
                 shown = f"{value:g}" if value == 0 or value >= 0.01 else f"{value:.1e}"
             optional = " (optional)" if item.metadata["optional"] else ""
             text += f"  {item.name + ': ' + shown:<24}  # {item.metadata['says']}{optional}\n"

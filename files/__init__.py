@@ -1,1 +1,1 @@
-"""Files: how results are written whole, which folder belongs to which process, and how strangers' pictures are read."""
+"""Files: atomic writing of results, locking of run folders, and safe reading of pictures."""

@@ -1,4 +1,4 @@
-"""Folders that a process holds while it writes there: run folders, scenes, and what killed processes left in them."""
+"""Folders that a process locks while it writes there, and the clean-up of files that killed processes left."""
 import contextlib
 import os
 import re
@@ -8,21 +8,19 @@ from pathlib import Path
 
 from helper import UserError
 
-UNFINISHED = ".idr-unfinished-"     # how a temporary file's name begins, before 8 random characters and the suffix
+UNFINISHED = ".idr-unfinished-"     # prefix of temporary files; 8 random characters and the suffix follow
 
 
 def run_folder(conf, monitor_path):
-    """Return the folder of a run, `{monitor_path}_{scan}`, where scan is the name of the scene's folder."""
+    """Return the folder of a run, `{monitor_path}_{scan}`; scan is the name of the scene's folder."""
     return Path(f"{monitor_path}_{Path(os.path.abspath(conf.data.path)).name}")
 
 
 @contextlib.contextmanager
 def new_run_folder(folder):
-    """Make the folder of a new run, yield it and hold it within the block; an earlier run of that name is kept, under a
-    name with a number.
+    """Create and lock the folder of a new run, and yield it. Rename an earlier run of that name to {name}.{number}.
 
-    Of several processes that do this at once, one gets the folder. For the others, and where it cannot be made, this
-    raises UserError.
+    Raises UserError if another process has the folder locked, or if it cannot be created.
     """
     while True:
         try:
@@ -34,10 +32,10 @@ def new_run_folder(folder):
             except FileNotFoundError:
                 if folder.is_symlink():
                     raise
-                continue        # another process has moved it since the line before
+                continue        # another process renamed it after mkdir
         except OSError as error:
             raise UserError(f"{folder}: cannot be made ({error.strerror}); choose another --monitor-path") from error
-        # The folder belongs to the process that holds it and finds it empty.
+        # The folder is ours only if it is empty once locked: another process may have used it in between.
         with holding(folder, handle):
             remove_unfinished(folder)
             if not any(folder.iterdir()):
@@ -47,7 +45,7 @@ def new_run_folder(folder):
 
 
 def move_aside(folder):
-    """Give a run's folder, which this process holds, the first name with a number that is free."""
+    """Rename a run's folder, which this process holds, to {name}.{number} with the first free number."""
     number = 1
     while os.path.lexists(f"{folder}.{number}"):
         number += 1
@@ -60,20 +58,22 @@ def move_aside(folder):
 
 
 def remove_unfinished(folder):
-    """Remove what processes that were killed while they wrote to a run's folder have left there."""
+    """Remove the temporary files that killed processes left in a run's folder. Files in use are locked and stay."""
     for place in (Path(folder), Path(folder) / "validation", Path(folder) / "renders"):
         for path in place.glob(f"{UNFINISHED}*"):
             if re.fullmatch(re.escape(UNFINISHED) + r"\w{8}(\.[^.]*)?", path.name) and path.is_file():
-                with contextlib.suppress(OSError), path.open("rb") as file:     # another process may have removed it
+                with contextlib.suppress(OSError), path.open("rb") as file:     # may be gone by now
                     if lock(file.fileno()):
                         path.unlink()
 
 
 def lock(handle):
-    """Lock an open file or folder until it is closed; return False where another process has it locked, None where the
-    system or the file system has no locks."""
+    """Lock an open file or folder until it is closed.
+
+    Returns True; False if another process holds the lock; None if the system or the file system has no locks.
+    """
     try:
-        import fcntl  # not on Windows
+        import fcntl  # missing on Windows
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
@@ -83,7 +83,7 @@ def lock(handle):
 
 
 def stands_at(handle, path):
-    """Whether what is open as `handle` is what stands at `path` now."""
+    """Return whether `path` still names the open file or folder `handle`."""
     try:
         return os.path.samestat(os.fstat(handle), os.stat(str(path)))
     except OSError:
@@ -92,14 +92,14 @@ def stands_at(handle, path):
 
 @contextlib.contextmanager
 def new_folder(path):
-    """Yield a temporary folder beside `path`, which is absent or empty; rename it to `path` if the block succeeds.
+    """Yield a temporary folder beside `path`, and rename it to `path` if the block succeeds.
 
-    Raises UserError where `path` holds anything, or cannot be written.
+    Raises UserError if `path` exists and is not an empty folder, or if it cannot be written.
     """
     target = Path(os.path.abspath(path))
     try:
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(f"{path}: is there already, and not empty; choose another --output or remove it")
+            raise UserError(f"{path}: exists already and is not empty; choose another --output or remove it")
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=str(target.parent)) as temporary:
             folder = Path(temporary) / target.name
@@ -107,18 +107,18 @@ def new_folder(path):
             yield folder
             folder.rename(target)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output")
+        raise UserError(f"{path}: cannot be written ({error.strerror}); choose another --output") from error
 
 
-HELD = {}       # {folder that this process holds: its handle, or None where a folder cannot be opened}
+HELD = {}       # {folder that this process holds: its handle, or None where folders cannot be opened (Windows)}
 
 
 @contextlib.contextmanager
 def held(folder):
-    """Hold `folder` for this process within the block; yields it. UserError where another process holds it, or where it
-    cannot be opened.
+    """Lock `folder` within the block, and yield it.
 
-    Where the system or the folder's file system has no locks, no other process is kept away.
+    Without locks in the system or the file system, other processes are not kept out. Raises UserError if another
+    process holds the folder, or if it cannot be opened.
     """
     try:
         handle = hold(folder)
@@ -129,9 +129,9 @@ def held(folder):
 
 
 def hold(folder):
-    """Open and lock the folder that stands at the path `folder`; return its handle, None on Windows.
+    """Open and lock `folder`, and return its handle, or None on Windows.
 
-    Raises OSError, and UserError where another process holds it.
+    Raises OSError if it cannot be opened, and UserError if another process holds it.
     """
     while hasattr(os, "O_DIRECTORY"):
         handle = os.open(str(folder), os.O_RDONLY | os.O_DIRECTORY)
@@ -141,12 +141,12 @@ def hold(folder):
                             "--monitor-path")
         if stands_at(handle, folder):
             return handle
-        os.close(handle)    # who held it before has moved it
+        os.close(handle)    # renamed by its holder before we had the lock; try again
 
 
 @contextlib.contextmanager
 def holding(folder, handle):
-    """Within, check_held watches over a folder that `hold` has given the handle of; then it is let go."""
+    """Register a folder that `hold` opened for check_held; close its handle, and so unlock it, after the block."""
     HELD[Path(folder)] = handle
     try:
         yield
@@ -157,14 +157,14 @@ def holding(folder, handle):
 
 
 def check_held(path):
-    """Raise UserError where `path` lies in a folder that this process holds (or is it) and that was moved."""
+    """Raise UserError if a folder that this process holds, and that is or contains `path`, was moved or removed."""
     for folder, handle in HELD.items():
         if handle is not None and folder in (Path(path), *Path(path).parents) and not stands_at(handle, folder):
             place = ""
             with contextlib.suppress(OSError):
-                place = os.readlink(f"/proc/self/fd/{handle}")      # Linux knows it by its present name
+                place = os.readlink(f"/proc/self/fd/{handle}")      # Linux gives the current name
             if stands_at(handle, place):
-                raise UserError(f"{folder}: was renamed to {place} while the training wrote there, so it ends; "
-                                f"--resume {shlex.quote(place)} goes on from its last state")
-            raise UserError(f"{folder}: was removed or moved away while the training wrote there, so it ends; start "
+                raise UserError(f"{folder}: was renamed to {place} during the training, which therefore stops; "
+                                f"--resume {shlex.quote(place)} continues from its last state")
+            raise UserError(f"{folder}: was removed or moved during the training, which therefore stops; start "
                             "again, or --resume FOLDER if you moved it")

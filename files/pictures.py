@@ -1,4 +1,4 @@
-"""Pictures of strangers, read within bounds: PNG, JPEG, TIFF, WebP, BMP and PPM, by their content."""
+"""Bounded reading of untrusted pictures: PNG, JPEG, TIFF, WebP, BMP and PPM, recognised by content."""
 import contextlib
 import io
 import os
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Pillow opens what is imported; it does not look for the others where it is told the formats.
-from PIL import (  # noqa: F401  # noqa: F401
+# Image.open knows the formats of the plugins imported here; with `formats` given, it imports no others.
+from PIL import (  # noqa: F401
     BmpImagePlugin,
     Image,
     JpegImagePlugin,
@@ -23,37 +23,39 @@ from PIL import (  # noqa: F401  # noqa: F401
 
 from helper import UserError, check_is_file
 
-MOST_PIXELS = 80 * 10 ** 6  # of a picture: a small file may unpack to more than the memory
-MOST_BYTES = 10 ** 9        # of a picture's file: so many pixels of 16 bits, four channels, need less
-MOST_SCANS = 50             # of a JPEG, each of which goes through all pixels; progressive ones have about ten
-FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")  # by content; for others Pillow may run programs
+MOST_PIXELS = 80 * 10 ** 6  # per picture; a small file may decompress to more than the memory holds
+MOST_BYTES = 10 ** 9        # per file; MOST_PIXELS with four 16-bit channels need less
+MOST_SCANS = 50             # per JPEG; each scan passes over all pixels, and progressive JPEGs have about ten
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")  # Pillow runs external programs for some others (EPS)
 COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's 8-bit modes
-WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # the numbers of TIFF's tags, which are EXIF's too
-FURTHER_TAGS = (34665, 34853, 40965)        # those that lead to further directories of tags
+WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # tag numbers of TIFF and EXIF
+FURTHER_TAGS = (34665, 34853, 40965)        # tags that point to further directories: EXIF, GPS, interoperability
+# {field type: bytes per value}
 TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
 
 
 class Picture(NamedTuple):
-    """A picture as its file stores it, which is how COLMAP and most libraries see it; viewers turn it."""
+    """A picture as stored in its file. COLMAP and most libraries take it so; viewers apply the EXIF orientation."""
     pixels: np.ndarray      # (H, W, ...)
-    orientation: int        # EXIF's, 1 to 8; 1: not to be turned
+    orientation: int        # EXIF orientation, 1 to 8; 1: upright as stored
     kind: str               # Pillow's name of the format, such as "PNG"
 
 
 def read_image(path):
-    """Read a picture of any kind as (H, W, 3) uint8, RGB; an alpha channel is left out."""
+    """Read a picture as RGB, (H, W, 3) uint8, without any alpha channel. Raises as read_picture does."""
     return read_picture(path, colours).pixels
 
 
 def read_mask(path):
-    """Read a picture of any kind as (H, W) bool: set where its grey value, and any alpha, exceeds half."""
+    """Read a picture as a mask, (H, W) bool: True where grey, and alpha if any, exceed half of the maximum."""
     return read_picture(path, on_object).pixels
 
 
 def read_pair(image_file, mask_file):
-    """Read an image (H, W, 3) uint8 and its mask (H, W) bool; returns both and the paths of which as_meant is unsure.
+    """Read an image (H, W, 3) uint8 and its mask (H, W) bool.
 
-    Each is turned by its EXIF orientation where only so it has the other's proportions.
+    EXIF orientations are applied if the two have the same proportions only then; see as_meant. Returns the image,
+    the mask, and a list of the paths whose orientation remains in doubt.
     """
     image, mask = read_picture(image_file, colours), read_picture(mask_file, on_object)
     pixels, image_doubt = as_meant(image, mask.pixels.shape)
@@ -62,8 +64,11 @@ def read_pair(image_file, mask_file):
 
 
 def as_meant(picture, shape):
-    """Return a Picture's pixels as stored, or turned by its orientation where only so they have the proportions of
-    `shape`, (h, w, ...) or None for unknown; and whether that was left open by an orientation and sizes that fit both.
+    """Return (pixels, doubt) of a Picture, with its EXIF orientation applied if the proportions require it.
+
+    shape: (h, w, ...) with the required proportions, or None if unknown. The pixels are turned if they match `shape`
+    only when turned; otherwise they are as stored. doubt: there is an orientation, but `shape` does not tell whether
+    to apply it.
     """
     turned = turn(picture.pixels, picture.orientation)
     as_stored, as_turned = (shape is not None and alike(pixels.shape, shape) for pixels in (picture.pixels, turned))
@@ -73,12 +78,12 @@ def as_meant(picture, shape):
 
 
 def alike(shape, other):
-    """Tell whether two shapes (h, w, ...) have the same proportions, up to the rounding of a shrunk image's sides."""
+    """Return whether two shapes (h, w, ...) have the same aspect ratio within 2 %, as downscaling rounds the sides."""
     return abs(shape[1] * other[0] / (shape[0] * other[1]) - 1) <= 0.02
 
 
 def turn(pixels, orientation):
-    """Return pixels (H, W, ...) turned and mirrored as an EXIF orientation, 1 to 8, says; a view of them."""
+    """Apply an EXIF orientation, 1 to 8, to pixels (H, W, ...), and return a view of them."""
     if orientation >= 5:
         pixels = pixels.swapaxes(0, 1)
     if orientation in (2, 3, 6, 7):
@@ -87,23 +92,23 @@ def turn(pixels, orientation):
 
 
 def say_doubtful(files):
-    """Print a notice on pictures with an EXIF orientation that were taken as stored for want of a sign."""
+    """Print one notice on the pictures `files` whose EXIF orientation may or may not apply (see as_meant)."""
     if files:
-        print(f"notice: {listed([str(file) for file in files], 3)}: marked as turned (EXIF orientation), and no size "
-              "tells whether cameras and masks are for the turned picture; taken as stored, not turned. If they are "
-              "for the turned one, save the pictures turned, without the mark", file=sys.stderr)
+        print(f"notice: {listed([str(file) for file in files], 3)}: marked as turned (EXIF orientation), but the sizes "
+              "do not tell whether cameras and masks belong to the turned picture; taken as stored, not turned. If "
+              "they belong to the turned one, save the pictures turned, without the mark", file=sys.stderr)
 
 
 @contextlib.contextmanager
 def opened(path):
-    """Yield a picture as Pillow opens it, and its file; within, whatever fails becomes a UserError that it cannot be read.
+    """Open a picture and yield (Pillow's picture, its file). Errors within the block become a UserError, too.
 
-    Raises UserError for what is no regular file, too large, or no picture.
+    Raises UserError for anything but a regular file, and for a file that is too large or not a picture.
     """
     check_is_file(path)
     try:
         with warnings.catch_warnings(), open(str(path), "rb") as file:
-            warnings.simplefilter("ignore")     # on large pictures, whose bound is ours, and on odd metadata
+            warnings.simplefilter("ignore")     # on large pictures (we have our own bound) and odd metadata
             if os.path.getsize(str(path)) > MOST_BYTES:
                 raise UserError(f"{path}: is larger than {MOST_BYTES // 10 ** 6} MB; shrink it")
             check_tags(path, file)
@@ -123,43 +128,46 @@ def opened(path):
 
 
 def too_large(path):
+    """Return the UserError for a picture with more than MOST_PIXELS."""
     return UserError(f"{path}: has more than {MOST_PIXELS // 10 ** 6} million pixels; shrink it")
 
 
 def unreadable(path, error):
-    """Return the UserError for a picture at which a reader of Pillow's failed with `error`."""
-    reason = getattr(error, "strerror", None) or "truncated, or not of the format that its name says"
+    """Return the UserError for a picture that Pillow failed to read with `error`."""
+    reason = getattr(error, "strerror", None) or "truncated, or not in the format that its name says"
     if isinstance(error, MemoryError):
         reason = "not enough memory"
     elif isinstance(error, UnidentifiedImageError):
         with open(str(path), "rb") as file:
             if file.read(8)[4:] == b"ftyp":
-                return UserError(f"{path}: HEIC, AVIF or a video, which are not read here; convert it to PNG or JPEG")
+                return UserError(f"{path}: HEIC, AVIF or a video, which cannot be read; convert it to PNG or JPEG")
         reason = "it is not PNG, JPEG, TIFF, WebP or BMP, or is truncated"
     return UserError(f"{path}: cannot be read as an image ({reason}); replace this file")
 
 
 def read_picture(path, convert):
-    """Read a picture (grey, palette, RGB, CMYK, any with alpha; 1, 8 or 16 bits; the first frame) as a Picture.
+    """Read the first frame of a picture file as a Picture.
 
-    convert: from Pillow's picture of 8 bits to the pixels. Raises UserError where it is unreadable or too large.
+    The file may be grey, palette, RGB or CMYK, with or without alpha, of 1, 8 or 16 bits.
+    convert: function from Pillow's 8-bit picture to the pixels, such as `colours`, `alpha` or `on_object`.
+    Raises UserError if the file is unreadable or too large.
     """
     with opened(path) as (picture, file):
         kind, is_tiff = picture.format, picture.format == "TIFF"
         orientation = stored_orientation(file) if is_tiff else 1
         picture.load()
-        if not is_tiff:     # PNG's is known only now
+        if not is_tiff:     # a PNG's EXIF data may follow its pixels
             exif = picture.info.get("exif", b"")
             orientation = stored_orientation(io.BytesIO(exif[6:] if exif.startswith(b"Exif\0\0") else exif))
         pixels = convert(eight_bits(path, picture))
-        if is_tiff:         # of these alone Pillow turns the pixels; back
+        if is_tiff:         # Pillow applies the orientation to TIFF alone; undo it
             pixels = np.ascontiguousarray(turn(pixels, {6: 8, 8: 6}.get(orientation, orientation)))
         return Picture(pixels, orientation, kind)
 
 
 def eight_bits(path, picture):
-    """Return Pillow's picture with 8 bits per channel; UserError for other numbers than 1, 8 or 16 bits."""
-    if picture.mode.startswith("I"):    # 16-bit grey, which Pillow would clip at 255
+    """Return Pillow's picture with at most 8 bits per channel. Raises UserError unless it has 1, 8 or 16 bits."""
+    if picture.mode.startswith("I"):    # 16-bit grey; Pillow's own conversion clips it at 255
         grey = np.asarray(picture)
         if grey.min() >= 0 and grey.max() < 1 << 16:
             scaled = (np.arange(1 << 16) / 257.0 + 0.5).astype(np.uint8)
@@ -171,36 +179,36 @@ def eight_bits(path, picture):
 
 
 def has_alpha(picture):
-    """Tell whether Pillow's picture has transparent colours."""
+    """Return whether Pillow's picture has transparency."""
     return "A" in picture.mode or "a" in picture.mode or "transparency" in picture.info
 
 
 def colours(picture):
-    """Return the colours (H, W, 3) uint8 of Pillow's picture."""
+    """Return the RGB colours of Pillow's picture, (H, W, 3) uint8."""
     return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
 def alpha(picture):
-    """Return where Pillow's picture is more than half opaque, (H, W) bool."""
-    return np.asarray(picture.convert("RGBA").getchannel("A")) > 127    # RGBA: a palette may have transparent colours
+    """Return an (H, W) bool mask, True where Pillow's picture is more than half opaque."""
+    return np.asarray(picture.convert("RGBA").getchannel("A")) > 127    # via RGBA: palettes may be transparent, too
 
 
 def on_object(picture):
-    """Return where Pillow's picture, as a mask, is set, (H, W) bool."""
+    """Return Pillow's picture as a mask, (H, W) bool: True where grey, and alpha if any, exceed half."""
     if has_alpha(picture):
         return alpha(picture) & (np.asarray(picture.convert("RGB").convert("L")) > 127)
     return np.asarray(picture.convert("L")) > 127
 
 
 def check_scans(path, file):
-    """Raise UserError for a JPEG of so many scans that it takes minutes to read."""
+    """Raise UserError for a JPEG with more than MOST_SCANS scans, which may take minutes to decode."""
     chunks = iter(lambda: file.read(1 << 24), b"")
     if file.read(2) == b"\xff\xd8" and sum(chunk.count(b"\xff\xda") for chunk in chunks) > MOST_SCANS:
-        raise UserError(f"{path}: a JPEG of more than {MOST_SCANS} scans; save it anew")
+        raise UserError(f"{path}: a JPEG of more than {MOST_SCANS} scans; save it again")
 
 
 def check_tags(path, file):
-    """Raise UserError for a TIFF whose tags take more bytes than the file has: they name the same ones many times."""
+    """Raise UserError for a TIFF whose tags claim more bytes than the file has, by referring to the same ones often."""
     claimed, offsets = 0, [None]
     while offsets:
         for tag, kind, count, value in directory(file, offsets.pop()):
@@ -208,18 +216,21 @@ def check_tags(path, file):
             if tag in FURTHER_TAGS and len(offsets) < 9:
                 offsets.append(value)
     if claimed > os.path.getsize(str(path)) + 1000:
-        raise UserError(f"{path}: its tags say that they take {claimed} bytes, more than the file has; replace it")
+        raise UserError(f"{path}: its tags claim {claimed} bytes, more than the file has; replace it")
 
 
 def stored_orientation(file):
-    """Return the orientation, 1 to 8, that the first directory of a TIFF or of EXIF data says; 1 where it says none."""
+    """Return the orientation, 1 to 8, in the first directory of a TIFF file or of EXIF data; 1 if there is none."""
     found = [value for tag, _, _, value in directory(file) if tag == ORIENTATION]
     return found[0] if found and 1 <= found[0] <= 8 else 1
 
 
 def directory(file, offset=None):
-    """Return (tag, kind, count, value or offset of the values) for the entries of a directory of a TIFF, or of EXIF
-    data, whose form is the same; the first directory, or that at `offset`. Nothing of what is no TIFF."""
+    """Return the entries [(tag, field type, count, value or offset of the values)] of a directory of a TIFF or BigTIFF.
+
+    file: open binary file, TIFF or EXIF data (same layout); offset: of the directory, None for the first one.
+    Returns [] for anything else, and the whole entries of a truncated directory.
+    """
     file.seek(0)
     head = file.read(16)
     order, big = {b"II": "<", b"MM": ">"}.get(head[:2]), head[2:4] in (b"+\0", b"\0+")
@@ -240,15 +251,15 @@ def directory(file, offset=None):
 
 
 def picture_size(path):
-    """Return the width and height of a picture as stored; UserError where it is unreadable or too large."""
+    """Return the width and height of a picture as stored. Raises UserError if it is unreadable or too large."""
     with opened(path) as (picture, file):
         width, height = picture.size
-        if picture.format == "TIFF":    # Pillow may have turned the size already
+        if picture.format == "TIFF":    # Pillow may have applied the orientation to its size
             stored = {tag: value for tag, _, _, value in directory(file)}
             width, height = stored.get(WIDTH, width), stored.get(HEIGHT, height)
         return width, height
 
 
 def listed(names, most=8):
-    """Return names for a line of text: the first ones, and how many more there are."""
+    """Return the first `most` names, comma-separated, and the number of the others: "a, b and 3 more"."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

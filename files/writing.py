@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all: beside their place, and renamed into it."""
+"""Atomic writing: a file is written under a temporary name beside its target, then renamed to it."""
 import contextlib
 import errno
 import os
@@ -16,8 +16,8 @@ from helper import UserError
 def replacing(path):
     """Yield a temporary path beside `path` (same suffix); rename it to `path` if the block succeeds, else remove it.
 
-    A reader therefore sees the old file or the whole new one. What a killed process leaves, remove_unfinished removes.
-    Raises UserError where the folder cannot be written, and where this process holds it and it was moved.
+    Readers see either the old file or the whole new one. If the process is killed, remove_unfinished cleans up later.
+    Raises UserError if the file cannot be written, or if a folder that this process holds was moved.
     """
     path = Path(path)
     check_target(path)
@@ -33,9 +33,9 @@ def replacing(path):
             yield Path(temporary)
             umask = os.umask(0)
             os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes private files; a user's results are ordinary ones
+            os.chmod(temporary, 0o666 & ~umask)  # mkstemp creates private files; results get default permissions
             with open(temporary, "r+b") as file:
-                os.fsync(file.fileno())     # or, after a power cut, the new name may stand over an empty file
+                os.fsync(file.fileno())     # without it, a power cut may leave an empty file under the new name
             os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -45,7 +45,7 @@ def replacing(path):
 
 
 def check_target(path):
-    """Raise UserError where no file can be written at `path`: a folder is there, its name is too long, ..."""
+    """Raise UserError if `path` cannot be a file: it is a folder, its name is too long, ..."""
     try:
         if stat.S_ISDIR(os.stat(str(path)).st_mode):
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -57,7 +57,7 @@ def check_target(path):
 
 @contextlib.contextmanager
 def writing(path):
-    """Within, an OSError (a full disk, most often) becomes the UserError that `path` cannot be written."""
+    """Turn an OSError within the block (most often a full disk) into a UserError: `path` cannot be written."""
     check_held(path)
     try:
         yield
@@ -69,10 +69,10 @@ def writing(path):
 
 
 def locked_temporary(path):
-    """Make a temporary file for `path` beside it; return its handle and its path, a text.
+    """Create a temporary file beside `path`, and return its handle and its path (str).
 
-    The handle holds a lock, by which remove_unfinished sees that the file is in use; where there are no locks it is
-    None. Raises OSError.
+    The handle holds a lock, which tells remove_unfinished that the file is in use. It is None if there are no locks.
+    Raises OSError.
     """
     while True:
         handle, temporary = tempfile.mkstemp(prefix=UNFINISHED, suffix=path.suffix, dir=str(path.parent))
@@ -81,35 +81,35 @@ def locked_temporary(path):
             return None, temporary
         if stands_at(handle, temporary):
             return handle, temporary
-        os.close(handle)    # it was removed before it had its lock
+        os.close(handle)    # remove_unfinished removed it before it was locked
 
 
 def write_bytes(path, content):
-    """Write `content` to `path`, replacing it whole."""
+    """Write `content` (bytes) to `path` atomically. Raises UserError as `replacing` does."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)
 
 
 def image_bytes(image):
-    """Return an image, floats in [0, 1] or uint8, as uint8."""
+    """Convert an image from floats in [0, 1] to uint8; uint8 is returned as it is."""
     return image if image.dtype == np.uint8 else (np.clip(image, 0.0, 1.0) * 255.0 + 0.5).astype(np.uint8)
 
 
 def write_image(path, image):
-    """Write `image` (H, W, 3) or (H, W), floats in [0, 1] or uint8, as a picture, replacing `path` whole."""
-    import imageio.v2 as imageio  # here: the tracer's and the networks' users need no image library
+    """Write `image` (H, W, 3) or (H, W), floats in [0, 1] or uint8, to `path` atomically, format by suffix."""
+    import imageio.v2 as imageio  # imported here, as only writers of images need it
     with replacing(path) as temporary:
         imageio.imwrite(temporary, image_bytes(image))
 
 
-FRAME_TIME = 40     # ms: 25 frames a second, which GIF too can say (it counts in hundredths of a second)
+FRAME_TIME = 40     # ms: 25 frames per second; a multiple of 10 ms, the unit of GIF
 
 
 @contextlib.contextmanager
 def video_writer(path):
-    """Yield a function that appends an image (H, W, 3) as a frame to a video, .mp4 (H.264) or .gif by the name.
+    """Yield a function append(image) that adds a frame (H, W, 3), floats in [0, 1] or uint8, to a video.
 
-    The frames are 40 ms apart. `path` is replaced whole, after the last one.
+    The suffix of `path` decides the format: .gif, else H.264. Frames are 40 ms apart. `path` is replaced at the end.
     """
     import imageio.v2 as imageio
     if Path(path).suffix.lower() == ".gif":
@@ -118,14 +118,14 @@ def video_writer(path):
         kind = {"format": "FFMPEG", "fps": 1000 // FRAME_TIME, "quality": 8, "macro_block_size": 1}
     with replacing(path) as temporary, imageio.get_writer(temporary, **kind) as writer:
         def append(image):
-            odd = np.array(image.shape[:2]) % 2     # H.264 wants even sizes
+            odd = np.array(image.shape[:2]) % 2     # H.264 requires even sizes
             writer.append_data(np.pad(image_bytes(image), ((0, odd[0]), (0, odd[1]), (0, 0)), mode="edge"))
 
         yield append
 
 
 def copy_config(path, folder):
-    """Copy a configuration file into the run's folder under its own name (unless it is that very file)."""
+    """Copy a configuration file into the run's folder, unless it is already that file."""
     target = Path(folder) / Path(path).name
     if not (target.exists() and target.samefile(path)):
         write_bytes(target, Path(path).read_bytes())

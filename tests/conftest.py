@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 SHARED = ROOT.parent / "shared"
 
-# The property tests: a few cases, the same ones in every run; `make fuzz` takes the second profile.
+# Profiles of the property tests: "few" tries the same few cases in every run; `make fuzz` takes "many".
 hypothesis.settings.register_profile("few", max_examples=25, derandomize=True, deadline=None, database=None,
                                      suppress_health_check=list(hypothesis.HealthCheck))
 hypothesis.settings.register_profile("many", max_examples=int(os.environ.get("FUZZ", 2000)), deadline=None,
@@ -23,14 +23,16 @@ hypothesis.settings.load_profile("few")
 
 @pytest.fixture(scope="session", params=["idr_reference", "idr_reference_grazing"])
 def reference(request):
-    """The numbers that the authors' code computed from a small trained network; in the second file one ray grazes."""
+    """Return the authors' results for a small trained network; in the second file, one ray grazes the surface."""
     with np.load(ROOT / "tests" / "data" / f"{request.param}.npz") as numbers:
         return dict(numbers)
 
 
 def write_demo_config(path, changes, **sections):
-    """Write config/demo.yaml with the keys of `sections`, {section: {key: value}}, and then with `changes`,
-    {section__key: value}, of which None takes the key out; returns the path."""
+    """Write config/demo.yaml with changed keys to `path`, and return the path.
+
+    sections: {section: {key: value}}; changes: {section__key: value}, applied last, None removes the key.
+    """
     tree = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
     for section, keys in sections.items():
         tree[section].update(keys)
@@ -45,9 +47,9 @@ def write_demo_config(path, changes, **sections):
 
 
 def link_scan65(folder, views, kinds):
-    """Make a scene of some views of DTU's scan 65 in `folder`, with links to its pictures; skips where it is absent.
+    """Create a scene of some views of DTU's scan 65 in `folder`, with links to its pictures. Skip if it is missing.
 
-    kinds: the matrices that its cameras.npz gets, of "world" and "scale".
+    kinds: the matrices to keep in cameras.npz, "world" and "scale".
     """
     source = SHARED / "data" / "dtu_scan65"
     if not source.is_dir():
@@ -66,7 +68,7 @@ def link_scan65(folder, views, kinds):
 
 @pytest.fixture
 def reference_network(reference):
-    """nnabla's parameters, set to the reference network; yields the reference numbers."""
+    """Set nnabla's parameters to the reference network, and yield the authors' results."""
     import nnabla as nn
     nn.clear_parameters()
     for name in ("implicit", "rendering"):

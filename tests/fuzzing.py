@@ -1,6 +1,6 @@
-"""What the property tests of the readers share: damaged bytes, and the promise that every reader keeps.
+"""Shared by the property tests of readers: damaged bytes, and the promise that every reader must keep.
 
-`make test` tries a few cases of each, always the same ones; `make fuzz` tries thousands of new ones.
+`make test` tries the same few cases each time; `make fuzz` tries thousands of new ones.
 """
 import contextlib
 import os
@@ -12,16 +12,16 @@ import hypothesis.strategies as st
 import helper
 
 MOST_SECONDS = 10
-MOST_MEMORY = 1 << 30       # bytes that a reader may take beyond what the process has
+MOST_MEMORY = 1 << 30       # bytes that a reader may allocate
 
-# Numbers that break readers: no bits, all bits, the largest and the smallest of a kind, NaN and infinity as float64.
+# Values that break readers: zeros, all bits set, the largest and smallest integers, NaN and infinity (float64), 1e9.
 TELLING_BYTES = [bytes(8), b"\xff" * 8, b"\x7f" + b"\xff" * 7, b"\xff" * 7 + b"\x7f", b"\x80" + bytes(7),
                  b"\x00\x00\x00\x00\x00\x00\xf8\x7f", b"\x00\x00\x00\x00\x00\x00\xf0\x7f", b"\x00\xca\x9a\x3b"]
 
 
 @st.composite
 def damaged(draw, whole):
-    """Bytes like `whole`, in which one to four places are cut, changed, doubled, removed or exchanged."""
+    """Draw a copy of `whole` with one to four cuts, changes, duplications or removals."""
     content = bytearray(whole)
     for _ in range(draw(st.integers(1, 4))):
         place, length = draw(st.integers(0, max(len(content) - 1, 0))), draw(st.integers(1, 40))
@@ -43,7 +43,7 @@ def damaged(draw, whole):
 
 @contextlib.contextmanager
 def bounded_memory():
-    """Within, to take more than MOST_MEMORY in addition is a MemoryError."""
+    """Limit further allocations within the block to MOST_MEMORY bytes; more raise MemoryError."""
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     before = resource.getrlimit(resource.RLIMIT_AS)
@@ -55,9 +55,9 @@ def bounded_memory():
 
 
 def keeps_its_promise(read):
-    """Call read(): it must return, or raise a UserError of one line, within 10 s and 1 GiB.
+    """Call read(), which must return or raise a one-line UserError within MOST_SECONDS and MOST_MEMORY.
 
-    Returns what it returned, or the UserError.
+    Return its result or the UserError.
     """
     start = time.monotonic()
     with bounded_memory():

@@ -1,4 +1,4 @@
-"""Trained cameras: poses as seven numbers, their derivative, the sparse Adam, the errors, training by the scripts."""
+"""Test trained cameras: pose vectors, their gradients, the sparse Adam, the errors, and training by the scripts."""
 import re
 
 import nnabla as nn
@@ -21,14 +21,14 @@ from training.step import LossWeights, TrainingGraph
 
 
 def some_poses(count, seed=0):
-    """Poses (count, 4, 4) all around the origin, turned at random."""
+    """Return random poses (count, 4, 4) around the origin."""
     poses = np.tile(np.eye(4), (count, 1, 1))
     poses[:, :3, :3] = Rotation.random(count, random_state=seed).as_matrix()
     poses[:, :3, 3] = np.random.default_rng(seed).normal(size=(count, 3))
     return poses
 
 
-# --- seven numbers ----------------------------------------------------------------------------------------------------
+# --- pose vectors -----------------------------------------------------------------------------------------------------
 
 def test_poses_there_and_back():
     poses = some_poses(50)
@@ -50,7 +50,7 @@ def test_rays_are_those_of_the_pose():
 
 
 def test_derivative_by_the_vector_against_differences():
-    """Of a function of the rays' points and directions that has a known derivative."""
+    """Check grad_step for a linear function of the rays' points and directions."""
     rng = np.random.default_rng(0)
     vector, in_camera, t = rng.normal(size=7), rng.normal(size=(20, 3)), rng.uniform(1, 3, (20, 1))
     in_camera /= np.linalg.norm(in_camera, axis=1, keepdims=True)
@@ -83,7 +83,7 @@ def test_a_camera_that_moves_keeps_the_origin_in_view():
 
 @BACKENDS
 def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
-    """The camera is moved, its rays are traced anew where they show the surface, and the other points move along."""
+    """Check grad_step for the losses. Rays that hit are traced again for each moved camera; other points move along."""
     network.initialize(Network(64, 8, 4), np.random.default_rng(0))
     rng = np.random.default_rng(5)
     for parameter in nn.get_parameters().values():
@@ -99,13 +99,13 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
         return (ahead - behind) / 2e-3
 
     t, hit = ray_tracer.trace(sdf, origin, directions, sphere_tracing_steps=50)
-    hit &= slope(t, directions) < -0.5      # a ray that all but touches has no derivative
+    hit &= slope(t, directions) < -0.5      # the derivative is not defined for grazing rays
     t[~hit] = 2.0 + 0.2 * rng.normal(size=(~hit).sum())
     order = np.argsort(~hit, kind="stable")
     in_camera, t, hit, hits = in_camera[order], t[order], hit[order], hit.sum()
     monkeypatch.setattr(network, "on_cpu", lambda: numpy)
     graph = TrainingGraph((), LossWeights(1.0, 0.7), len(t), hits + 5, want_grad_rays=True)
-    graph.rgb.d = 2.0 * np.sign(rng.normal(size=(hits + 5, 3)))      # never reached: |rgb - I| has no kink
+    graph.rgb.d = 2.0 * np.sign(rng.normal(size=(hits + 5, 3)))      # out of reach: |rgb - I| has no kink
     graph.color_weights.d, graph.mask_weights.d, graph.alpha.d = hit[:hits + 5, None], 1 - hit[:, None], 5.0
     graph.object_mask.d = rng.integers(0, 2, (len(t), 1))
     uniform = rng.uniform(-1, 1, (len(t) // 2, 3))
@@ -124,9 +124,9 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
                               / slope(traced[:hits], directions[:hits], origin))
         fill(vector, traced)
         graph.forward()
-        return float(graph.losses["color"].d) + float(graph.losses["mask"].d)     # the eikonal loss does not count
+        return float(graph.losses["color"].d) + float(graph.losses["mask"].d)  # eikonal: constant
 
-    for _ in range(2):      # the second step finds what the first has left
+    for _ in range(2):      # twice, as the first step leaves gradients behind
         points = fill(vector, t)
         graph.forward()
         graph.backward()
@@ -188,7 +188,7 @@ def test_errors_of_cameras_that_no_alignment_fits():
 # --- the scripts ------------------------------------------------------------------------------------------------------
 
 def write_config(folder, **changes):
-    """Write the configuration of a short run with trained cameras, with section.key=value changed; returns its name."""
+    """Write the configuration of a short run with trained cameras, with section__key=value changed. Return its name."""
     return write_demo_config(
         folder / "tiny.yaml", changes, data=dict(path="tiny", held_out_views=[8], cameras="cameras_linear_init.npz"),
         network=dict(width=64, feature=8, layers=6, without=["view"]), tracer=dict(samples=20),
@@ -204,7 +204,7 @@ def train(folder, *more, status=0, **changes):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A folder with a tiny scene with inexact cameras, and a run on it."""
+    """Return a folder with a tiny scene with inexact cameras, and a run on it."""
     folder = tmp_path_factory.mktemp("cameras")
     run("make_scene.py", "--output", "tiny", "--views", 8, "--held-out", 1, "--size", 32, "--camera-noise", 6, 0,
         cwd=folder)
@@ -241,7 +241,7 @@ def test_training_mends_cameras_and_says_so(folder):
     assert len(series(results, "camera_translation")) == 2
     pose = checkpoints.read_arrays(results / "model_00039.h5")[0]["cameras/pose"]
     start = cameras.pose_vectors(datasets.load_cameras(folder / "tiny" / "cameras_linear_init.npz", 9)[1])
-    assert (pose[:8] != start[:8]).any(axis=1).all() and np.array_equal(pose[8], start[8])   # held out: as it was
+    assert (pose[:8] != start[:8]).any(axis=1).all() and np.array_equal(pose[8], start[8])   # held out: unchanged
     nn.clear_parameters()
     nn.load_parameters(str(results / "model_00039.h5"))
     assert nn.get_parameters(grad_only=False)["cameras/pose"].shape == (9, 7)

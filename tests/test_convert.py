@@ -1,4 +1,4 @@
-"""convert.py: files that PyTorch wrote, the authors' numbers after converting, round trips, and hostile files."""
+"""Test convert.py: files written by PyTorch, the authors' numbers after conversion, round trips, and hostile files."""
 import base64
 import os
 import pickle
@@ -57,14 +57,14 @@ BY_PYTORCH = {
 
 
 def small_network(seed=0, width=64, feature=2, layers=3):
-    """Random parameters of ours, {name: array}."""
+    """Return random parameters, {our name: array}."""
     rng = np.random.default_rng(seed)
     return {name: rng.normal(size=shape).astype(np.float32)
             for name, shape in architecture.parameter_shapes(Network(width, feature, layers)).items()}
 
 
 def their_state(ours):
-    """The authors' state dict of our parameters, written out here once more."""
+    """Return the authors' state dict of our parameters, independently of convert.py."""
     theirs = {}
     for name, array in ours.items():
         scope, layer, part = name.split("/")
@@ -84,7 +84,7 @@ def converted(path):
 
 
 def refusal(path, read=converted):
-    """The one line with which a checkpoint is refused, without the file's name."""
+    """Return the one-line message of the UserError that `read` must raise, without the file's name."""
     with pytest.raises(helper.UserError) as raised:
         read(path)
     message = str(raised.value)
@@ -95,7 +95,7 @@ def refusal(path, read=converted):
 FORMS = pytest.mark.parametrize("old_form", [False, True], ids=["zip", "old"])
 
 
-# --- what is right ----------------------------------------------------------------------------------------------------
+# --- valid files ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", BY_PYTORCH)
 def test_cameras_that_pytorch_wrote(tmp_path, kind):
@@ -117,7 +117,8 @@ def test_the_reference_network_computes_the_authors_numbers(reference, tmp_path,
     width, feature = int(reference["width"]), int(reference["feature"])
     layers = sum(name.endswith("/v") for name in reference if name.startswith("implicit_network/"))
     assert f"out/model.h5: network: {{width: {width}, feature: {feature}, layers: {layers}}}" in said
-    checkpoints.load_model(tmp_path / "out" / "model.h5", architecture.parameter_shapes(Network(width, feature, layers)))
+    shapes = architecture.parameter_shapes(Network(width, feature, layers))
+    checkpoints.load_model(tmp_path / "out" / "model.h5", shapes)
     found = network.sdf_evaluator()(reference["probe_points"])
     assert np.abs(found - reference["probe_output"][:, 0]).max() < 1e-4
     hit = reference["hit"] & reference["object_mask"]
@@ -138,7 +139,7 @@ def test_there_and_back_and_there_again(tmp_path, old_form):
     assert "theirs.pth: network: {width: 64, feature: 2, layers: 3}, 5 cameras" in said and "theirs_cameras.pth" in said
     for name, key in (("theirs.pth", "model_state_dict"), ("theirs_cameras.pth", "pose_vecs_state_dict")):
         assert zipfile.is_zipfile(tmp_path / name) is not old_form
-        assert (b"NtQ" in (tmp_path / name).read_bytes()) is old_form   # None: a storage of the old form is no view
+        assert (b"NtQ" in (tmp_path / name).read_bytes()) is old_form   # None: not a view of a storage
         tree, buffers = convert.read_checkpoint(tmp_path / name)
         assert tree["epoch"] == 1999 and list(tree) == ["epoch", key]
     tree, buffers = convert.read_checkpoint(tmp_path / "theirs.pth")
@@ -193,14 +194,14 @@ def test_the_full_model_of_scan_65_renders_it(tmp_path):
     camera = helper.Camera(scene.intrinsics[0], scene.poses[0], wanted.shape)
     render = synthesize.render_view(network.sdf_evaluator(), network.shader(conf.network), camera, conf.tracer, wanted)
     error = images.squared_error(render.rgb, scene.images[0] / 255.0, wanted)
-    assert images.psnr(error) == pytest.approx(17.9, abs=0.2)     # of all pixels of the view it is 18.26
+    assert images.psnr(error) == pytest.approx(17.9, abs=0.2)     # 18.26 over all pixels of the view
     nn.clear_parameters()
 
 
-# --- what is refused --------------------------------------------------------------------------------------------------
+# --- other architectures ----------------------------------------------------------------------------------------------
 
 def spoilt(name, change, **sizes):
-    """A state dict of the authors' with one array changed, or without it where `change` gives None."""
+    """Return an authors' state dict with one array changed, or removed if `change` returns None."""
     state = their_state(small_network(**sizes))
     state[name] = change(state[name])
     return {name: array for name, array in state.items() if array is not None}
@@ -247,10 +248,10 @@ def test_what_the_command_line_refuses(tmp_path):
 # --- hostile files ----------------------------------------------------------------------------------------------------
 
 def write_zip(folder, program, storages=None, more=()):
-    """A zip form with these instructions for data.pkl."""
+    """Write a file in zip format with `program` as data.pkl, and return its path."""
     path = folder / "hostile.pth"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # of names given twice
+        warnings.simplefilter("ignore")     # about duplicate names
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("archive/data.pkl", program)
             for key, content in (storages or {}).items():
@@ -261,7 +262,7 @@ def write_zip(folder, program, storages=None, more=()):
 
 
 def write_old(folder, program, place=3):
-    """An old form in which these instructions take the place of one of its five pickles."""
+    """Write a file in the old format with `program` in place of one of its five pickles, and return its path."""
     pickles = [pickle.dumps(part, 2) for part in
                (convert.OLD_MAGIC, convert.OLD_VERSION, {"little_endian": True}, {"model_state_dict": {}}, [])]
     pickles[place] = program
@@ -271,7 +272,7 @@ def write_old(folder, program, place=3):
 
 
 class Calls:
-    """Pickles as a call of `function`."""
+    """An object that is pickled as a call of `function`."""
 
     def __init__(self, function, *arguments):
         self.reduced = function, arguments
@@ -281,7 +282,7 @@ class Calls:
 
 
 def touching(folder, kind):
-    """A pickle that writes the file `touched` in `folder` when it is loaded."""
+    """Return a pickle that creates the file `touched` in `folder` when it is loaded."""
     target = str(folder / "touched")
     return pickle.dumps({"model_state_dict": {
         "os.system": lambda: Calls(os.system, f"touch {target}"),
@@ -297,7 +298,7 @@ def touching(folder, kind):
 def test_nothing_that_a_pickle_calls_is_run(tmp_path, kind):
     (tmp_path / "sure").mkdir()
     pickle.loads(touching(tmp_path / "sure", "os.system"))
-    assert (tmp_path / "sure" / "touched").exists()     # that these files would do harm
+    assert (tmp_path / "sure" / "touched").exists()     # these pickles do run code when loaded
     program = touching(tmp_path, kind)
     paths = [lambda: write_zip(tmp_path, program), lambda: write_old(tmp_path, program),
              lambda: write_old(tmp_path, program, 1), lambda: write_old(tmp_path, program, 2),
@@ -338,7 +339,7 @@ def tensor_instructions(offset, shape, stride, count, key="a", kind="FloatStorag
 
 
 def tensor_program(offset=0, shape=(2, 7), stride=(7, 1), count=14, key="a", kind="FloatStorage"):
-    """A pickle of cameras with such a tensor."""
+    """Return a pickle of cameras with such a tensor."""
     return (b"\x80\x02}X\x06\0\0\0weight" + tensor_instructions(offset, shape, stride, count, key, kind) + b"s.")
 
 
@@ -421,7 +422,7 @@ def test_storages_that_unpack_to_more_than_the_file(tmp_path):
 
 
 def changed_directory(content, place, value):
-    """The bytes of a zip in whose directory each file has `value`, four bytes, at a place."""
+    """Return the bytes of a zip with four bytes replaced by `value`, at an offset in each entry of its directory."""
     content, start = bytearray(content), content.find(b"PK\1\2")
     while start >= 0:
         content[start + place:start + place + 4] = struct.pack("<I", value)
@@ -453,7 +454,7 @@ def test_a_zip_whose_numbers_have_changed(tmp_path):
     assert "is damaged" in refusal(path)
 
 
-PAIRS = b"".join(b"h%ch%c\x86q%c" % (k, k, k + 1) for k in range(50))      # each tuple holds the one before twice
+PAIRS = b"".join(b"h%ch%c\x86q%c" % (k, k, k + 1) for k in range(50))      # each tuple contains the previous one twice
 NESTED = {
     "a key that holds itself doubled": b"\x80\x02)q\0" + PAIRS + b"}h\x32Ns.",
     "a key of tuples": b"\x80\x02})Ns.",
@@ -486,9 +487,9 @@ for name, program in NESTED.items():
 
 
 def test_instructions_that_nest_or_hash_without_end(tmp_path):
-    """In a process of its own: Python may crash where it goes into such values, or never come out."""
+    """Run in a separate process, as recursion into such values may crash Python or never end."""
     done = subprocess.run([sys.executable, "-c", READ_NESTED, str(ROOT), str(ROOT / "tests"), str(tmp_path)],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True, timeout=60)
+                          capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[-2000:]
     said = [line for line in done.stdout.splitlines() if "[nnabla][INFO]" not in line]
     assert [name for name, line in zip(NESTED, said) if line.startswith(name)] == list(NESTED)
@@ -533,9 +534,9 @@ def test_many_tensors_of_one_storage(tmp_path):
 
 @FORMS
 def test_damaged_files_are_refused_or_read(tmp_path, old_form):
-    """Seeded damage anywhere: one line, or the parameters of a network; never another exception."""
+    """Check that damaged files raise UserError or give the parameters of a network, by seeded damage."""
     whole = write_model(tmp_path / "whole.pth", their_state(small_network()), old_form).read_bytes()
-    start = len(whole) - 4 * sum(array.size for array in small_network().values())      # about where the numbers are
+    start = len(whole) - 4 * sum(array.size for array in small_network().values())     # roughly where the numbers begin
     path, rng, read = tmp_path / "damaged.pth", np.random.default_rng(5), 0
     for trial in range(250):
         data = bytearray(whole)
@@ -557,12 +558,13 @@ def test_damaged_files_are_refused_or_read(tmp_path, old_form):
             assert str(error).startswith(f"{path}: ") and str(error).isprintable()
         else:
             read += 1
-            assert {name: array.shape for name, array in ours.items()} == architecture.parameter_shapes(Network(64, 2, 3))
+            shapes = {name: array.shape for name, array in ours.items()}
+            assert shapes == architecture.parameter_shapes(Network(64, 2, 3))
     assert read < 125
 
 
 def test_damaged_instructions_are_refused_or_read(tmp_path):
-    """The same for data.pkl alone, under a checksum that fits."""
+    """The same for data.pkl alone, with a valid checksum."""
     model = their_state(small_network())
     with zipfile.ZipFile(write_model(tmp_path / "whole.pth", model)) as archive:
         program = archive.read("archive/data.pkl")

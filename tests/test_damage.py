@@ -1,5 +1,7 @@
-"""Broken and hostile files: seeded random damage to everything that the scripts read. They refuse it in one line of
-their own, with status 2 and nothing written, or, where the damage left a file that is one, go on to compute."""
+"""Test damaged and hostile input files, with seeded random damage to everything that the scripts read.
+
+A script must print one line, exit with status 2 and write nothing, or compute if the file is still valid.
+"""
 import json
 import os
 import subprocess
@@ -27,12 +29,12 @@ from training import checkpoints
 
 
 class Accepted(Exception):
-    """Raised where a script has read its input and would begin to compute."""
+    """Raised when a script has accepted its input and begins to compute."""
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a tiny scene and its configuration, and the bytes of all its files."""
+    """Return a folder with a tiny scene and its configuration."""
     folder = tmp_path_factory.mktemp("damage")
     sys.argv = ["make_scene.py", "--output", str(folder / "tiny"), "--views", "2", "--held-out", "0", "--size", "16"]
     make_scene.main()
@@ -48,7 +50,7 @@ def home(tmp_path_factory):
 
 
 def outcome(home, capfd, monkeypatch):
-    """Call train.py on the scene: its one line if it refuses, None if it would go on to compute."""
+    """Run train.py on the scene. Return its line if it refuses the input, None if it begins to compute."""
     def compute(*_):
         raise Accepted
 
@@ -58,7 +60,7 @@ def outcome(home, capfd, monkeypatch):
     before = sorted(home.rglob("*"))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")      # a user would see a warning as a second line
+            warnings.simplefilter("error")      # a warning would be printed as a second line
             helper.run(train.main)
     except Accepted:
         return None
@@ -72,7 +74,7 @@ def outcome(home, capfd, monkeypatch):
 
 
 def damaged(whole, rng):
-    """Return a copy of some bytes that is cut short, has a few bytes or a stretch changed, or one doubled."""
+    """Return a copy of `whole` that is truncated, or has a bit or a stretch changed, doubled or removed."""
     content, kind = bytearray(whole), rng.integers(5)
     place, length = int(rng.integers(len(whole))), int(rng.integers(1, 40))
     if kind == 0:
@@ -107,7 +109,7 @@ def test_random_damage(home, capfd, monkeypatch, name, tries, at_least):
             refused += outcome(home, capfd, monkeypatch) is not None
     finally:
         path.write_bytes(whole)
-    assert refused >= at_least      # or the damage would be none
+    assert refused >= at_least      # the damage does matter
 
 
 H5 = """
@@ -147,7 +149,7 @@ print(counts[True], counts[False])
 
 @pytest.mark.parametrize("name, tries, at_least", [("model_00000.h5", 300, 100), ("state.h5", 150, 120)])
 def test_random_damage_to_checkpoints(tmp_path, name, tries, at_least):
-    """In a process of its own, as the library that reads them is in C."""
+    """Run in a separate process, as the HDF5 library is written in C and may crash."""
     network.initialize(Network(64, 8, 4), np.random.default_rng(0))
     checkpoints.save_model(tmp_path / "model_00000.h5")
     solver = S.Adam()
@@ -155,7 +157,7 @@ def test_random_damage_to_checkpoints(tmp_path, name, tries, at_least):
     progress = {"step": 7, "steps": 2, "loss": 0.5, "elapsed": 1.0, "lap": 1.0, "config": {}}
     checkpoints.save_state(tmp_path, {"solver": solver}, progress, {"loss": [1.0]})
     done = subprocess.run([sys.executable, "-c", H5, str(ROOT), str(tmp_path / name), str(tries)],
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True)
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     refused, accepted = map(int, done.stdout.split()[-2:])
     assert refused >= at_least and refused + accepted == tries
@@ -175,7 +177,7 @@ def test_a_model_that_reads_another_file(tmp_path):
     path, shapes = tmp_path / "model_00000.h5", {"implicit/0/v": (39, 64)}
     with h5py.File(str(path), "w") as file:
         file.create_dataset("implicit/0/v", (39, 64), "f4", external=[(str(secret), 0, h5py.h5f.UNLIMITED)])
-        file["large"] = np.zeros(20000)     # or the file would be refused as smaller than its contents
+        file["large"] = np.zeros(20000)     # makes the file larger than its datasets claim
     with pytest.raises(helper.UserError, match="not a readable"):
         checkpoints.load_model(path, shapes)
     with h5py.File(str(tmp_path / "other.h5"), "w") as file:
@@ -196,17 +198,17 @@ def test_a_model_that_unpacks_to_more_than_its_size(tmp_path):
 
 
 def many(file):
-    for number in range(300):       # each is smaller than the file, which holds none of them
+    for number in range(300):       # each is smaller than the file, but has no storage in it
         file.create_dataset(str(number), (10000,), "f4")
 
 
 def in_one_chunk(file):
-    """A number that unpacks to 40 MB."""
+    """Add a number that decompresses to 40 MB."""
     file.create_dataset("implicit/0/v", (1,), "f4", maxshape=(None,), chunks=(10 ** 7,), compression="gzip")[0] = 1.0
 
 
 def deep(file):
-    for _ in range(3000):       # HDF5 goes into them by recursion
+    for _ in range(3000):       # HDF5 visits them recursively
         file = file.create_group("g")
 
 
@@ -221,7 +223,7 @@ def test_a_model_that_claims_more_than_it_holds(tmp_path, monkeypatch, fill):
     monkeypatch.setattr(checkpoints, "MOST_ARRAYS", 400)
     with h5py.File(str(path), "w") as file:
         fill(file)
-        file["large"] = np.zeros(20000)     # room for each of them
+        file["large"] = np.zeros(20000)     # makes the file larger than any single dataset
     with pytest.raises(helper.UserError, match="model_00000.h5: not a readable .h5 checkpoint"):
         checkpoints.read_arrays(path)
 
@@ -253,8 +255,8 @@ def test_a_model_beyond_single_precision(tmp_path):
         checkpoints.load_model(tmp_path / "model.h5", {"implicit/0/v": (39, 64)})
 
 
-def resumed(folder, progress={}, arrays={}):
-    """Write a state with a checksum that is right, these things in it changed, and read it as train.py does."""
+def resumed(folder, progress=None, arrays=None):
+    """Write a state with changed progress and arrays and a valid checksum, and restore it as train.py does."""
     shapes = architecture.parameter_shapes(Network(64, 8, 4))
     network.initialize(Network(64, 8, 4), np.random.default_rng(0))
     solver = S.Adam()
@@ -262,8 +264,8 @@ def resumed(folder, progress={}, arrays={}):
     whole = {"step": 7, "steps": 2, "views": 2, "ranks": 1, "loss": 0.5, "elapsed": 1.0, "lap": -1.0,
              "config": {"train.rays": 8}}
     checkpoints.save_state(folder, {"solver": solver}, whole, {"loss": [1.0]})
-    kept = {**checkpoints.read_arrays(folder / "state.h5")[0], **arrays}
-    about = {**whole, "format": checkpoints.STATE_FORMAT, "checksum": checkpoints.checksum(kept), **progress}
+    kept = {**checkpoints.read_arrays(folder / "state.h5")[0], **(arrays or {})}
+    about = {**whole, "format": checkpoints.STATE_FORMAT, "checksum": checkpoints.checksum(kept), **(progress or {})}
     with h5py.File(str(folder / "state.h5"), "w") as file:
         for name, array in kept.items():
             file[name] = array
@@ -275,7 +277,7 @@ def resumed(folder, progress={}, arrays={}):
 
 def test_the_state_that_the_next_tests_spoil_is_fine(tmp_path):
     assert resumed(tmp_path).progress["step"] == 7
-    assert resumed(tmp_path, {"views": None, "ranks": None}).progress["steps"] == 2     # as states once were
+    assert resumed(tmp_path, {"views": None, "ranks": None}).progress["steps"] == 2     # as in early versions
     more = {"parameters/implicit/9/v": np.zeros(3), "parameters/new/x": np.full(3, np.nan)}
     assert set(resumed(tmp_path, arrays=more).parameters) == set(architecture.parameter_shapes(Network(64, 8, 4)))
 
@@ -324,7 +326,7 @@ def test_a_model_with_values_that_are_not_finite(tmp_path):
         checkpoints.load_model(path, {"implicit/0/v": (39, 64)})
 
 
-# --- files of strangers -----------------------------------------------------------------------------------------
+# --- hostile files ----------------------------------------------------------------------------------------------
 
 def test_yaml_that_spells_out_a_text_without_end(home, capfd, monkeypatch):
     text = "&a [x, x, x, x, x, x, x, x, x]"
@@ -343,7 +345,7 @@ def test_yaml_that_spells_out_a_text_without_end(home, capfd, monkeypatch):
 
 
 def test_a_picture_that_is_a_program(home, capfd, monkeypatch):
-    """Pillow has Ghostscript draw an EPS, whatever the file is called."""
+    """Pillow runs Ghostscript to draw an EPS, whatever the file's suffix; we must not."""
     path = home / "tiny" / "image" / "000.png"
     whole, ran = path.read_bytes(), []
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_, **__: ran.append("Ghostscript"))
@@ -358,7 +360,7 @@ def test_a_picture_that_is_too_large(home, capfd, monkeypatch):
     path = home / "tiny" / "image" / "000.png"
     whole = path.read_bytes()
     try:
-        for width in (9000, 50000):     # the second one is beyond Pillow's own bound
+        for width in (9000, 50000):     # the second one exceeds Pillow's own bound
             header = bytearray(whole)
             header[16:24] = np.array([width, 9000], ">u4").tobytes()
             header[29:33] = np.array([zlib.crc32(header[12:29])], ">u4").tobytes()

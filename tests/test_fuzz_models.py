@@ -1,5 +1,8 @@
-"""Property tests of what reads configurations, cameras, models, states and PyTorch checkpoints: whatever the bytes, a
-reader returns or says one line, in little time and memory."""
+"""Property tests of the readers of configurations, cameras, models, states and PyTorch checkpoints.
+
+For any bytes, a reader must return or raise a one-line UserError, in bounded time and memory.
+"""
+import functools
 import io
 import json
 import random
@@ -29,7 +32,7 @@ from conftest import ROOT
 from fuzzing import TELLING_BYTES, damaged, keeps_its_promise
 from training import checkpoints, log
 
-SIZES = (64, 2, 3)      # width, feature and layers of the model that is damaged
+SIZES = (64, 2, 3)      # width, feature and layers of the damaged models
 SHAPES = architecture.parameter_shapes(settings.Network(*SIZES))
 NUMBERS = st.one_of(st.integers(-2, 300), st.integers(), st.floats(), st.sampled_from(
     [0, 1, 10 ** 9, 2 ** 31, 2 ** 32, 2 ** 63, 2 ** 64, 10 ** 400, 1e308, float("nan"), float("inf"), True, None]))
@@ -60,10 +63,10 @@ def folder(tmp_path_factory):
 
 
 def read_file(path, content, read):
-    """Write `content` to `path`; the reader must keep its promise with it. Returns what it returned or said."""
+    """Write `content` to `path` and check the promise of the reader. Return its result or its UserError."""
     path.write_bytes(content)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")      # a user would see a warning as a second line
+        warnings.simplefilter("error")      # a warning would be printed as a second line
         return keeps_its_promise(lambda: read(path))
 
 
@@ -118,7 +121,7 @@ def test_words_of_yaml_many_times(folder, word, times, between):
 
 # --- zips -------------------------------------------------------------------------------------------------------------
 
-# Of a zip's directory and its files' headers: the place and the size of each number in them.
+# {signature of a zip header: [(offset, size) of each number in it]}
 IN_DIRECTORY = {b"PK\1\2": [(6, 2), (8, 2), (10, 2), (16, 4), (20, 4), (24, 4), (28, 2), (30, 2), (32, 2), (42, 4)],
                 b"PK\3\4": [(4, 2), (6, 2), (8, 2), (14, 4), (18, 4), (22, 4), (26, 2), (28, 2)],
                 b"PK\5\6": [(8, 2), (10, 2), (12, 4), (16, 4), (20, 2)]}
@@ -126,7 +129,7 @@ IN_DIRECTORY = {b"PK\1\2": [(6, 2), (8, 2), (10, 2), (16, 4), (20, 4), (24, 4), 
 
 @st.composite
 def lying(draw, whole):
-    """The bytes of a zip in which one to three numbers of its headers are others."""
+    """Draw the bytes of a zip with one to three numbers of its headers changed."""
     content = bytearray(whole)
     for _ in range(draw(st.integers(1, 3))):
         header = draw(st.sampled_from(sorted(IN_DIRECTORY)))
@@ -142,10 +145,10 @@ def lying(draw, whole):
 
 
 def zipped(entries, compression=zipfile.ZIP_STORED):
-    """A zip of [(name, bytes)], as bytes."""
+    """Return the bytes of a zip with `entries`, [(name, bytes)]."""
     file = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")     # of names given twice
+        warnings.simplefilter("ignore")     # about duplicate names
         with zipfile.ZipFile(file, "w", compression) as archive:
             for name, content in entries:
                 archive.writestr(name, content)
@@ -173,8 +176,8 @@ ARRAY_SHAPES = one_of("(4, 4)", "(10**9,)", "(1000000000, 4)", "(4, 4, 1)", "()"
 
 @st.composite
 def npy_files(draw):
-    """The bytes of an .npy whose header says anything."""
-    header = "{'descr': %s, 'fortran_order': %s, 'shape': %s, }" % (
+    """Draw the bytes of an .npy file with an arbitrary header."""
+    header = "{{'descr': {}, 'fortran_order': {}, 'shape': {}, }}".format(
         draw(DESCRIPTIONS), draw(one_of("False", "True", "None", "2")), draw(ARRAY_SHAPES))
     version = draw(one_of((1, 0), (2, 0), (3, 0), (9, 9)))
     length = struct.pack("<H" if version[0] == 1 else "<I", len(header))
@@ -219,10 +222,10 @@ def test_cameras_of_strange_numbers(folder, number, place, name):
     read_file(folder / "cameras.npz", saved(**arrays), load_cameras)
 
 
-# --- models and states, in HDF5, whose library is in C: in a process of its own ---------------------------------------
+# --- models and states, read in a separate process, as the HDF5 library may crash -------------------------------------
 
 def serve():
-    """In the process of its own: read the files that standard input names, and say a line about each."""
+    """Read the files named on standard input, and print one line about each. Runs in a separate process."""
     logger = sys.modules["nnabla.logger"].logger
     logger.setLevel("ERROR")
     for line in sys.stdin:
@@ -230,7 +233,7 @@ def serve():
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
-                said = keeps_its_promise(lambda: READERS[kind](Path(path)))
+                said = keeps_its_promise(functools.partial(READERS[kind], Path(path)))
         except BaseException as error:
             said = f"broken: {error!r}"
         print(f"answer: {str(said)[:3000]!r}", flush=True)
@@ -246,7 +249,7 @@ def read_any_model(path):
 
 
 def read_state(path):
-    """Read a state as train.py --resume does, up to where it would compute."""
+    """Read a state as train.py --resume does before it computes."""
     state = checkpoints.load_state(path.parent, SHAPES)
     train.check_cameras(state, 0.0, 2)
     train.is_complete(state, 5, state.progress.get("views", state.progress["steps"]), state.progress.get("ranks", 1))
@@ -262,13 +265,13 @@ READERS = {"model": read_model, "any": read_any_model, "state": read_state}
 
 
 class Child:
-    """A process that reads files; after one that ends it, another takes its place."""
+    """A process that reads files. If a file makes it crash, a new one is started for the next file."""
 
     def __init__(self):
         self.process = None
 
     def read(self, kind, path, content):
-        """Write `content` to `path`, which the process must read or refuse; returns what it says."""
+        """Write `content` to `path`, and have the process read or refuse it. Return its answer."""
         path.write_bytes(content)
         if self.process is None:
             self.process = subprocess.Popen([sys.executable, "-c", CHILD, str(ROOT), str(ROOT / "tests")],
@@ -299,7 +302,7 @@ def child():
 
 
 class Whole:
-    """What `whole` gives; Hypothesis, where it fails, writes of it no more than its name."""
+    """The parts of the fixture `whole`; a class without a repr, as Hypothesis prints the arguments of failed tests."""
 
     def __init__(self, **parts):
         vars(self).update(parts)
@@ -310,7 +313,7 @@ class Whole:
 
 @pytest.fixture(scope="module")
 def whole(folder):
-    """The bytes of a model and of a state, and the state's progress and arrays."""
+    """Return the bytes of a valid model and state, and the progress and arrays of the state."""
     nn.clear_parameters()
     checkpoints.set_parameters(small_model())
     checkpoints.save_model(folder / "whole.h5")
@@ -346,7 +349,7 @@ DATASETS = st.sampled_from([*list(SHAPES)[:4], "cameras/pose", "x/y", "series/lo
 
 @st.composite
 def strange_datasets(draw):
-    """What a dataset is made with, in h5py's words."""
+    """Draw arguments for h5py's create_dataset."""
     shape = draw(one_of((39, 64), (), (0,), (2 ** 31,), (2 ** 20, 2 ** 20), (2 ** 32, 2 ** 32), (7,), None))
     made = {"shape": shape, "dtype": draw(DTYPES)}
     if shape:
@@ -372,7 +375,7 @@ def test_models_of_strange_datasets(child, folder, whole, kind, data, changes):
                 try:
                     h5.create_dataset(place, **made)
                 except (ValueError, TypeError, OSError, OverflowError, RuntimeError, MemoryError):
-                    pass    # HDF5 makes no such dataset
+                    pass    # HDF5 cannot create such a dataset
         if data.draw(st.booleans()):
             h5["link"], h5["other"] = h5py.SoftLink("/link"), h5py.ExternalLink("whole.h5", "/implicit")
             h5["again"] = h5["/"]
@@ -412,7 +415,7 @@ def test_states_with_a_right_checksum(child, folder, whole, progress, arrays):
             try:
                 h5[name] = arrays[name]
             except (ValueError, OSError):
-                pass        # a name within that of a dataset
+                pass        # the name would lie within a dataset
         h5.attrs["about"] = json.dumps(about)
     child.read("state", folder / "state.h5", file.getvalue())
 
@@ -420,7 +423,7 @@ def test_states_with_a_right_checksum(child, folder, whole, progress, arrays):
 # --- checkpoints of PyTorch -------------------------------------------------------------------------------------------
 
 def their_bytes(old_form):
-    """A model as a checkpoint of PyTorch."""
+    """Return the bytes of a model as a PyTorch checkpoint."""
     state, arrays = {"epoch": 7, "model_state_dict": convert.their_parameters("a", small_model())[0]}, []
     if old_form:
         machine = {"protocol_version": 1001, "little_endian": True, "type_sizes": {"short": 2, "int": 4, "long": 4}}
@@ -436,7 +439,7 @@ def their_bytes(old_form):
 NEW, OLD = their_bytes(False), their_bytes(True)
 with zipfile.ZipFile(io.BytesIO(NEW)) as archive:
     NEW_FILES = {name: archive.read(name) for name in archive.namelist()}
-OLD_PICKLES = len(OLD) - 4 * sum(int(np.prod(shape)) for shape in SHAPES.values())     # about where the numbers begin
+OLD_PICKLES = len(OLD) - 4 * sum(int(np.prod(shape)) for shape in SHAPES.values())     # roughly where the numbers begin
 
 
 def read_theirs(path):
@@ -461,7 +464,7 @@ def test_checkpoints_of_damaged_instructions(folder, program, compression):
 
 
 def tensor(shape=(2, 7), stride=(7, 1), key="a", count=14, offset=0):
-    """The instructions for a tensor."""
+    """Return the pickle opcodes of a tensor."""
     key, count, *rest = (convert.pickled(value, [], False) for value in (key, count, offset, shape, stride, False))
     return (b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\nFloatStorage\n" + key
             + b"X\x03\0\0\0cpu" + count + b"tQ" + b"".join(rest) + b"tR")

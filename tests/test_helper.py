@@ -1,4 +1,4 @@
-"""What the scripts share: refusals of the configuration, cameras and rays, files that are replaced whole."""
+"""Test what the scripts share: configuration checks, cameras and rays, atomic writing, and the choice of the GPU."""
 import copy
 import ctypes
 import dataclasses
@@ -31,7 +31,7 @@ KEYS = [(section, key) for section, keys in SECTIONS.items() for key in keys]
 
 @pytest.fixture
 def tree():
-    """The default configuration as plain dicts; a test spoils one thing in it."""
+    """Return the default configuration as plain dicts, for tests to change."""
     return copy.deepcopy(yaml.load(DEFAULT.read_text(encoding="utf-8"), Loader=settings.ConfigLoader))
 
 
@@ -56,7 +56,7 @@ def test_a_key_of_another_name_is_still_read(tmp_path, tree, capsys):
 
 
 def refusal_of_text(tmp_path, text):
-    """Write `text` as a configuration, which must be refused; return the one line without the file's name."""
+    """Load `text` as a configuration, which must be refused. Return the one-line message without the file's name."""
     path = tmp_path / "spoilt.yaml"
     path.write_bytes(text if isinstance(text, bytes) else text.encode("utf-8"))
     with pytest.raises(helper.UserError) as raised:
@@ -219,7 +219,7 @@ def test_a_configuration_of_any_length_is_refused_at_once(tmp_path):
 @pytest.mark.parametrize("number", ["10_000_000_000", "0x" + 9999 * "f", 5000 * "9", "1" + 5000 * ":1", "-5", "1e300",
                                     ".inf"], ids=lambda number: number[:9])
 def test_numbers_beyond_any_use(tmp_path, tree, number):
-    """Every number of a configuration has its bounds."""
+    """Check that every number of a configuration is bounded."""
     for section, key in KEYS:
         kind = SECTIONS[section][key].type
         if kind in (int, float, List[int]):
@@ -309,7 +309,7 @@ def test_refuses_a_configuration_that_is_not_there(tmp_path):
 # --- cameras and rays -------------------------------------------------------------------------------------
 
 def random_camera(rng):
-    """Return intrinsics (3, 3), a rotation, world to camera (3, 3), and a centre (3,)."""
+    """Return intrinsics (3, 3), a rotation (3, 3), world to camera, and a centre (3,)."""
     rotation = np.linalg.qr(rng.normal(size=(3, 3)))[0]
     rotation *= np.sign(np.linalg.det(rotation))
     u, v = rng.uniform(-500, 1500, 2)
@@ -420,27 +420,27 @@ needs_gcc = pytest.mark.skipif(not shutil.which("gcc"), reason="no gcc to make l
 
 
 def make_library(path, source, *needed):
-    """Compile the C text `source` into a shared library that needs the libraries `needed`, but not where they lie."""
+    """Compile C source into a shared library that links to the libraries `needed`, without their paths."""
     path.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run(["gcc", "-shared", "-fPIC", f"-Wl,-soname,{path.name},--no-as-needed", "-x", "c", "-",
                     "-x", "none", *map(str, needed), "-o", str(path)], input=source.encode(), check=True)
 
 
 def python(script, *arguments, **environment):
-    """Run `script` in a Python of its own; returns its exit status, its output and what it has on standard error."""
-    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], cwd=str(ROOT), stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, env={**os.environ, **environment}, universal_newlines=True)
+    """Run `script` in a new Python process. Return its exit status, standard output and standard error."""
+    done = subprocess.run([sys.executable, "-c", script, *map(str, arguments)], cwd=str(ROOT), capture_output=True,
+                          env={**os.environ, **environment}, text=True)
     return done.returncode, done.stdout, done.stderr
 
 
 @needs_gcc
 def test_cuda_is_found_in_the_packages(tmp_path):
-    """As in the packages: every library in a folder of its own, nothing that says where those lie that it needs."""
+    """As in NVIDIA's packages, each library has its own folder, and does not know the paths of those it needs."""
     needs = {"libcublas.so.12": ["libcublasLt.so.12"], "libcusparse.so.12": ["libnvJitLink.so.12"],
              "libcusolver.so.11": ["libcublas.so.12", "libcublasLt.so.12", "libcusparse.so.12", "libnvJitLink.so.12"]}
     packages, code, driver = tmp_path / "packages", tmp_path / "code" / "nnabla_ext" / "cudnn", tmp_path / "driver"
     path = {name: packages / "nvidia" / str(i) / "lib" / name for i, name in enumerate(context.CUDA_LIBRARIES)}
-    for name in context.CUDA_LIBRARIES:      # a library before what it needs would fail here already
+    for name in context.CUDA_LIBRARIES:      # fails if a library comes before one that it needs
         make_library(path[name], "int x;", *[path[other] for other in needs.get(name, [])])
     make_library(code / "libnnabla_cuda.so", "int x;", *path.values())
     (code / "__init__.py").write_text(f"import ctypes\nctypes.CDLL({str(code / 'libnnabla_cuda.so')!r})\n"
@@ -452,12 +452,12 @@ def test_cuda_is_found_in_the_packages(tmp_path):
     assert python(script, code.parents[1], packages, **driver)[:2] == (0, "('cudnn', '')\n")
     load = "import ctypes; from backends import context; context.load_cuda_libraries(); ctypes.CDLL('libcudart.so.12')"
     if python(load)[0] != 0:
-        status, said, _ = python(script, code.parents[1], **driver)     # no CUDA here but for that of this test
+        status, said, _ = python(script, code.parents[1], **driver)     # no CUDA installed, except for this test's
         assert status == 0 and "does not load: libcudart.so.12: cannot open" in said
 
 
 def test_cuda_libraries_that_are_not_in_packages_are_left_alone(tmp_path, monkeypatch):
-    """The first on the path counts; one that does not load, or is not there, keeps none of the others from it."""
+    """Check that the first library on the path is tried, and that one that fails does not stop the others."""
     first, second = tmp_path / "first", tmp_path / "second"
     there = [first / "nvidia/cudnn/lib/libcudnn.so.8", second / "nvidia/cudnn/lib/libcudnn.so.8",
              first / "nvidia/cuda_runtime/lib/libcudart.so.12", second / "nvidia/cufft/lib/libcufft.so.11",
@@ -501,7 +501,8 @@ int cuGetErrorString(int status, const char **said)
 @needs_gcc
 def test_a_driver_without_a_device(tmp_path):
     make_library(tmp_path / "libcuda.so.1", NO_DEVICE)
-    script = "import sys, helper; from backends import context; helper.run(lambda: context.set_context(sys.argv[1], '0'))"
+    script = ("import sys, helper; from backends import context; "
+              "helper.run(lambda: context.set_context(sys.argv[1], '0'))")
     pytest.importorskip("nnabla")
     status, output, errors = python(script, "cudnn", LD_LIBRARY_PATH=str(tmp_path))
     said = [line for line in (output + errors).splitlines() if "[nnabla][INFO]" not in line]
@@ -514,7 +515,7 @@ def test_a_driver_without_a_device(tmp_path):
 
 @pytest.fixture
 def extension(tmp_path, monkeypatch):
-    """A function that puts a text in the place of nnabla_ext.cudnn; the driver is one that offers a GPU."""
+    """Return a function that replaces the code of nnabla_ext.cudnn; the driver is replaced by one with a GPU."""
     def names():
         return [name for name in sys.modules if name.split(".")[0] == "nnabla_ext"]
 

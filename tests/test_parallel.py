@@ -1,7 +1,7 @@
-"""Training by several processes: the mean of their gradients is one step's, and they begin, stop and fail together.
+"""Test training by several processes: the mean gradient is that of one step, and all start, stop and fail together.
 
-nnabla joins processes on GPUs only. Here NCCL's place is taken by a communicator that sums through a socket; mpirun's by
-its environment variables.
+nnabla connects processes on GPUs only. Here, a communicator that sums through sockets replaces NCCL, and environment
+variables replace mpirun.
 """
 import os
 import re
@@ -25,8 +25,8 @@ from config.settings import Network
 from conftest import ROOT
 from training import checkpoints, parallel, step
 
-RANKS = 3       # which does not divide the 4 views
-STEPS = 2       # so this is an epoch
+RANKS = 3       # processes; does not divide the 4 views
+STEPS = 2       # per epoch
 
 PROCESS = """
 import os, signal, sys
@@ -101,7 +101,7 @@ if parallel.launched().rank:
 parallel.nccl_communicator = lambda here: Sockets(here.rank, here.size)
 context.gpu_or_reason = lambda device_id: ("cudnn", "")
 context.set_context = lambda context, device_id: set_context("cpu", "0")
-parallel.PATIENCE = 0.2      # no mpirun ends them
+parallel.PATIENCE = 0.2      # there is no mpirun that would kill them
 parallel.run(train.main)
 """
 
@@ -112,9 +112,9 @@ def environment(rank, ranks, **others):
 
 
 def start(home, name, *more, ranks=RANKS, fails=("0", ""), failing=None, config=None):
-    """Train in {name}_tiny by several processes; returns their statuses, outputs and standard errors.
+    """Train in {name}_tiny by several processes. Return their statuses, outputs and standard errors.
 
-    fails: at which of its steps the process `failing` does what, "nan" or a signal.
+    fails: (step, event) of the process with rank `failing`; event: "nan", or the number of a signal, or "".
     """
     config = config or [write_config(home)] * ranks
     started = [subprocess.Popen(
@@ -130,20 +130,20 @@ def start(home, name, *more, ranks=RANKS, fails=("0", ""), failing=None, config=
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a tiny scene and a run on it by three processes, straight_tiny, that was not interrupted."""
+    """Return a folder with a tiny scene and an uninterrupted run on it by three processes, straight_tiny."""
     folder = tmp_path_factory.mktemp("ranks")
     assert call(make_scene.main, "--output", folder / "tiny", "--views", VIEWS, "--held-out", 1, "--size", 24) == 0
     statuses, said, errors = start(folder, "straight")
     assert statuses == [0] * RANKS, errors
     assert "straight_tiny/model_00004.h5" in said[0] and "3 processes" in said[0] and "epoch 4: loss" in said[0]
-    assert said[1:] == errors[1:] == ("",) * (RANKS - 1)        # one speaks
+    assert said[1:] == errors[1:] == ("",) * (RANKS - 1)        # only the first one prints
     return folder
 
 
 # --- the mean of the gradients --------------------------------------------------------------------------------
 
 class Twice:
-    """Stands in for the communicator of two processes, of which one has these gradients."""
+    """A communicator of two processes, the other one of which has these gradients."""
 
     def __init__(self, gradients):
         self.gradients = gradients
@@ -155,7 +155,7 @@ class Twice:
 
 
 class Given:
-    """Stands in for a random generator that gives these numbers."""
+    """A random generator that returns these numbers."""
 
     def __init__(self, numbers):
         self.numbers = numbers
@@ -170,7 +170,7 @@ def test_the_mean_of_two_gradients_is_that_of_one_step_over_both(monkeypatch):
     rng, rays = np.random.default_rng(1), 64
     network.initialize(Network(64, 16, 4), rng)
     batches = []
-    for hits in (50, 11):       # two views that show the object on as many rays
+    for hits in (50, 11):       # two views, with 50 and 11 rays that hit the object
         directions = rng.normal(size=(rays, 3)).astype(np.float32)
         directions /= np.linalg.norm(directions, axis=1, keepdims=True)
         hit_in_mask = rng.permutation(rays) < hits
@@ -195,7 +195,7 @@ def test_the_mean_of_two_gradients_is_that_of_one_step_over_both(monkeypatch):
     found = [p.g for _, p in sorted(nn.get_parameters().items())]
     for a, b, alone in zip(found, expected, second):
         assert np.linalg.norm(a - b) < 1e-5 * np.linalg.norm(b)
-        assert np.linalg.norm(alone - b) > 0.02 * np.linalg.norm(b)     # one does not have it alone
+        assert np.linalg.norm(alone - b) > 0.02 * np.linalg.norm(b)     # a single process does not have it
     for name, value in losses.items():
         assert (first_losses[name] + second_losses[name]) / 2 == pytest.approx(value, rel=1e-5)
     nn.clear_parameters()
@@ -210,15 +210,18 @@ def test_every_view_comes_in_every_epoch_and_no_two_processes_see_the_same():
     views = [0, 1, 2, 4, 6]
     for ranks, steps in ((1, 5), (2, 3), (4, 2), (5, 1), (8, 1)):
         assert datasets.epoch_steps(len(views), ranks) == steps
-        rows = [datasets.training_batches(scene, views, DRAW, 0, datasets.Process(rank, ranks)) for rank in range(ranks)]
+        rows = [datasets.training_batches(scene, views, DRAW, 0, datasets.Process(rank, ranks))
+                for rank in range(ranks)]
         seen = np.array([[next(row).view for row in rows] for _ in range(3 * steps)]).reshape(3, steps * ranks)
         for epoch in seen:
             counts = np.bincount(epoch, minlength=7)[views]
             assert counts.min() >= 1 and counts.max() - counts.min() <= 1 and counts.sum() == steps * ranks
         assert len({tuple(epoch) for epoch in seen}) == 3
-    pixels = [next(datasets.training_batches(scene, [0], DRAW, 0, datasets.Process(rank, 2))).directions for rank in range(2)]
+    pixels = [next(datasets.training_batches(scene, [0], DRAW, 0, datasets.Process(rank, 2))).directions
+              for rank in range(2)]
     assert not np.array_equal(*pixels)
-    again = next(datasets.training_batches(scene, views, DRAW, 4, datasets.Process(1, 2)))       # a function of the step and the rank
+    # A batch depends on the step and the rank only.
+    again = next(datasets.training_batches(scene, views, DRAW, 4, datasets.Process(1, 2)))
     row = datasets.training_batches(scene, views, DRAW, 0, datasets.Process(1, 2))
     assert np.array_equal([next(row) for _ in range(5)][4].directions, again.directions)
 
@@ -252,9 +255,10 @@ def test_a_loss_that_is_not_finite_in_one_stops_all_with_one_line(home):
     assert statuses == [2] * RANKS
     said = [line for line in errors[0].splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and "step 4 (epoch 2): the " in said[0] and "loss is nan" in said[0]
-    for rank in (1, 2):     # what these would say, were they not ended first
+    for rank in (1, 2):     # mpirun would kill them before they print this
         assert errors[rank].startswith(f"process {rank} of 3, on ") and errors[rank].count("\n") == 1
-    assert checkpoints.load_state(home / "spoilt_tiny", {}).progress["step"] == 2 * STEPS       # as the last render has it
+    # The state is that of the last render.
+    assert checkpoints.load_state(home / "spoilt_tiny", {}).progress["step"] == 2 * STEPS
 
 
 def test_processes_that_do_not_begin_alike(home):

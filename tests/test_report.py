@@ -1,4 +1,4 @@
-"""A run's page: what it says of a run, that it fetches nothing, that a browser draws it, and that it never ends a run."""
+"""Test the page of a run: its content, that it fetches nothing, that a browser draws it, that it never stops a run."""
 import html
 import os
 import re
@@ -16,12 +16,12 @@ import report
 from conftest import ROOT, write_demo_config
 from files import folders, writing
 
-STEPS, PANEL = 4, (24, 32)      # steps of an epoch; height and width of a render
+STEPS, PANEL = 4, (24, 32)      # steps per epoch; height and width of a render
 
 
 @pytest.fixture
 def run(tmp_path):
-    """The folder of a run as train.py leaves it after 105 of 140 epochs, with three validations."""
+    """Return the folder of a run as written by train.py after 105 of 140 epochs, with three validations."""
     folder = tmp_path / "results_a & b"
     (folder / "validation").mkdir(parents=True)
     write_demo_config(folder / "demo.yaml", {}, train={"epochs": 140, "mask_weight": 400.0})
@@ -30,7 +30,8 @@ def run(tmp_path):
                          ("eikonal", 1 / (2 + ends)), ("hits", 50 + ends / 20), ("alpha", 50 + 0 * ends),
                          ("learning_rate", 1e-3 + 0 * ends)):
         write_series(folder, name, ends, values)
-    (folder / "time.timer.txt").write_text("".join(f"{end} 2.0 {STEPS} {2.0 * (i + 1)}\n" for i, end in enumerate(ends)))
+    times = (f"{end} 2.0 {STEPS} {2.0 * (i + 1)}\n" for i, end in enumerate(ends))
+    (folder / "time.timer.txt").write_text("".join(times))
     write_series(folder, "psnr", [34, 69, 104], [15.5, 16.5, 22.25])
     for epoch, level in ((34, 60), (69, 120), (104, 180)):
         panels = [np.full(PANEL + (3,), value, np.uint8) for value in (10, level, 200, 250)]
@@ -52,7 +53,7 @@ def page_of(folder, running=False):
 
 
 def text_of(page):
-    """What a reader sees of a page, in one line."""
+    """Return the visible text of a page in one line."""
     return html.unescape(" ".join(re.sub(r"<style>.*?</style>|<[^>]*>", " ", page, flags=re.S).split()))
 
 
@@ -132,8 +133,7 @@ STRANGE = ["<img src=x onerror=alert(1)>\"'&", "o$\\frac{$", "n" * 255, "a\nb", 
 @pytest.mark.parametrize("name", STRANGE, ids=range(len(STRANGE)))
 def test_a_strange_name_is_a_text_and_nothing_else(run, name):
     folder = run.rename(run.with_name(name))
-    done = subprocess.run([sys.executable, str(ROOT / "report.py"), str(folder)], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, str(ROOT / "report.py"), str(folder)], capture_output=True)
     assert done.returncode == 0 and done.stderr == b"", done.stderr
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "<img src=x" not in page
@@ -156,8 +156,8 @@ def test_a_plot_takes_no_text_for_a_formula():
 
 def test_by_hand(run):
     def by_hand(folder):
-        return subprocess.run([sys.executable, str(ROOT / "report.py"), str(folder)], stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, universal_newlines=True)
+        return subprocess.run([sys.executable, str(ROOT / "report.py"), str(folder)], capture_output=True,
+                              text=True)
 
     done = by_hand(run)
     assert done.returncode == 0 and done.stdout.strip() == str(run / "report.html")
@@ -176,7 +176,7 @@ def test_a_browser_draws_it_without_complaint_or_a_request(run, spoil):
         pytest.skip("no Chromium here to open the page with (apt-get install chromium)")
     page = page_of(run)
     assert not re.findall(r"(?:src|href)=\"(?!data:|#)[^\"]*", page)
-    if spoil:       # the check below sees what a page would fetch
+    if spoil:       # to show that the check below detects a request
         page = page.replace("</h1>", '</h1><img src="http://127.0.0.1:9/x.png">')
     (run / "page.html").write_text(page, encoding="utf-8")
     done = subprocess.run(
@@ -188,4 +188,4 @@ def test_a_browser_draws_it_without_complaint_or_a_request(run, spoil):
     console = [line for line in done.stdout.decode(errors="replace").splitlines() if "CONSOLE" in line]
     assert bool(console) == spoil, console
     drawn = imageio.imread(run / "page.png")[..., :3]
-    assert (drawn == 180).all(axis=-1).sum() > 1000      # the render is there
+    assert (drawn == 180).all(axis=-1).sum() > 1000      # the render is drawn

@@ -1,4 +1,4 @@
-"""Runs that survive: an interrupted run is bit for bit the one that was not, and no failure costs what is on disk."""
+"""Test --resume: an interrupted run gives bit for bit the same results, and failures never damage saved files."""
 import os
 import resource
 import shutil
@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import nnabla as nn
@@ -28,14 +27,14 @@ VIEWS, EPOCHS = 4, 5
 
 @pytest.fixture(scope="module", autouse=True)
 def empty_pages():
-    """A run's page is tested elsewhere; here it is written, but takes no time."""
+    """Write empty pages, to save time; test_report.py tests them."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(report, "page", lambda run, running: "")
         yield
 
 
 def call(main, *arguments):
-    """Call a script's main as its command line would; returns the exit status."""
+    """Call a script's main with command line arguments, and return the exit status."""
     before, sys.argv = sys.argv, ["script.py", *map(str, arguments)]
     try:
         helper.run(main)
@@ -47,7 +46,7 @@ def call(main, *arguments):
 
 
 def write_config(folder, **changes):
-    """Write the configuration of runs of 20 steps, and a name of its own for each set of changes; returns its path."""
+    """Write the configuration of runs of 20 steps, with section__key=value changed, and return its path."""
     return write_demo_config(
         folder / "tiny.yaml", changes, data=dict(path=str(folder / "tiny"), held_out_views=[VIEWS]),
         network=dict(width=64, feature=8, layers=4), tracer=dict(samples=20),
@@ -57,7 +56,7 @@ def write_config(folder, **changes):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a tiny scene and a run on it, straight_tiny, that was not interrupted."""
+    """Return a folder with a tiny scene and an uninterrupted run on it, straight_tiny."""
     folder = tmp_path_factory.mktemp("runs")
     assert call(make_scene.main, "--output", folder / "tiny", "--views", VIEWS, "--held-out", 1, "--size", 24) == 0
     assert start(folder, "straight") == 0
@@ -65,13 +64,13 @@ def home(tmp_path_factory):
 
 
 def start(folder, name, *more, **changes):
-    """Train in the folder {name}_tiny; returns the exit status."""
+    """Train in the folder {name}_tiny, and return the exit status."""
     return call(train.main, "--context", "cpu", "--config", write_config(folder, **changes), "--monitor-path",
                 folder / name, *more)
 
 
 def at_step(monkeypatch, step, action):
-    """Have `action()` called in the midst of the `step`-th step from now on."""
+    """Call `action()` during the `step`-th training step from now, counted from 1."""
     place, count = train.place_points, [0]
 
     def place_points(*arguments):
@@ -84,7 +83,7 @@ def at_step(monkeypatch, step, action):
 
 
 def contents(folder):
-    """Everything that a run leaves but for times: {file: bytes}, and of models and the state their numbers."""
+    """Return all files of a run without times: {file: bytes}; for models and states, {name: bytes of an array}."""
     files = {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     for name in ("time.timer.txt", "report.html"):
         files.pop(Path(name), None)
@@ -95,7 +94,7 @@ def contents(folder):
 
 
 def numbers(path):
-    """The numbers of a model or state; its file has the time in it too where h5py is old."""
+    """Return the arrays of a model or state, {name: bytes}; old versions of h5py also write the time to a file."""
     return {name: array.tobytes() for name, array in checkpoints.read_arrays(path)[0].items()}
 
 
@@ -110,7 +109,7 @@ def same_as_straight(home, name):
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_an_interrupted_run_is_the_one_that_was_not(home, monkeypatch, capfd, number, status):
     cuts = np.random.default_rng(status).permutation(8)[:3] + 1
-    for index, cut in enumerate(cuts):      # in the midst of an epoch, or after its last step
+    for index, cut in enumerate(cuts):      # within an epoch, or after its last step
         with monkeypatch.context() as patch:
             at_step(patch, cut, lambda: os.kill(os.getpid(), number))
             assert start(home, f"cut{status}", *(["--resume"] if index else [])) == status
@@ -118,7 +117,7 @@ def test_an_interrupted_run_is_the_one_that_was_not(home, monkeypatch, capfd, nu
     assert start(home, f"cut{status}", "--resume") == 0
     assert f"after step {cuts.sum()} " in capfd.readouterr().out
     same_as_straight(home, f"cut{status}")
-    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)     # as before
+    assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)     # handlers are restored
 
 
 def test_an_interruption_in_the_very_last_step(home, monkeypatch):
@@ -141,7 +140,7 @@ def test_an_interruption_while_rendering(home, monkeypatch):
         patch.setattr(train.Training, "validate", interrupted)
         assert start(home, "rendering") == 143
     state = checkpoints.load_state(home / "rendering_tiny", {})
-    assert state.progress["step"] == 2 * VIEWS + 1      # not lost: the epoch's end, and one step more
+    assert state.progress["step"] == 2 * VIEWS + 1      # the epoch's last step and the next one are kept
     assert start(home, "rendering", "--resume") == 0
     same_as_straight(home, "rendering")
 
@@ -162,7 +161,7 @@ helper.run(train.main)
 
 @pytest.mark.parametrize("write, step, models", [
     (2, None, 0),       # the first state
-    (8, 2 * VIEWS, 1),  # the second epoch's page: configuration, state, page, state, render, shape, model are written
+    (8, 2 * VIEWS, 1),  # the second epoch's page, after configuration, state, page, state, render, shape and model
     (9, 2 * VIEWS, 1),  # the fourth epoch's state
     (12, 4 * VIEWS, 1),     # its model, after its render and shape
 ])
@@ -195,7 +194,7 @@ def test_a_complete_run_that_is_killed_in_its_last_page(home, capfd):
 
 
 def test_what_a_killed_process_leaves_goes_and_nothing_else(tmp_path):
-    """Of processes that are killed while they write; a file that another one writes stays."""
+    """Check that files of killed processes are removed, and that a file being written stays."""
     names = ["psnr.series.txt", "model_00001.h5", "renders/view_000_depth.npy", "validation/epoch_00001.png",
              "a b.mp4", "n" * 240 + ".ply", "no_suffix"]
     for name in names:
@@ -235,7 +234,7 @@ def test_the_scripts_that_write_to_a_run_remove_what_is_left_there(home, capfd):
 def test_a_second_ctrl_c_ends_at_once():
     script = ("import helper, os, signal\nwith helper.stop_signals() as stop:\n    os.kill(os.getpid(), 2)\n"
               "    print(stop, flush=True)\n    os.kill(os.getpid(), 2)\n    print('not here')")
-    done = subprocess.run([sys.executable, "-c", script], cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    done = subprocess.run([sys.executable, "-c", script], cwd=str(ROOT), capture_output=True)
     assert done.returncode == -2 and b"not here" not in done.stdout and b"]" in done.stdout
     assert b"stopping after this step" in done.stderr
 
@@ -288,7 +287,7 @@ def test_a_folder_that_is_moved_during_the_run(home, monkeypatch, capfd, move, m
     with monkeypatch.context() as patch:
         if moment == "step":
             at_step(patch, 2 * VIEWS + 2, lambda: move(folder))
-        else:       # while the render of the second epoch is written
+        else:       # while the second epoch's render is written
             validate, sync, render = train.Training.validate, os.fsync, []
 
             def fsync(handle):
@@ -315,7 +314,7 @@ def test_a_folder_that_is_moved_during_the_run(home, monkeypatch, capfd, move, m
     same_as_straight(home, "roaming")
 
 
-# Starts runs in one folder, each of which leaves a file of its own there, and tells of each how it went.
+# Start runs in one folder. Each writes its own file there; print the names of those that got the folder.
 STARTS = """
 import contextlib, os, sys, time
 import helper
@@ -343,7 +342,7 @@ def test_starts_at_the_same_moment(tmp_path):
     assert [process.returncode for process in started] == [0, 0, 0], said
     runs = sorted(line for out, _ in said for line in out.splitlines())
     assert sorted(path.name for path in tmp_path.glob("run_tiny*/*")) == runs and len(runs) > 20
-    assert len(list(tmp_path.iterdir())) == len(runs)       # each has a folder to itself, and there is no other
+    assert len(list(tmp_path.iterdir())) == len(runs)       # one folder per run, and no others
 
 
 def test_a_folder_that_cannot_be_a_runs(home, capfd, tmp_path):
@@ -360,7 +359,7 @@ def test_a_folder_that_cannot_be_a_runs(home, capfd, tmp_path):
         said = [line for line in capfd.readouterr().err.splitlines() if "[INFO]" not in line]
         assert len(said) == 1 and f"{name}_tiny: cannot be made" in said[0] and "--monitor-path" in said[0]
     assert (tmp_path / "file_tiny").read_text() == "a user's"
-    (tmp_path / "empty_tiny").mkdir()       # is taken as it is
+    (tmp_path / "empty_tiny").mkdir()       # an empty folder is used
     assert begin("empty") == 0
     assert not (tmp_path / "empty_tiny.1").exists() and (tmp_path / "empty_tiny" / "model_00000.h5").exists()
 
@@ -379,13 +378,13 @@ def test_a_loss_that_is_not_finite(home, monkeypatch, capfd, spoilt, named):
     def spoil(self, batch, placed, *others):
         count[0] += 1
         if count[0] == 2 * VIEWS + 2:
-            placed.hit_in_mask[[0, -1]] = True, False   # the first ray has a colour, the last one is for the mask
+            placed.hit_in_mask[[0, -1]] = True, False   # first ray: colour loss; last ray: mask loss
             batch.rgb[0], placed.points[-1] = (np.inf, 0) if spoilt == "rgb" else (0, np.nan)
         return fill(self, batch, placed, *others)
 
     with monkeypatch.context() as patch:
         at_step(patch, 2 * VIEWS + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
-        assert start(home, "before") == 143     # the parameters that the failing step finds
+        assert start(home, "before") == 143     # to keep the parameters before the failing step
     before = checkpoints.load_state(home / "before_tiny", {}).arrays
     with monkeypatch.context() as patch:
         patch.setattr(step.TrainingStep, "fill", spoil)
@@ -420,10 +419,10 @@ def test_a_surface_that_is_gone_is_told_once(home, monkeypatch, capfd):
     assert (said.out + said.err).count("no ray has met the surface") == 1
 
 
-# --- what --resume finds --------------------------------------------------------------------------------------
+# --- states that --resume accepts or refuses -----------------------------------------------------------------
 
 def refused(home, capfd, *arguments, **changes):
-    """Resume, which must be refused: status 2, one line, nothing written; returns the line."""
+    """Run train.py, which must exit with status 2 and write nothing. Return the one line that it prints."""
     write_config(home, **changes)
     before = {path: path.stat().st_mtime_ns for path in home.rglob("*")}
     capfd.readouterr()
@@ -471,9 +470,8 @@ def test_a_state_without_its_solver(home):
                   lambda arrays: arrays.update({"solver/implicit/0/v/mean": np.zeros((2, 2), np.float32)})):
         arrays = dict(state.arrays)
         spoil(arrays)
-        spoilt = SimpleNamespace(**{**vars(state), "arrays": arrays})
         with pytest.raises(helper.UserError, match="no state of this solver for implicit/0/v"):
-            checkpoints.restore_state(spoilt, {"solver": train.S.Adam(1e-3)})
+            checkpoints.restore_state(state._replace(arrays=arrays), {"solver": train.S.Adam(1e-3)})
 
 
 def test_a_run_that_is_complete_and_one_that_is_to_be_longer(home, capfd):

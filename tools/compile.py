@@ -1,6 +1,6 @@
-"""Have Numba compile, ahead of the first training, what it compiles at the first call (some 15 s).
+"""Compile all Numba functions, by a tiny training step. It takes about 15 s, which the first training then saves.
 
-The result is kept in __pycache__ until its source changes.
+Numba keeps the compiled code in __pycache__ until the source changes.
 """
 import sys
 from pathlib import Path

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# oldest_pair.sh: compare with the authors' numbers on the oldest Python and nnabla that we support, 3.8 and 1.22.0,
-# in a venv of its own, .venv-oldest. Where there is no Python 3.8, say so and do nothing.
+# oldest_pair.sh: test against the authors' numbers on the oldest supported versions, Python 3.8 and nnabla 1.22.0, in a
+# separate venv, .venv-oldest. Without Python 3.8, print a line and test nothing.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-nnabla=("nnabla==1.22.0" "numpy<1.24" "protobuf<3.21" h5py)    # it does not ask for these bounds itself
+nnabla=("nnabla==1.22.0" "numpy<1.24" "protobuf<3.21" h5py)    # nnabla 1.22.0 does not declare these bounds
 venv=.venv-oldest
-stamp=$venv/made-of         # what the venv was made of; written once all of it is in place
+stamp=$venv/made-of         # requirements of the venv; written once all are installed
 wanted=$(printf '%s\n' "${nnabla[@]}" && cat requirements.txt requirements-dev.txt)
 
-# Print the Pythons that are called 3.8, also among pyenv's; its shims are among them and may not run.
+# Print the paths of all python3.8, pyenv's included. pyenv's shims are among them, and may not run.
 candidates() {
     type -aP python3.8 || true
     ls -d {"${PYENV_ROOT:-}",~/.pyenv}/versions/3.8.*/bin/python3.8 2> /dev/null || true
@@ -20,7 +20,7 @@ while read -r candidate; do
     python=$candidate && break
 done < <(candidates)
 if [ -z "$python" ]; then
-    echo "no Python 3.8 with the module venv here: the oldest pair is not tested"
+    echo "no Python 3.8 with the module venv found: the oldest pair is not tested"
     exit 0
 fi
 
@@ -34,6 +34,6 @@ if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
     echo "$wanted" > "$stamp"
 fi
 
-# Every test that takes the authors' numbers has the name of their file, idr_reference, in its own.
+# The ids of all tests against the authors' numbers contain idr_reference, the name of the data file.
 "$venv/bin/python" -m pytest --disable-warnings -k "test_network or idr_reference" \
     tests/test_network.py tests/test_ray_tracer.py tests/test_convert.py

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# python_env.sh [PYTHON]: make .venv, with the packages of requirements-dev.txt, from PYTHON or else from any
-# CPython 3.8 to 3.10 that is to be had; nnabla has wheels for no other. Do nothing where .venv is up to date;
-# end with status 2 and a line that says what to install where there is no such Python.
+# python_env.sh [PYTHON]: create .venv with the packages of requirements-dev.txt, from PYTHON or any CPython 3.8 to 3.10
+# found; nnabla has wheels for these versions only. Do nothing if .venv is up to date. Without such a Python, print what
+# to install and exit with status 2.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 python=${1:-}
-stamp=.venv/made-by-make    # what .venv was made from; empty until all of it is in place
+stamp=.venv/made-by-make    # requirements of .venv; empty until all are installed
 wanted=$(cat requirements.txt requirements-dev.txt)
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -15,7 +15,7 @@ fail() {
     exit 2
 }
 
-# Print which Python "$1" is; fail where it is of no use or does not run (pyenv's shims, unless selected).
+# Print the version and prefix of the Python "$1"; fail if it is unsuitable or does not run (unselected pyenv shims).
 identify() {
     "$1" -c 'import sys
 usable = sys.implementation.name == "cpython" and (3, 8) <= sys.version_info[:2] <= (3, 10)
@@ -33,12 +33,12 @@ empty_venv() {
     rm -rf .venv && mkdir .venv && touch "$stamp"
 }
 
-# A Debian interpreter may lack the module venv, or the pip that venv installs.
+# Debian's Python may lack the module venv, or the pip that venv installs.
 with_venv() {
     empty_venv && "$1" -m venv .venv && .venv/bin/python -m pip --version
 } &> /dev/null
 
-# uv needs neither and may be able to fetch an interpreter; where there is no uv, any pip can bring it.
+# uv needs neither, and can often download an interpreter. If uv is missing, install it with the pip of any Python.
 with_uv() {
     uv=$(type -P uv) && "$uv" --version || for any in $(type -aP python3); do
         "$any" -m venv "$scratch/env" && any=$scratch/env/bin/python
@@ -49,14 +49,14 @@ with_uv() {
 } &> /dev/null
 
 if [ -n "$python" ]; then
-    chosen=$(identify "$python") || fail "PYTHON=$python is no Python 3.8 to 3.10, which nnabla needs"
+    chosen=$(identify "$python") || fail "PYTHON=$python is not CPython 3.8 to 3.10, which nnabla needs"
 fi
 if [ "$(cat "$stamp" 2> /dev/null)" = "$wanted" ] && present=$(identify .venv/bin/python) \
         && [ "${chosen:-$present}" = "$present" ]; then
     exit 0
 fi
 if [ -e .venv ] && [ ! -e "$stamp" ] && ! rmdir .venv 2> /dev/null; then
-    fail ".venv is there but make did not make it: move it away or remove it, then try again"
+    fail ".venv was not created by make: move or remove it, then try again"
 fi
 
 made='' without_venv=''
@@ -72,10 +72,10 @@ if [ -z "$made" ] && ! with_uv "${python:->=3.8,<3.11}"; then
 fi
 
 echo "Setting up .venv with $(identify .venv/bin/python): about a minute"
-# "pip>=20.3": older ones do not know the kind of nnabla's wheels.
+# "pip>=20.3": older versions do not support the platform tag of nnabla's wheels.
 for packages in "pip>=20.3" "--requirement=requirements-dev.txt"; do
     .venv/bin/python -m pip install -qq --disable-pip-version-check "$packages" \
-        || fail "pip install $packages failed in .venv: pip says why above"
+        || fail "pip install $packages failed in .venv; see pip's message above"
 done
-.venv/bin/python tools/compile.py > /dev/null 2>&1     # where that fails, the first run will say why
+.venv/bin/python tools/compile.py > /dev/null 2>&1     # if this fails, the first run reports why
 echo "$wanted" > "$stamp"

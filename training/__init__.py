@@ -1,4 +1,4 @@
-"""What a training is made of: one step, its log, its checkpoints, trained cameras, several processes.
+"""The parts of a training: steps, logs, checkpoints, trained cameras and parallel processes.
 
-train.py puts these together. A step is a function of the seed and its number alone, so a training goes on from any state.
+train.py combines them. A step depends only on the seed, its number and the current state, so any state can be resumed.
 """

@@ -1,10 +1,10 @@
-"""What a training keeps: models, which nn.load_parameters reads, and the state from which it goes on."""
+"""Files of a training: models, which nn.load_parameters can read, and the state for --resume."""
 import io
 import json
 import math
 import zlib
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Dict, NamedTuple
 
 import numpy as np
 
@@ -13,40 +13,49 @@ from backends import architecture
 from config import settings
 from files import folders, writing
 
-POSE = "cameras/pose"       # cameras.py says what it holds
+POSE = "cameras/pose"       # parameter of trained cameras, (views, 7); see cameras.py
 STATE_FILE = "state.h5"
 STATE_FORMAT = "IDR training state 1"
-MOST_BYTES = 1 << 30        # of a file; the state of the paper's networks takes 36 MB
-MOST_ARRAYS = 10000         # in a file
-MOST_ABOUT = 1 << 18        # letters of a state's progress
+MOST_BYTES = 1 << 30        # per file; a state of the paper's networks has 36 MB
+MOST_ARRAYS = 10000         # per file
+MOST_ABOUT = 1 << 18        # characters of a state's progress
 MOST_STEPS = 1 << 40
 
 
+class State(NamedTuple):
+    """A training state that was read and checked, but not applied; see load_state and restore_state."""
+    path: Path
+    progress: dict                      # as in save_state
+    parameters: Dict[str, np.ndarray]   # nnabla's parameters, in the order of models
+    series: Dict[str, np.ndarray]       # values of the unfinished epoch, (N,) each
+    arrays: Dict[str, np.ndarray]       # all arrays of the file, those of the solvers included
+
+
 def save_model(path):
-    """Write nnabla's current parameters to `path` (.h5), replacing it whole."""
+    """Write nnabla's current parameters to `path` (.h5) atomically."""
     import nnabla as nn
-    file = io.BytesIO()     # and not to the disk: HDF5 is at a loss when that is full
+    file = io.BytesIO()     # in memory first, as HDF5 does not recover from a full disk
     nn.save_parameters(file, extension=".h5")
     writing.write_bytes(path, file.getvalue())
 
 
 def model_file(path):
-    """Return the checkpoint that --model-load-path names: the file itself, or the newest model of a run's folder."""
+    """Return the model that --model-load-path names: the file itself, or the newest model in a run's folder."""
     path = Path(path)
     if path.is_dir():
         models = sorted(path.glob("model_*.h5"))
         if not models:
-            raise helper.UserError(f"{path}: no model_*.h5 in this folder; train first, or name the model's file")
+            raise helper.UserError(f"{path}: no model_*.h5 in this folder; train first, or name a model file")
         return models[-1]
     helper.check_is_file(path, "name a model_*.h5 of a training run, or the run's folder")
     return path
 
 
 def load_model(path, shapes):
-    """Load the parameters of the checkpoint at `path` into nnabla's parameter scope, in place of those there.
+    """Replace nnabla's parameters by those of the model at `path`.
 
-    shapes: {parameter name: shape} of the configured network; trained cameras may be there beside. Raises UserError
-    where the file is no checkpoint, or one of another network.
+    shapes: {parameter name: shape} of the configured network. Trained cameras (POSE) are loaded, too, if the file has
+    them; other arrays are ignored. Raises UserError if the file is not a model, or belongs to another network.
     """
     import nnabla as nn
     arrays, _ = read_arrays(path)
@@ -56,11 +65,11 @@ def load_model(path, shapes):
 
 
 def open_run(args):
-    """Load the configuration and the model that a script's `args` name; returns (conf, the folder for its results).
+    """Set up a script from its `args`: load the configuration, set nnabla's context, load the model.
 
-    Sets the context. Raises UserError as the functions that it calls do.
+    Returns (conf, folder for the results). Raises UserError if an argument or file is refused.
     """
-    from backends import context  # here: report.py and prepare.py do without nnabla
+    from backends import context  # imported here, as report.py and prepare.py run without nnabla
     conf = settings.load_config(args.config)
     model = model_file(args.model_load_path)
     context.set_context(args.context, args.device_id)
@@ -71,7 +80,7 @@ def open_run(args):
 
 
 def set_parameters(arrays):
-    """Make {name: array} nnabla's parameters, beside those of other names."""
+    """Set nnabla's parameters from {name: array}; parameters of other names stay."""
     import nnabla as nn
     for name, array in arrays.items():
         variable = nn.Variable.from_numpy_array(array.astype(np.float32, copy=False), need_grad=name != POSE)
@@ -79,56 +88,60 @@ def set_parameters(arrays):
 
 
 def solver_parameters(solver_name):
-    """Return nnabla's parameters that a solver of that name works on: "cameras" on the poses, "solver" on the rest."""
+    """Return the nnabla parameters that a solver updates. "cameras" updates the poses, "solver" all others."""
     import nnabla as nn
-    # The poses want no gradient of nnabla's: cameras.py computes it.
+    # Poses have need_grad=False, as cameras.py computes their gradients.
     return {POSE: nn.get_parameters(grad_only=False)[POSE]} if solver_name == "cameras" else nn.get_parameters()
 
 
 def check_pose(where, shape):
-    """Raise UserError where trained cameras do not have the shape (views, 7), or are none."""
+    """Raise UserError unless the shape of trained cameras is (views, 7) with at least one view."""
     if len(shape) != 2 or shape[0] == 0 or shape[1] != 7:
-        raise helper.UserError(f"{where} is {tuple(shape)}; cameras are (views, 7), a quaternion and a centre each")
+        raise helper.UserError(f"{where} is {tuple(shape)}; cameras are (views, 7): a quaternion and a centre each")
 
 
 def check_parameters(path, arrays, shapes):
-    """Raise UserError unless the `arrays` of the checkpoint at `path` are finite and have these {name: shape}, and any
-    trained cameras beside are such."""
+    """Raise UserError unless `arrays`, read from `path`, contain finite parameters of the given {name: shape}.
+
+    Trained cameras (POSE), if any, must be finite, of shape (views, 7), and without quaternions of length 0.
+    """
     if POSE in arrays:
         check_pose(f"{path}: {POSE}", arrays[POSE].shape)
         shapes = {**shapes, POSE: arrays[POSE].shape}
     for name, shape in shapes.items():
         if name not in arrays:
-            raise helper.UserError(f"{path}: has no parameter {name}; it was saved by another program or with other layers")
+            raise helper.UserError(f"{path}: has no parameter {name}; it was saved by another program or with other "
+                                   "layers; use the configuration that lies beside the model")
         if arrays[name].shape != tuple(shape):
-            raise helper.UserError(f"{path}: {name} is {arrays[name].shape}, the configuration wants {tuple(shape)}; "
-                            "use the configuration that lies beside the model")
+            raise helper.UserError(f"{path}: {name} is {arrays[name].shape}, but the configuration requires "
+                                   f"{tuple(shape)}; use the configuration that lies beside the model")
         if not is_finite(arrays[name]):
-            raise helper.UserError(f"{path}: {name} has values that are not finite; the file is damaged, or its training "
-                            "failed; use an earlier one")
+            raise helper.UserError(f"{path}: {name} has values that are not finite; the file is damaged, or its "
+                                   "training failed; use an earlier one")
     if POSE in arrays and np.linalg.norm(arrays[POSE][:, :4].astype(np.float64), axis=1).min() < 1e-10:
-        raise helper.UserError(f"{path}: {POSE} has a quaternion of length 0; the file is damaged")
+        raise helper.UserError(f"{path}: {POSE} has a quaternion of length 0; the file is damaged; use an earlier one")
 
 
 def is_finite(array):
-    """Whether all numbers of an array are finite in float32, in which the networks compute."""
+    """Return whether all values of an array are finite in float32, the precision of the networks."""
     with np.errstate(over="ignore"):
         return bool(np.isfinite(array.astype(np.float32, copy=False)).all())
 
 
 def read_arrays(path):
-    """Read an .h5 file of numbers: {name: array}, and the text of its attribute "about" ("" where it has none).
+    """Read all arrays of an .h5 file. Return {name: array} and the string of its attribute "about", "" if missing.
 
-    Nothing outside the file is read, and no more than the file's own size. Raises UserError for other files.
+    Never reads outside the file (external links), nor returns more bytes than it has. Raises UserError if the file is
+    not readable, is too large or has other contents than plain arrays of numbers.
     """
     import h5py
     helper.check_is_file(path)
     limit, found = Path(path).stat().st_size, {}
     if limit > MOST_BYTES:
-        raise helper.UserError(f"{path}: has more than {MOST_BYTES} bytes; a checkpoint of ours has less")
+        raise helper.UserError(f"{path}: has more than {MOST_BYTES} bytes, so it is not a checkpoint of this program")
 
     def note(name, item):
-        # HDF5 goes into groups of groups by recursion, which ends at its stack's end.
+        # HDF5 visits nested groups recursively, and deep nesting overflows its stack.
         if not isinstance(name, str) or name.count("/") > 8 or len(found) == MOST_ARRAYS:
             raise ValueError
         found[name] = item
@@ -139,26 +152,26 @@ def read_arrays(path):
             datasets = {name: item for name, item in found.items() if isinstance(item, h5py.Dataset)}
             for item in datasets.values():
                 check_is_plain(item)
-            # Several may lie in one place, or nowhere: what they are together must have room in the file, too.
+            # Datasets may share storage or have none, so their total size must fit into the file, too.
             if sum(item.dtype.itemsize * math.prod(item.shape) for item in datasets.values()) > limit:
                 raise ValueError
             return {name: item[()] for name, item in datasets.items()}, about_of(file, limit)
-    except Exception as error:  # a damaged file makes h5py raise nearly anything
-        raise helper.UserError(f"{path}: not a readable .h5 checkpoint (truncated, damaged or another kind of file)") \
-            from error
+    except Exception as error:  # h5py may raise any exception for damaged files
+        raise helper.UserError(f"{path}: not a readable .h5 checkpoint (truncated, damaged or another kind of file); "
+                               "use another file") from error
 
 
 def check_is_plain(dataset):
-    """Raise ValueError unless a dataset's numbers lie in its file in one piece, as ours do.
+    """Raise ValueError unless a dataset is a contiguous array of numbers in its own file, as save_* write them.
 
-    In chunks, a small dataset may unpack to any size.
+    Chunked datasets may be compressed, so that a small file expands to any size.
     """
     if dataset.dtype.kind not in "fiu" or dataset.external or dataset.is_virtual or dataset.chunks is not None:
         raise ValueError
 
 
 def about_of(file, limit):
-    """Return the text of an open file's attribute "about", "" where there is none; ValueError where it is no text."""
+    """Return the string attribute "about" of an open file, "" if missing. Raises ValueError if it is anything else."""
     if "about" not in file.attrs:
         return ""
     place = file.attrs.get_id("about")
@@ -171,11 +184,14 @@ def about_of(file, limit):
 
 
 def save_state(folder, solvers, progress, series):
-    """Write what a training needs to go on, nnabla's parameters included, to `folder`/state.h5, replacing it whole.
+    """Write all that --resume needs, nnabla's parameters included, to `folder`/state.h5 atomically.
 
-    solvers: {name: nnabla solver}; progress: the steps done, the steps of an epoch, the
-    last loss, seconds since the start and in this epoch, the settings; series: {name: numbers}.
-    Raises UserError where it cannot be written, and where a value is not finite: then the earlier state stays.
+    solvers: {name: nnabla solver}
+    progress: JSON values: "step" (steps done), "steps" (per epoch), "views", "ranks" (processes), "loss" (the last
+        one), "elapsed" and "lap" (seconds since the start and in this epoch), "config" ({"section.key": value})
+    series: {name: values of the unfinished epoch}
+
+    Raises UserError if the file cannot be written or a value is not finite. The earlier state then stays.
     """
     import h5py
     import nnabla as nn
@@ -187,7 +203,7 @@ def save_state(folder, solvers, progress, series):
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise helper.UserError(f"{folder}: after step {progress['step']}, {name} has values that are not finite; "
-                            f"{STATE_FILE} there is of an earlier step; lower train.learning_rate")
+                                   f"{STATE_FILE} stays at an earlier step; lower train.learning_rate")
     arrays.update({f"series/{name}": np.array(values, np.float64) for name, values in series.items()})
     about, file = json.dumps({**progress, "format": STATE_FORMAT, "checksum": checksum(arrays)}), io.BytesIO()
     with h5py.File(file, "w") as h5:
@@ -198,7 +214,7 @@ def save_state(folder, solvers, progress, series):
 
 
 def checksum(arrays):
-    """Return a number that changes with any bit of {name: array}."""
+    """Return the CRC-32 of the names and bytes of {name: array}."""
     total = 0
     for name in sorted(arrays):
         total = zlib.crc32(np.ascontiguousarray(arrays[name]).tobytes(), zlib.crc32(name.encode(), total))
@@ -206,47 +222,48 @@ def checksum(arrays):
 
 
 def load_state(folder, shapes):
-    """Read the state of the run in `folder`, as save_state wrote it: a namespace of progress, arrays and path.
+    """Read the State of the run in `folder`, as written by save_state. nnabla is not changed; see restore_state.
 
-    shapes: {parameter name: shape} of the configured network. Nothing of nnabla is touched; restore_state does that.
-    Raises UserError where there is none, or none that fits.
+    shapes: {parameter name: shape} of the configured network.
+    Raises UserError if there is no state, or if it is damaged or belongs to another network.
     """
     path = Path(folder) / STATE_FILE
     if not Path(folder).is_dir():
-        raise helper.UserError(f"{folder}: no such run to resume; name its folder after --resume, or start without --resume")
+        raise helper.UserError(f"{folder}: no such run to resume; name its folder after --resume, or start without "
+                               "--resume")
     if not path.is_file():
-        raise helper.UserError(f"{folder}: has no {STATE_FILE} to resume from; start without --resume (a run that is there "
-                        "is kept, under a name with a number)")
+        raise helper.UserError(f"{folder}: has no {STATE_FILE} to resume from; start without --resume (an earlier run "
+                               "is kept: its folder gets a number)")
     arrays, about = read_arrays(path)
     try:
         progress = json.loads(about)
     except (ValueError, RecursionError):
         progress = None
     if not isinstance(progress, dict) or progress.get("format") != STATE_FORMAT:
-        raise helper.UserError(f"{path}: no training state of this program or this version; start without --resume")
+        raise helper.UserError(f"{path}: no training state of this program and version; start without --resume")
     if progress.get("checksum") != checksum(arrays):
-        raise helper.UserError(f"{path}: damaged (its checksum is another); start without --resume")
+        raise helper.UserError(f"{path}: damaged (its checksum does not match); start without --resume")
     check_progress(path, progress)
     parameters = {name[len("parameters/"):]: array for name, array in arrays.items() if name.startswith("parameters/")}
     check_parameters(path, parameters, shapes)
-    # In that order, which models keep; what else is there is no parameter of this network.
+    # Models keep this order. Other names are not parameters of this network.
     parameters = {name: parameters[name] for name in (*shapes, POSE) if name in parameters}
     series = {name[len("series/"):]: array for name, array in arrays.items() if name.startswith("series/")}
     for name, array in series.items():
         if array.ndim != 1 or not np.isfinite(array).all():
-            raise helper.UserError(f"{path}: the series {name} is no list of finite numbers; start without --resume")
-    return SimpleNamespace(path=path, progress=progress, parameters=parameters, series=series, arrays=arrays)
+            raise helper.UserError(f"{path}: the series {name} is not a list of finite numbers; start without --resume")
+    return State(path, progress, parameters, series, arrays)
 
 
 def check_progress(path, progress):
-    """Raise UserError unless the progress of the state at `path` is one that a training can have had."""
+    """Raise UserError unless the progress of the state at `path` has valid and consistent values."""
     whole = {"step": (0, MOST_STEPS), "steps": (1, settings.MOST_VIEWS), "views": (1, settings.MOST_VIEWS),
              "ranks": (1, settings.MOST_VIEWS)}
-    found = {"views": progress.get("steps"), "ranks": 1, **progress}    # states of one process once lacked these two
+    found = {"views": progress.get("steps"), "ranks": 1, **progress}    # early states lack these two
     for name, (least, most) in whole.items():
         if type(found.get(name)) is not int or not least <= found[name] <= most:
             raise damaged_progress(path, name, found)
-    for name in ("loss", "elapsed", "lap"):     # not a clock's that was set back: times may be negative
+    for name in ("loss", "elapsed", "lap"):     # times may be negative, if the clock was set back
         if type(found.get(name)) is not float or not abs(found[name]) < 1e30:
             raise damaged_progress(path, name, found)
     if found["steps"] != -(-found["views"] // found["ranks"]):
@@ -257,18 +274,21 @@ def check_progress(path, progress):
 
 
 def is_setting(value):
-    """Whether a value read from JSON is of a kind that a configuration's keys have."""
+    """Return whether a JSON value has a type that configuration keys have."""
     return type(value) in (int, float, str) or type(value) is list and all(type(v) in (int, str) for v in value)
 
 
 def damaged_progress(path, name, found):
-    """Return the UserError for a state whose progress has an impossible value."""
+    """Return the UserError for a state whose progress has an invalid value `name`."""
     return helper.UserError(f"{path}: its {name} cannot be {helper.SHORT.repr(found.get(name))}; the file is damaged, "
                             "so start without --resume")
 
 
 def restore_state(state, solvers):
-    """Set nnabla's parameters to those of a state that load_state read, and the solvers {name: nnabla solver}."""
+    """Set nnabla's parameters, and the solvers {name: nnabla solver}, to a State.
+
+    Raises UserError if the state lacks a solver's arrays, or if they are invalid.
+    """
     import nnabla as nn
     nn.clear_parameters()
     set_parameters(state.parameters)
@@ -279,11 +299,12 @@ def restore_state(state, solvers):
             found = {part: state.arrays.get(f"{solver_name}/{name}/{part}") for part in ("t", *kept.pstate)}
             if any(array is None or array.shape != (() if part == "t" else state.parameters[name].shape)
                    for part, array in found.items()):
-                raise helper.UserError(f"{state.path}: has no state of this {solver_name} for {name}; start without --resume")
+                raise helper.UserError(f"{state.path}: has no state of this {solver_name} for {name}; start without "
+                                       "--resume")
             t = found.pop("t")
             if t.dtype.kind not in "iu" or not 0 <= t < 2 ** 31 or not all(map(is_finite, found.values())):
                 raise helper.UserError(f"{state.path}: the state of its {solver_name} for {name} has impossible "
-                                       "numbers; the file is damaged, so start without --resume")
+                                       "values; the file is damaged, so start without --resume")
             kept.t = int(t)
             kept.pstate = {part: nn.Variable.from_numpy_array(array.astype(np.float32, copy=False))
                            for part, array in found.items()}

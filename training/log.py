@@ -1,4 +1,4 @@
-"""What a training writes down: nnabla's monitors, a series of each loss and measure, and the time."""
+"""Logs of a training, written by nnabla's monitors: a series of each loss and measure, and the time."""
 import re
 import time
 from pathlib import Path
@@ -13,19 +13,21 @@ VALIDATION_SERIES = ("psnr", "camera_rotation", "camera_translation")
 
 
 class EpochLog:
-    """Each series gets its mean over an epoch's steps, and the time that the epoch took."""
+    """Logs of each epoch: the means of the step series, the time, and the measures of validations."""
 
     def __init__(self, folder, steps_per_epoch, state=None, first_step=0, validated_until=0):
-        """Go on with what an earlier start wrote of the steps before first_step, and of validations before an epoch.
+        """Open the log, and keep the lines of an earlier start before first_step and validated_until.
 
-        folder: where the series go, None to write nothing; state: of the run that goes on, as checkpoints.load_state
-        gives it; validated_until: the first epoch whose validation is still to come.
+        folder: where the series are written, None to write nothing
+        state: checkpoints.State of the run to resume
+        first_step: number of the next step
+        validated_until: the first epoch whose validation is still to come
         """
         self.series = {name: MonitorSeries(name, interval=steps_per_epoch, verbose=False) for name in STEP_SERIES}
         self.time = MonitorTimeElapsed("time", interval=steps_per_epoch, verbose=False)
         self.validations = {name: MonitorSeries(name, interval=1, verbose=False) for name in VALIDATION_SERIES}
         for name, monitor in {**self.series, "time": self.time, **self.validations}.items():
-            if folder:      # without a Monitor, nnabla's classes leave an earlier file as it is
+            if folder:      # set the path directly, as a Monitor would truncate an earlier file
                 monitor.sp = str(folder / f"{name}.{'timer' if name == 'time' else 'series'}.txt")
                 keep_lines(monitor.sp, validated_until if name in self.validations else first_step)
             monitor.flush_at = -1 if name in self.validations else first_step - first_step % steps_per_epoch - 1
@@ -37,7 +39,7 @@ class EpochLog:
             self.time.start, self.time.lap = now - state.progress["elapsed"], now - state.progress["lap"]
 
     def add(self, step, **values):
-        """Take up a step's values, one for each of STEP_SERIES."""
+        """Add the values of a step, one for each of STEP_SERIES. Raises UserError if a file cannot be written."""
         with writing.writing(f"{self.folder}/*.series.txt"):
             self.num_hits = sum(self.series["hits"].buf) + values["hits"]
             for name, value in values.items():
@@ -45,28 +47,31 @@ class EpochLog:
             self.time.add(step)
 
     def add_validation(self, epoch, **values):
-        """Write down an epoch's measures, of VALIDATION_SERIES."""
+        """Add the measures of an epoch, some of VALIDATION_SERIES. Raises UserError if a file cannot be written."""
         with writing.writing(self.folder / "*.series.txt"):
             for name, value in values.items():
                 self.validations[name].add(epoch, value)
 
     def lost_the_surface(self):
-        """Return whether no ray has hit in the epoch that has just ended, while one had in the epoch before."""
+        """Return whether no ray hit the surface in the last epoch, but one did in the epoch before."""
         before, self.had_no_hits = self.had_no_hits, self.num_hits == 0
         return self.had_no_hits and not before
 
     def times(self):
-        """Return the seconds of the run so far, without those between its starts, and of this epoch."""
+        """Return the seconds of the run so far ("elapsed", without interruptions) and of this epoch ("lap")."""
         now = time.time()
         return {"elapsed": now - self.time.start, "lap": now - self.time.lap}
 
     def buffers(self):
-        """Return what the series hold of an unfinished epoch, {name: numbers}."""
+        """Return the values of the unfinished epoch, {name: list of numbers}."""
         return {name: series.buf for name, series in self.series.items()}
 
 
 def keep_lines(path, until):
-    """Cut a monitor's file down to its whole lines whose first number is below `until`; no file is no error."""
+    """Keep only the complete lines of a monitor's file whose first number is below `until`.
+
+    Does nothing if there is no file. Raises UserError if the file cannot be written.
+    """
     if not Path(path).exists():
         return
     with writing.writing(path):
