@@ -15,7 +15,6 @@ import datasets
 import helper
 import network
 import synthesize
-from config import settings
 from metrics import images, meshes
 from training import cameras, checkpoints
 
@@ -66,7 +65,7 @@ def report(values: Dict[str, float], monitor: Monitor, template: str) -> None:
         MonitorSeries(name, monitor, interval=1, verbose=False).add(0, value)
 
 
-def measure_cameras(conf: settings.Configuration, model: str, monitor: Monitor) -> None:
+def measure_cameras(conf, model: str, monitor: Monitor) -> None:
     """Print and write the errors of trained cameras, and print those before training.
 
     model: the path of the trained model. Does nothing without trained cameras or without true ones to compare with.
@@ -87,7 +86,7 @@ def measure_cameras(conf: settings.Configuration, model: str, monitor: Monitor) 
             series.add(view, value)
 
 
-def measure_views(words: Sequence[str], conf: settings.Configuration, model: str, monitor: Monitor) -> None:
+def measure_views(words: Sequence[str], conf, model: str, monitor: Monitor) -> None:
     """Render the views that the command line names; print and write PSNR and SSIM of each view and over all.
 
     words: those after --views; model: the path of the trained model. Raises UserError if images are too small for SSIM.

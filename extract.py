@@ -28,7 +28,6 @@ import helper
 import network
 from config import settings
 from files import writing
-from ray_tracer import Sdf
 from training import cameras, checkpoints
 
 SLACK = 1.5         # assumed bound on the sdf's slope; a steeper sdf may lose blocks that hold surface
@@ -94,7 +93,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         writing.check_target(path)
 
 
-def extract(sdf: Sdf, coarse_resolution: int, resolution: int) -> trimesh.Trimesh:
+def extract(sdf: Callable, coarse_resolution: int, resolution: int) -> trimesh.Trimesh:
     """Return the largest connected component of an sdf's zero set in the unit sphere.
 
     The resolutions are cells along the longest side of each pass's grid. Where the unit sphere cuts the shape, it
@@ -122,12 +121,12 @@ def extract(sdf: Sdf, coarse_resolution: int, resolution: int) -> trimesh.Trimes
 
 # --- the coarse pass --------------------------------------------------------------------------------------------------
 
-def in_sphere(sdf: Sdf) -> Sdf:
+def in_sphere(sdf: Callable) -> Callable:
     """Return the sdf of a shape's intersection with the unit sphere."""
     return lambda points: np.maximum(sdf(points), np.linalg.norm(points, axis=1) - 1)
 
 
-def cut_by_sphere(vertices: np.ndarray, sdf: Sdf) -> np.ndarray:
+def cut_by_sphere(vertices: np.ndarray, sdf: Callable) -> np.ndarray:
     """Return which vertices (V, 3) of a mesh lie on the unit sphere inside the shape that it cuts, (V,) bool."""
     height = np.linalg.norm(vertices, axis=1) - 1
     cut = height > -0.01        # a generous bound that saves most evaluations
@@ -136,7 +135,7 @@ def cut_by_sphere(vertices: np.ndarray, sdf: Sdf) -> np.ndarray:
     return cut
 
 
-def coarse_grid(sdf: Sdf, coarse_resolution: int, resolution: int) -> Tuple[np.ndarray, float]:
+def coarse_grid(sdf: Callable, coarse_resolution: int, resolution: int) -> Tuple[np.ndarray, float]:
     """Return the sdf on a grid over the cube [-1, 1]^3, as sparse_grid does, and the grid's step.
 
     If the shape is so thin that no grid point lies in it, the grid is refined, at most to `resolution`.
@@ -190,12 +189,12 @@ def oriented_box(mesh: trimesh.Trimesh) -> Tuple[np.ndarray, np.ndarray, np.ndar
     return axes, along.min(axis=0), along.max(axis=0)
 
 
-def grid_mesh(sdf: Sdf, axes: np.ndarray, low: np.ndarray, high: np.ndarray, cell: float) -> trimesh.Trimesh:
+def grid_mesh(sdf: Callable, axes: np.ndarray, low: np.ndarray, high: np.ndarray, cell: float) -> trimesh.Trimesh:
     """Return the zero set of an sdf on a grid as a mesh, by marching cubes."""
     return surface(grid_values(sdf, axes, low, high, cell), axes, low, cell)
 
 
-def grid_values(sdf: Sdf, axes: np.ndarray, low: np.ndarray, high: np.ndarray, cell: float) -> np.ndarray:
+def grid_values(sdf: Callable, axes: np.ndarray, low: np.ndarray, high: np.ndarray, cell: float) -> np.ndarray:
     """Return the sdf (X, Y, Z) on a grid from low to at least high, as sparse_grid does."""
     return sparse_grid(sdf, axes, low, np.ceil((high - low) / cell).astype(int) + 1, cell)
 
@@ -214,7 +213,7 @@ def surface(values: np.ndarray, axes: np.ndarray, low: np.ndarray, cell: float) 
     return trimesh.Trimesh((vertices * cell + low) @ axes, faces, process=False)
 
 
-def sparse_grid(sdf: Sdf, axes: np.ndarray, low: np.ndarray, counts: np.ndarray, cell: float) -> np.ndarray:
+def sparse_grid(sdf: Callable, axes: np.ndarray, low: np.ndarray, counts: np.ndarray, cell: float) -> np.ndarray:
     """Return the sdf on a grid of `counts` (3,) points: exact near the surface, elsewhere any value of the same sign.
 
     The grid is cut into blocks. A block is kept and halved while the |sdf| at its centre is at most SLACK times half

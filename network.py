@@ -20,6 +20,9 @@ from files import writing
 
 # --- parameters -------------------------------------------------------------------------------------------------------
 
+parameter_shapes = architecture.parameter_shapes    # offered here, so that the scripts need no backend
+
+
 def initialize(net, rng: np.random.Generator) -> None:
     """Set nnabla's parameters to fresh networks, the implicit one by the geometric initialisation (SAL, theorem 1).
 
@@ -145,7 +148,7 @@ def shade(points: np.ndarray, directions=None, without=(), chunk=4096) -> Tuple[
     return rgb, normals
 
 
-# --- pictures of the initial networks ----------------------------------------------------------------------------------
+# --- pictures of the initial networks ---------------------------------------------------------------------------------
 
 def network_of(width, layers, radius):
     """Return the network of these sizes; UserError where they are none that a configuration may have."""

@@ -18,8 +18,6 @@ import datasets
 import helper
 import network
 import ray_tracer
-from backends import architecture
-from config import settings
 from files import writing
 from training import cameras, checkpoints
 
@@ -115,7 +113,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise helper.UserError(f"--height must be 8 to 8192, not {args.height}")
 
 
-def take_appearance(path: Path, net: settings.Network) -> None:
+def take_appearance(path: Path, net) -> None:
     """Replace the current rendering network with that of the model at `path`: its colours on our shape.
 
     net: our configuration's network section. Raises UserError if the other renderer takes different inputs.
@@ -125,7 +123,7 @@ def take_appearance(path: Path, net: settings.Network) -> None:
     if first is None or first.ndim != 2:
         raise helper.UserError(f"{path}: has no rendering network; it was saved by another program")
     shapes = {name: shape for name, shape
-              in architecture.parameter_shapes(replace(net, width=first.shape[1])).items()
+              in network.parameter_shapes(replace(net, width=first.shape[1])).items()
               if name.startswith("rendering/")}
     given = shapes["rendering/0/v"][0]
     if first.shape[0] != given:
@@ -200,7 +198,7 @@ def write_video(path: Path, renders: Iterable[Render], normals: bool) -> None:
 
 # --- a view -----------------------------------------------------------------------------------------------------------
 
-def render_view(sdf: ray_tracer.Sdf, shade: Callable, camera: helper.Camera, tracer: settings.Tracer,
+def render_view(sdf: ray_tracer.Sdf, shade: Callable, camera: helper.Camera, tracer,
                 wanted: Optional[np.ndarray] = None) -> Render:
     """Render what a camera sees.
 
@@ -255,7 +253,7 @@ def clay(normals: np.ndarray, pose: np.ndarray) -> np.ndarray:
 
 
 def shape_picture(sdf: ray_tracer.Sdf, shade: Callable, scene: datasets.Scene, view: int,
-                  tracer: settings.Tracer) -> np.ndarray:
+                  tracer) -> np.ndarray:
     """Return small pictures of the surface as clay, side by side (H, W, 3): from `view` and from views far apart.
 
     sdf, shade and tracer are those of render_view.

@@ -23,7 +23,6 @@ import helper
 import network
 import report
 import synthesize
-from backends import architecture
 from config import settings
 from files import folders, writing
 from metrics import images
@@ -49,7 +48,7 @@ def main():
                                "to 0")
     folder = Path(args.resume or folders.run_folder(conf, args.monitor_path))
     if args.resume is not None:
-        state = checkpoints.load_state(folder, architecture.parameter_shapes(conf.network))
+        state = checkpoints.load_state(folder, network.parameter_shapes(conf.network))
         check_cameras(state, conf.train.camera_learning_rate, len(scene.images))
         if is_complete(state, conf.train.epochs, len(views), num_ranks):
             print(f"{folder} is trained: {state.progress['step'] // state.progress['steps']} epochs, where "

@@ -1,4 +1,4 @@
-"""The pages, README.md and docs/*.md: links lead somewhere, commands parse, and the keys and files that they name exist."""
+"""The pages: links, anchors, commands, options, configurations, keys, targets and file names are those of the code.
 import argparse
 import functools
 import importlib.util
@@ -131,7 +131,8 @@ def test_commands_parse(page, capsys):
 def test_commands_are_found_in_blocks_sentences_and_tables():
     calls = [call for page in PAGES for call in python_calls(page)]
     assert {"train.py", "synthesize.py", "extract.py", "evaluate.py", "network.py", "ray_tracer.py", "prepare.py",
-            "make_scene.py", "convert.py", "report.py", "bench/bench.py", "docs/make_figures.py"} <= {c[0] for c in calls}
+            "make_scene.py", "convert.py", "report.py", "bench/bench.py",
+            "docs/make_figures.py"} <= {call[0] for call in calls}
     assert len(calls) > 50
 
 
@@ -150,11 +151,12 @@ def test_options_named_in_sentences_exist(page):
 
 @each_page
 def test_configurations_are_ours_or_are_said_to_be_the_users(page):
-    for script, *arguments in python_calls(page):
+    for _, *arguments in python_calls(page):
         for option, path in zip(arguments, arguments[1:]):
             if option == "--config":
                 folder, name = os.path.split(path)
-                is_users = re.search(rf"`{re.escape(name)}` is\s+`config/\w+\.yaml`|to `{re.escape(name)}`", PAGES[page])
+                told = rf"`{re.escape(name)}` is\s+`config/\w+\.yaml`|to `{re.escape(name)}`"
+                is_users = re.search(told, PAGES[page])
                 is_copy = folder.startswith("results_") and (ROOT / "config" / name).is_file()
                 assert (ROOT / path).is_file() or is_copy or is_users, f"{page}: {path}"
 
