@@ -1,4 +1,4 @@
-"""The pages: links, anchors, commands, options, configurations, keys, targets and file names are those of the code.
+"""The pages: links, anchors, commands, options, configurations, keys, targets and file names are those of the code."""
 import argparse
 import functools
 import importlib.util
