@@ -497,6 +497,11 @@ def _between(near, far, near_value, far_value, reach, secant):
     return min(max(zero, middle - room), middle + room)
 
 
-if __name__ == "__main__":
+def main():
+    """Trace the initial surface of the networks and draw it."""
     import network  # only here: the tracer itself knows no network
     network.run_initial_surface(trace)
+
+
+if __name__ == "__main__":
+    main()

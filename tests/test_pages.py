@@ -64,7 +64,7 @@ class Stop(Exception):
 @functools.lru_cache(maxsize=None)
 def parser(script):
     """The argument parser of a script, which its main() builds and calls first; None where it takes no arguments."""
-    if "parse_args" not in (ROOT / script).read_text(encoding="utf-8"):
+    if not re.search(r"parse_args|def main", (ROOT / script).read_text(encoding="utf-8")):
         return None
 
     def stop(self, *_):
