@@ -105,7 +105,7 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
     hit[rays[arrived]] = True
 
     gaps = _march(sdf_at, rays[undecided], ends[:, undecided], values[:, undecided], samples, tolerance)
-    rays, t_found = _refine(sdf_at, *gaps, refinement == "secant", refinement_steps, tolerance)
+    rays, t_found = _refine(sdf_at, *gaps, _Refinement(refinement == "secant", refinement_steps, tolerance))
     t[rays], hit[rays] = t_found, True
     return t, hit
 
@@ -137,6 +137,7 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
     # Sample 0 is the near end, since the ray may enter the surface before the first interval's sample.
     fractions = np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
     strides = STRIDES_FEWER_CALLS if half_precision_sdf else STRIDES
+    how = _Refinement(refinement == "secant", refinement_steps, tolerance, SECANT_OFFSETS)
 
     def search(sdf, rays):
         """Set t of these rays to their sample of least sdf, or to their hit if it is wanted and found."""
@@ -148,12 +149,11 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
         def sdf_at(ray, t):
             return sdf_along(rays[ray], t)
 
-        table, evaluated = _coarse_to_fine(sdf_at, distances, wanted, True, tolerance, strides)
+        table, evaluated = _coarse_to_fine(sdf_at, distances, _Wanted(wanted, True, tolerance), strides)
         t[rays] = distances[np.arange(rays.size), 1 + table[:, 1:].argmin(axis=1)]
         ray, ends = _gap_ends(distances, table, evaluated, wanted, tolerance)
         if ray.size:
-            ray, t_found = _refine(sdf_at, ray, distances[ray, ends], table[ray, ends], refinement == "secant",
-                                   refinement_steps, tolerance, SECANT_OFFSETS)
+            ray, t_found = _refine(sdf_at, ray, distances[ray, ends], table[ray, ends], how)
             t[rays[ray]], hit[rays[ray]] = t_found, True
 
     rays = np.flatnonzero(meets)
@@ -256,19 +256,25 @@ def _march(sdf_at, rays, ends, values, samples, tolerance):
     table = np.full(t.shape, np.nan, np.float32)
     table[:, [0, -1]] = values.T
     want_hit = np.ones(len(t), bool)
-    table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t, want_hit, False, tolerance, STRIDES,
-                                       table)
+    table, evaluated = _coarse_to_fine(lambda ray, t: sdf_at(rays[ray], t), t, _Wanted(want_hit, False, tolerance),
+                                       STRIDES, table)
     ray, end = _gap_ends(t, table, evaluated, want_hit, tolerance)
     return rays[ray], t[ray, end], table[ray, end]
 
 
-def _coarse_to_fine(sdf_at, t, want_hit, want_least, tolerance, strides, table=None):
+class _Wanted(NamedTuple):
+    """Which samples matter."""
+    hit: np.ndarray         # (R,) bool, on these rays, those where the ray may first enter the object
+    least: bool             # on any ray without an entry, those where the sdf may be the ray's least, sample 0 excepted
+    tolerance: float        # of the sdf
+
+
+def _coarse_to_fine(sdf_at, t, wanted, strides, table=None):
     """Evaluate the sdf at those samples of each ray that can matter, and bound it from below at the others.
 
-    t: (R, S), the distances of S samples on each of R rays, ascending. want_hit: (R,) bool, the rays on which samples
-    matter where the ray may first enter the object. want_least: whether samples matter, on any ray without an entry,
-    where the sdf may be the ray's least, sample 0 excepted. strides: evaluate every strides[0]-th sample, then those of
-    every strides[1]-th that matter, and so on to 1. table: (R, S), values known beforehand, NaN elsewhere.
+    t: (R, S), the distances of S samples on each of R rays, ascending. wanted: a _Wanted. strides: evaluate every
+    strides[0]-th sample, then those of every strides[1]-th that matter, and so on to 1. table: (R, S), values known
+    beforehand, NaN elsewhere.
 
     Returns table (R, S), the sdf or its lower bound, and evaluated (R, S) bool, where it is the sdf.
     """
@@ -283,7 +289,7 @@ def _coarse_to_fine(sdf_at, t, want_hit, want_least, tolerance, strides, table=N
 
     fill(np.arange(t.size).reshape(t.shape)[:, ::strides[0]][~evaluated[:, ::strides[0]]])
     for coarse, fine in zip(strides, strides[1:]):
-        fill(_samples_that_matter(t, table, evaluated, want_hit, want_least, tolerance, coarse, fine))
+        fill(_samples_that_matter(t, table, evaluated, *wanted, coarse, fine))
     return table, evaluated
 
 
@@ -293,7 +299,7 @@ def _samples_that_matter(t, table, evaluated, want_hit, want_least, tolerance, c
 
     Every coarse-th sample has been decided; every fine-th is decided here. The sdf falls by no more than MAX_SLOPE
     times the distance, so the values on either side of a sample bound it from below. The other parameters are those of
-    _coarse_to_fine.
+    _coarse_to_fine and the fields of _Wanted.
     """
     places, found = np.empty(t.size, np.int64), 0
     samples = t.shape[1]
@@ -371,27 +377,34 @@ class _Gaps(NamedTuple):
     active: np.ndarray      # (n,) bool: to be evaluated further
 
 
-def _refine(sdf_at, rays, ends, values, secant, steps, tolerance, offsets=(0.0,)):
+class _Refinement(NamedTuple):
+    secant: bool            # else bisection
+    steps: int              # maximum
+    tolerance: float        # of the sdf
+    offsets: Tuple[float, ...] = (0.0,)     # of a bracket's points of one call, in its widths; ascending, with a 0
+
+
+def _refine(sdf_at, rays, ends, values, how):
     """Narrow each gap to where its ray enters the object; ends and values (2, n) are changed in place.
 
     A gap whose far end is inside the object is a bracket. In any other gap the ray walks from the near end, with the
     sdf as the stride, until it gets inside (then the gap is a bracket), until it is on the surface, or until the sdf at
     the two ends covers what is left between them. In the last case the far end is the entry if it is on the surface;
     otherwise the gap holds none.
-    offsets: of the points of a bracket that are evaluated in one call, in bracket widths, ascending, with a 0. A
-    walking ray evaluates as many points at first and 8 times more in each step, since few rays walk far.
+    how: a _Refinement. A walking ray evaluates as many points at first as a bracket has offsets, and 8 times more in
+    each step, since few rays walk far.
 
     Returns the rays that enter the object (m,) int and the distances t (m,) of their first entries.
     """
-    gaps = _Gaps(ends, values, _reach(ends[1] - ends[0], steps, tolerance), *np.empty((2, rays.size), np.float32),
-                 *np.empty((3, rays.size), bool))
-    _begin(*gaps, tolerance)
-    for step in range(steps):
-        num_ahead = min(len(offsets) * 8 ** step, MAX_AHEAD)
-        gap, t = _look_ahead(*gaps, 0.5 ** step, secant, np.float32(offsets), num_ahead)
+    gaps = _Gaps(ends, values, _reach(ends[1] - ends[0], how.steps, how.tolerance),
+                 *np.empty((2, rays.size), np.float32), *np.empty((3, rays.size), bool))
+    _begin(*gaps, how.tolerance)
+    for step in range(how.steps):
+        num_ahead = min(len(how.offsets) * 8 ** step, MAX_AHEAD)
+        gap, t = _look_ahead(*gaps, 0.5 ** step, how.secant, np.float32(how.offsets), num_ahead)
         if not gap.size:
             break
-        _take_in(*gaps, gap, t, sdf_at(rays[gap], t), tolerance)
+        _take_in(*gaps, gap, t, sdf_at(rays[gap], t), how.tolerance)
     rays, first = np.unique(rays[gaps.holds], return_index=True)
     return rays, gaps.t[gaps.holds][first]
 
