@@ -5,7 +5,8 @@ As a script, it draws the zero contour of the initial sdf: `python network.py -D
 """
 import time
 from functools import partial
-from typing import Callable, List, Tuple
+from types import ModuleType
+from typing import Callable, List, Optional, Sequence, Tuple, Union
 
 import nnabla as nn
 import nnabla.functions as F
@@ -16,14 +17,17 @@ from backends import architecture, context, cpu, gpu
 from backends.architecture import OPTIONAL_INPUTS, POSITION_BANDS, VIEW_BANDS, has_skip
 from backends.gpu import positional_encoding, row_sums
 from config import settings
+from config.settings import Network
 from files import writing
+
+Weights = Union[cpu.PackedWeights, gpu.FoldedWeights]
 
 # --- parameters -------------------------------------------------------------------------------------------------------
 
 parameter_shapes = architecture.parameter_shapes    # offered here, so that the scripts need no backend
 
 
-def initialize(net, rng: np.random.Generator) -> None:
+def initialize(net: Network, rng: np.random.Generator) -> None:
     """Set nnabla's parameters to fresh networks, the implicit one by the geometric initialisation (SAL, theorem 1).
 
     net: a configuration's network section. The sdf starts close to that of the sphere of net.radius. Earlier parameters
@@ -57,7 +61,7 @@ def layer_parameters(network: str) -> List[Tuple[nn.Variable, nn.Variable, nn.Va
     return layers
 
 
-def folded_weights(network: str):
+def folded_weights(network: str) -> Weights:
     """Return the weights of "implicit" or "rendering" for a graph, normalised: W = g v / |v|, per output.
 
     On the CPU a PackedWeights, else [(W, b, transposed W)] of Variables.
@@ -72,12 +76,12 @@ def on_cpu() -> bool:
     return nn.get_current_context().backend[0].startswith("cpu")
 
 
-def backend():
+def backend() -> ModuleType:
     """Return the module whose functions serve nnabla's current context."""
     return cpu if on_cpu() else gpu
 
 
-def implicit(x: nn.Variable, weights) -> Tuple[nn.Variable, nn.Variable, nn.Variable]:
+def implicit(x: nn.Variable, weights: Weights) -> Tuple[nn.Variable, nn.Variable, nn.Variable]:
     """The implicit network and the gradient of its sdf, the normal; training takes a SurfaceEvaluation instead.
 
     x: (N, 3); weights: folded_weights("implicit").
@@ -86,7 +90,8 @@ def implicit(x: nn.Variable, weights) -> Tuple[nn.Variable, nn.Variable, nn.Vari
     return backend().implicit(x, weights)
 
 
-def rendering(x, normal, view, feature, weights, without=()) -> nn.Variable:
+def rendering(x: nn.Variable, normal: nn.Variable, view: nn.Variable, feature: nn.Variable, weights: Weights,
+              without: Sequence[str] = ()) -> nn.Variable:
     """The renderer: rgb (N, 3) in [-1, 1] of surface points.
 
     x, normal, view: (N, 3) Variables; view is the unit vector from the surface to the camera, and the normal is the
@@ -99,14 +104,15 @@ def rendering(x, normal, view, feature, weights, without=()) -> nn.Variable:
     return backend().rendering(h, weights)
 
 
-def surface_evaluation(points: nn.Variable, directions: nn.Variable, want_grad_points=False):
+def surface_evaluation(points: nn.Variable, directions: nn.Variable,
+                       want_grad_points: bool = False) -> Union[cpu.SurfaceEvaluation, gpu.SurfaceEvaluation]:
     """Return the backend's SurfaceEvaluation of the current parameters; see backends/cpu.py."""
     return backend().SurfaceEvaluation(layer_parameters("implicit"), points, directions, want_grad_points)
 
 
 # --- evaluation without gradient --------------------------------------------------------------------------------------
 
-def sdf_evaluator():
+def sdf_evaluator() -> Union[cpu.Sdf, gpu.Sdf]:
     """Return the sdf of the current parameters as a callable, points (N, 3) float32 -> (N,) float32.
 
     Its refresh() takes over parameters that have changed since. Its half_precision is None, or a faster and less exact
@@ -115,12 +121,13 @@ def sdf_evaluator():
     return backend().Sdf(layer_parameters("implicit"))
 
 
-def shader(net) -> Callable:
+def shader(net: Network) -> Callable:
     """Return `shade` for networks of this configuration section: points and directions to rgb and normals."""
     return partial(shade, without=net.without)
 
 
-def shade(points: np.ndarray, directions=None, without=(), chunk=4096) -> Tuple[np.ndarray, np.ndarray]:
+def shade(points: np.ndarray, directions: Optional[np.ndarray] = None, without: Sequence[str] = (),
+chunk: int = 4096) -> Tuple[np.ndarray, np.ndarray]:
     """Return the colours and the normals of surface points with the current parameters.
 
     points, directions: (N, 3) float32, the latter the unit ray directions. Without directions each point is seen along
@@ -150,7 +157,7 @@ def shade(points: np.ndarray, directions=None, without=(), chunk=4096) -> Tuple[
 
 # --- pictures of the initial networks ---------------------------------------------------------------------------------
 
-def network_of(width, layers, radius):
+def network_of(width: int, layers: int, radius: float) -> Network:
     """Return the network of these sizes; UserError where they are none that a configuration may have."""
     return settings.check_network("the command line", {"width": width, "layers": layers, "radius": radius})
 
@@ -180,7 +187,7 @@ def main():
         print(f"error over width: {path}")
 
 
-def draw_contour(sdf, radius, title, path):
+def draw_contour(sdf: Callable, radius: float, title: str, path: str) -> None:
     """Draw the sdf on the plane z = 0 with its zero contour, and the exact circle of `radius`, to `path`."""
     from matplotlib.figure import Figure
     line = np.linspace(-1, 1, 201, dtype=np.float32)
@@ -200,7 +207,7 @@ def draw_contour(sdf, radius, title, path):
         figure.savefig(temporary)
 
 
-def draw_errors(widths, errors, path):
+def draw_errors(widths: List[int], errors: List[float], path: str) -> None:
     """Plot the mean absolute error over the layer width to `path`."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(5, 3.6), dpi=120, layout="constrained")
@@ -214,12 +221,12 @@ def draw_errors(widths, errors, path):
         figure.savefig(temporary)
 
 
-def run_initial_surface(trace):
+def run_initial_surface(trace: Callable) -> None:
     """Run `python ray_tracer.py`: trace and shade the initial surface; trace: ray_tracer.trace."""
     helper.run(lambda: draw_initial_surface(trace))
 
 
-def draw_initial_surface(trace):
+def draw_initial_surface(trace: Callable) -> None:
     """Trace the initial surface, print the hits and the time, and draw it, lit from the camera's upper left."""
     parser = helper.argument_parser("Trace and shade the initial surface, a sphere; print hits and time.", config=False)
     parser.add_argument("-D", type=int, default=512, help="layer width")

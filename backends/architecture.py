@@ -1,8 +1,8 @@
 """The two networks as the paper has them (section 5.1): their constants, their sizes, their inputs. Every backend takes
 them from here.
-
-`net` is a configuration's network section: width, feature, layers, radius and without.
 """
+from typing import Protocol, Sequence, TypeVar
+
 import numpy as np
 
 POSITION_BANDS = 6      # frequencies of a point's encoding, which has 39 columns
@@ -14,23 +14,34 @@ OPTIONAL_INPUTS = ("view", "normal", "feature")     # of the renderer, in their 
 LEAST_SLOPE = 1e-6      # n . v in the differentiable hit: a smaller one is float32's rounding
 
 
+class Network(Protocol):
+    """What is taken of a configuration's network section."""
+    width: int
+    feature: int
+    layers: int
+    without: Sequence[str]
+
+
+Values = TypeVar("Values")      # np.ndarray or nn.Variable
+
+
 def encoded_columns(bands: int) -> int:
     """Return the number of columns of gamma(x), an encoding of three coordinates: 3 + 6 bands."""
     return 3 + 6 * bands
 
 
-def has_skip(layer, num_layers):
+def has_skip(layer: int, num_layers: int) -> bool:
     """Return whether `layer` of an implicit network of that many affine layers takes the encoded point in once more."""
     return layer == SKIP_LAYER and layer < num_layers - 1
 
 
-def renderer_inputs(net) -> dict:
+def renderer_inputs(net: Network) -> dict:
     """Return {name: columns} of the renderer's inputs, in their order."""
     columns = dict(zip(OPTIONAL_INPUTS, (encoded_columns(VIEW_BANDS), 3, net.feature)))
     return {"point": 3, **{name: columns[name] for name in OPTIONAL_INPUTS if name not in net.without}}
 
 
-def layer_sizes(net) -> dict:
+def layer_sizes(net: Network) -> dict:
     """Return {parameter scope: (in, out)} of every affine layer: implicit/0, ..., rendering/4."""
     encoded, sizes = encoded_columns(POSITION_BANDS), {}
     for layer in range(net.layers):
@@ -43,7 +54,7 @@ def layer_sizes(net) -> dict:
     return sizes
 
 
-def parameter_shapes(net) -> dict:
+def parameter_shapes(net: Network) -> dict:
     """Return {name: shape} of all parameters; a layer has v (in, out), its scale g (out,) and its bias b (out,)."""
     shapes = {}
     for scope, (inputs, outputs) in layer_sizes(net).items():
@@ -51,12 +62,12 @@ def parameter_shapes(net) -> dict:
     return shapes
 
 
-def array_sizes(layers) -> np.ndarray:
+def array_sizes(layers: Sequence[tuple]) -> np.ndarray:
     """Return (in, out) of each of some layers (v, g, b), as an int array (L, 2)."""
     return np.array([v.shape for v, _, _ in layers])
 
 
-def inverse_slope(slope):
+def inverse_slope(slope: Values) -> Values:
     """Return 1 / slope for a ray's slope n . v, without a division by zero; an array or a Variable of any shape.
 
     Where |slope| is near LEAST_SLOPE and below, the inverse falls to 0, with the slope's sign.

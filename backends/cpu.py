@@ -3,8 +3,9 @@
 gpu.py offers the same names for a GPU: folded_weights, implicit, rendering, SurfaceEvaluation, Sdf. network.py chooses.
 """
 import sys
-import types
 from collections import namedtuple
+from types import ModuleType
+from typing import List, Tuple
 
 import nnabla as nn
 import numpy as np
@@ -13,13 +14,15 @@ from nnabla.function import PythonFunction
 from backends import cpu_kernels
 from backends.architecture import array_sizes, inverse_slope
 
+Layers = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]     # v (in, out), g (out,) and b (out,) of each layer
+
 # A network's weights as one Variable, and (in, out) of each of its layers, an array (L, 2).
 PackedWeights = namedtuple("PackedWeights", "packed sizes")
 
 
 # --- this process -----------------------------------------------------------------------------------------------------
 
-def set_up():
+def set_up() -> None:
     """Prepare this process for the kernels: BLAS on one thread, and nnabla's module look-ups answered at once.
 
     Scripts call it once, through context.set_context. Without it everything works, but slower.
@@ -32,7 +35,7 @@ def set_up():
     sys.modules.setdefault("nnabla.nnabla_ext.cpu", nnabla_ext.cpu)
 
 
-def answer_at_once(module):
+def answer_at_once(module: ModuleType) -> None:
     """Put a stand-in for `module` in sys.modules where nnabla's compiled modules look for it first.
 
     They import nnabla and nnabla_ext.cpu at every access to an array. They look in their own package first, where these
@@ -44,20 +47,21 @@ def answer_at_once(module):
             raise AttributeError(name)
         return getattr(module, name)
 
-    stand_in = types.ModuleType(f"nnabla.{module.__name__}")
+    stand_in = ModuleType(f"nnabla.{module.__name__}")
     stand_in.__getattr__ = attribute
     sys.modules.setdefault(stand_in.__name__, stand_in)
 
 
 # --- weights ----------------------------------------------------------------------------------------------------------
 
-def packed_arrays(v, g, b):
+def packed_arrays(v: List[np.ndarray], g: List[np.ndarray], b: List[np.ndarray]) -> Tuple[np.ndarray, List[np.ndarray]]:
     """Return the packed weights of the layers whose arrays these three lists hold, and |v| (out,) of each layer."""
     norms = [np.linalg.norm(array, axis=0) for array in v]
     return cpu_kernels.pack(zip(map(cpu_kernels.fold, v, g, norms), b)), norms
 
 
-def unpacked_gradients(v, g, norms, grad_packed, sizes):
+def unpacked_gradients(v: List[np.ndarray], g: List[np.ndarray], norms: List[np.ndarray], grad_packed: np.ndarray,
+                       sizes: np.ndarray) -> List[np.ndarray]:
     """Return the gradients of v, g, b, v, g, b, ... from that of the packed weights."""
     gradients = []
     for layer, (grad_w, grad_b) in zip(zip(v, g, norms), cpu_kernels.unpack(grad_packed, sizes)):
@@ -65,7 +69,7 @@ def unpacked_gradients(v, g, norms, grad_packed, sizes):
     return gradients
 
 
-def folded_weights(layers):
+def folded_weights(layers: Layers) -> PackedWeights:
     """Return the PackedWeights of layers, a list of Variables (v, g, b), for a graph: W = g v / |v|, per output."""
     sizes = array_sizes(layers)
     return PackedWeights(FoldFunction(sizes)(*(p for layer in layers for p in layer)), sizes)
@@ -76,7 +80,7 @@ def folded_weights(layers):
 class CpuFunction(PythonFunction):
     """A nnabla function whose forward and backward passes take and give NumPy arrays, in the current context."""
 
-    def __init__(self, sizes):
+    def __init__(self, sizes: np.ndarray):
         super().__init__(nn.get_current_context())
         self.sizes = sizes      # (in, out) of each of the network's layers, an array (L, 2)
 
@@ -91,7 +95,7 @@ class CpuFunction(PythonFunction):
         return True
 
     @staticmethod
-    def hand_back(inputs, gradients, propagate_down, accum):
+    def hand_back(inputs: list, gradients: list, propagate_down: list, accum: list) -> None:
         """Write each gradient where nnabla wants it, or add it there."""
         for variable, gradient, wanted, add in zip(inputs, gradients, propagate_down, accum):
             if wanted:
@@ -161,12 +165,12 @@ class RenderingFunction(CpuFunction):
         self.hand_back(inputs, gradients, propagate_down, accum)
 
 
-def implicit(x, weights):
+def implicit(x: nn.Variable, weights: PackedWeights) -> Tuple[nn.Variable, nn.Variable, nn.Variable]:
     """As network.implicit; weights: a PackedWeights."""
     return ImplicitFunction(weights.sizes)(x, weights.packed)
 
 
-def rendering(h, weights):
+def rendering(h: nn.Variable, weights: PackedWeights) -> nn.Variable:
     """Return the renderer's rgb (N, 3) of its joined inputs h (N, in); weights: a PackedWeights."""
     return RenderingFunction(weights.sizes)(h, weights.packed)
 
@@ -185,7 +189,7 @@ class SurfaceEvaluation:
     A hit has the value of its point, so one evaluation serves both.
     """
 
-    def __init__(self, layers, points, directions, want_grad_points=False):
+    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool = False):
         self.layers, self.points, self.directions = layers, points, directions
         self.sizes, (rows, num_hits) = array_sizes(layers), (points.shape[0], directions.shape[0])
         self.sdf, self.normal = (nn.Variable((rows, columns), need_grad=True) for columns in (1, 3))
@@ -194,10 +198,10 @@ class SurfaceEvaluation:
             self.hit, self.hit_normal, self.hit_feature = (
                 nn.Variable((num_hits, columns), need_grad=True) for columns in (3, 3, self.sizes[-1, 1] - 1))
 
-    def leaves(self):
+    def leaves(self) -> List[nn.Variable]:
         return [leaf for leaf in (self.sdf, self.normal, self.hit, self.hit_normal, self.hit_feature) if leaf]
 
-    def forward(self):
+    def forward(self) -> None:
         """Compute the leaves from the current parameters and points."""
         arrays = [[p.d for p in part] for part in zip(*self.layers)]
         self.packed, self.norms = packed_arrays(*arrays)
@@ -208,7 +212,7 @@ class SurfaceEvaluation:
             leaf.d = result
             leaf.grad.zero()
 
-    def backward(self):
+    def backward(self) -> None:
         """Add the loss's gradients to those of the parameters, once its graph has given the leaves theirs."""
         grad_sdf, grad_normals, *grad_hits = (leaf.g for leaf in self.leaves())
         hits = None
@@ -224,7 +228,7 @@ class SurfaceEvaluation:
         for parameter, gradient in zip((p for layer in self.layers for p in layer), gradients):
             parameter.g += gradient
 
-    def grad_points(self):
+    def grad_points(self) -> np.ndarray:
         """Return the loss's gradient with respect to the points (N, 3), after backward().
 
         A ray's point takes its hit along, and its sdf changes by normal . movement. The part that comes through the
@@ -243,12 +247,12 @@ class Sdf:
 
     half_precision = None
 
-    def __init__(self, layers):
+    def __init__(self, layers: Layers):
         self.layers, self.sizes = layers, array_sizes(layers)
         self.refresh()
 
-    def refresh(self):
+    def refresh(self) -> None:
         self.packed, _ = packed_arrays(*zip(*([p.d for p in layer] for layer in self.layers)))
 
-    def __call__(self, points):
+    def __call__(self, points: np.ndarray) -> np.ndarray:
         return cpu_kernels.implicit_sdf(points, self.packed, self.sizes)

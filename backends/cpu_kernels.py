@@ -9,6 +9,7 @@ import os
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from typing import Callable, List, Optional, Tuple
 
 import numba
 import numpy as np
@@ -18,13 +19,16 @@ from threadpoolctl import threadpool_limits
 from backends import architecture
 from backends.architecture import SOFTPLUS_BETA
 
+Pair = Tuple[np.ndarray, np.ndarray]
+Layers = List[Pair]     # W (in, out) and b (out,) of each layer
+
 ROOT_HALF = np.float32(0.5 ** 0.5)
 BLOCK = 1 << 17         # values of a layer computed together (512 rows at least), so that they stay in the cache
 MIN_PER_CORE = 3 << 12  # values; with fewer, two threads lose more time to the interpreter's lock than they save
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def limit_blas_threads():
+def limit_blas_threads() -> None:
     """Make BLAS use one thread, for the whole process: here, each core computes its own block of rows.
 
     BLAS's threads would speed up the products alone, and spin between them on the cores that the blocks need.
@@ -33,12 +37,12 @@ def limit_blas_threads():
 
 
 @lru_cache(maxsize=None)
-def pool():
+def pool() -> ThreadPoolExecutor:
     """Return the threads that work beside the caller's."""
     return ThreadPoolExecutor(max(CORES - 1, 1))
 
 
-def blocks(num_rows, width):
+def blocks(num_rows: int, width: int) -> List[slice]:
     """Cut rows of that width into slices: as many for each core, on as many cores as have enough to do."""
     cores = min(max(num_rows * width // MIN_PER_CORE, 1), CORES)
     rounds = -(-num_rows // (cores * max(BLOCK // width, 512)))
@@ -46,7 +50,7 @@ def blocks(num_rows, width):
     return [slice(start, min(start + block, num_rows)) for start in range(0, num_rows, block)]
 
 
-def on_all_cores(function, items):
+def on_all_cores(function: Callable, items: list) -> list:
     """Return [function(item) for item in items], with each item computed on one core."""
     results, numbers = [None] * len(items), iter(range(len(items)))
 
@@ -70,7 +74,7 @@ has_skip = numba.extending.register_jitable(architecture.has_skip)
 
 
 @compiled
-def encode(x, bands):
+def encode(x: np.ndarray, bands: int) -> np.ndarray:
     """Return gamma(x) (N, 3 + 6 bands) of x (N, 3): x, then sin and cos of 2^k x for k < bands, as in NeRF.
 
     Both come from their series about the nearest multiple of pi / 2, exact to float32's last digits while |2^k x| <
@@ -99,7 +103,7 @@ def encode(x, bands):
 
 
 @compiled
-def encode_derivative(encoded):
+def encode_derivative(encoded: np.ndarray) -> np.ndarray:
     """Return the derivative (N, columns) of each column of gamma(x) with respect to the coordinate that it encodes."""
     out = np.ones_like(encoded)
     for row in range(len(encoded)):
@@ -113,7 +117,7 @@ def encode_derivative(encoded):
 
 
 @compiled
-def affine(packed, sizes, layer):
+def affine(packed: np.ndarray, sizes: np.ndarray, layer: int) -> Pair:
     """Return W (in, out) and b (out,) of a layer, as views of the packed weights."""
     start = 0
     for k in range(layer):
@@ -126,7 +130,7 @@ IN, OUT = 0, 1
 
 
 @compiled
-def part(flat, rows, sizes, side, layer):
+def part(flat: np.ndarray, rows: int, sizes: np.ndarray, side: int, layer: int) -> np.ndarray:
     """Return a layer's array (rows, sizes[layer, side]) as a view of `flat`, which holds all layers' arrays in
     order."""
     start = 0
@@ -136,7 +140,7 @@ def part(flat, rows, sizes, side, layer):
 
 
 @compiled
-def softplus(z, b, scale, h, slope):
+def softplus(z: np.ndarray, b: np.ndarray, scale: np.float32, h: np.ndarray, slope: Optional[np.ndarray]) -> None:
     """Write scale * softplus(z + b), with beta = 100, to the first columns of h, and its derivative (without scale) to
     slope, unless slope is None.
 
@@ -165,7 +169,7 @@ def softplus(z, b, scale, h, slope):
 
 
 @compiled
-def join(encoded, h):
+def join(encoded: np.ndarray, h: np.ndarray) -> None:
     """Write gamma(x) / sqrt(2) to the last columns of a skip layer's input, [h, gamma(x)] / sqrt(2)."""
     first = h.shape[1] - encoded.shape[1]
     for row in range(len(h)):
@@ -174,7 +178,7 @@ def join(encoded, h):
 
 
 @compiled
-def split(back, scale, grad_encoded):
+def split(back: np.ndarray, scale: np.float32, grad_encoded: np.ndarray) -> None:
     """Add the part of gamma(x), the last columns of a derivative with respect to [h, gamma(x)] * scale, to
     grad_encoded."""
     first = back.shape[1] - grad_encoded.shape[1]
@@ -184,7 +188,8 @@ def split(back, scale, grad_encoded):
 
 
 @compiled
-def last_hidden(x, packed, sizes, inputs, slopes):
+def last_hidden(x: np.ndarray, packed: np.ndarray, sizes: np.ndarray, inputs: np.ndarray,
+                slopes: np.ndarray) -> np.ndarray:
     """Return the input of the implicit network's last layer at x (N, 3).
 
     inputs and slopes, flat, receive the inputs of all layers and the derivatives of the softplus after all but the
@@ -212,7 +217,7 @@ def last_hidden(x, packed, sizes, inputs, slopes):
 NOTHING = np.empty(0, np.float32)
 
 
-def implicit_sdf(x, packed, sizes):
+def implicit_sdf(x: np.ndarray, packed: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return the sdf (N,) at x (N, 3), without computing features or normals."""
     x, out = np.ascontiguousarray(x, np.float32), np.empty(len(x), np.float32)
     last_w, last_b = affine(packed, sizes, len(sizes) - 1)
@@ -226,7 +231,8 @@ def implicit_sdf(x, packed, sizes):
     return out
 
 
-def implicit_forward(x, packed, sizes, num_hits=0):
+def implicit_forward(x: np.ndarray, packed: np.ndarray, sizes: np.ndarray,
+                     num_hits: int = 0) -> Tuple[np.ndarray, np.ndarray, list]:
     """Compute the implicit network and its sdf's gradient, the normal, at x (N, 3), of which the first num_hits are
     hits.
 
@@ -246,7 +252,7 @@ def implicit_forward(x, packed, sizes, num_hits=0):
     return output, normals, on_all_cores(fill, mixed_blocks(num_hits, len(x), sizes[-1, IN]))
 
 
-def mixed_blocks(num_hits, num_rows, width):
+def mixed_blocks(num_hits: int, num_rows: int, width: int) -> List[Tuple[int, np.ndarray]]:
     """Cut rows into as many blocks as `blocks` does, each with its share of the hits, which are the first rows.
 
     Returns [(number of hits, the block's rows with its hits first)].
@@ -257,7 +263,8 @@ def mixed_blocks(num_hits, num_rows, width):
 
 
 @compiled
-def forward_block(h, inputs, slopes, packed, sizes):
+def forward_block(h: np.ndarray, inputs: np.ndarray, slopes: np.ndarray, packed: np.ndarray,
+                  sizes: np.ndarray) -> Tuple[np.ndarray, ...]:
     """Return the last layer's z (N, 1 + F) and the normal (N, 3), from what last_hidden computed.
 
     Also returns, for the backward pass, d sdf / d z of all layers but the last (deltas, flat), gamma's derivative and
@@ -295,7 +302,7 @@ def forward_block(h, inputs, slopes, packed, sizes):
     return z, normal, deltas, derivative, normal_encoded
 
 
-def rendering_forward(h, packed, sizes):
+def rendering_forward(h: np.ndarray, packed: np.ndarray, sizes: np.ndarray) -> Tuple[np.ndarray, list]:
     """Return rgb (N, 3) in [-1, 1] of the renderer's input h (N, in), and what rendering_backward takes as `saved`."""
     rgb, (*hidden, last) = np.empty((len(h), 3), np.float32), unpack(packed, sizes)
 
@@ -311,7 +318,8 @@ def rendering_forward(h, packed, sizes):
     return rgb, on_all_cores(fill, blocks(len(h), sizes[-1, 0]))
 
 
-def rendering_backward(saved, packed, sizes, rgb, grad_rgb):
+def rendering_backward(saved: list, packed: np.ndarray, sizes: np.ndarray, rgb: np.ndarray,
+                       grad_rgb: np.ndarray) -> Pair:
     """Return a loss's gradients with respect to h (N, in) and to the packed weights, from that with respect to rgb (N,
     3)."""
     grad_input, weights = np.empty((len(rgb), sizes[0, 0]), np.float32), unpack(packed, sizes)
@@ -331,22 +339,22 @@ def rendering_backward(saved, packed, sizes, rgb, grad_rgb):
     return grad_input, sum(on_all_cores(fill, saved))
 
 
-def pack(layers):
+def pack(layers: Layers) -> np.ndarray:
     """Return one float32 vector of all [(W, b)]: nnabla's functions in Python take time for each of their inputs."""
     return np.concatenate([array.ravel() for layer in layers for array in layer]).astype(np.float32, copy=False)
 
 
-def unpack(packed, sizes):
+def unpack(packed: np.ndarray, sizes: np.ndarray) -> Layers:
     """Return [(W, b)] as views of the packed weights; sizes: (in, out) of each layer, an array (L, 2)."""
     return [affine(packed, sizes, layer) for layer in range(len(sizes))]
 
 
-def fold(v, g, norm):
+def fold(v: np.ndarray, g: np.ndarray, norm: np.ndarray) -> np.ndarray:
     """Return a layer's normalised weight g v / |v|, per column of v (in, out); norm: |v| (out,)."""
     return v * (g / norm)
 
 
-def fold_backward(v, g, norm, grad_w):
+def fold_backward(v: np.ndarray, g: np.ndarray, norm: np.ndarray, grad_w: np.ndarray) -> Pair:
     """Return a loss's gradients with respect to v and g, from that with respect to the result of fold."""
     grad_g = np.einsum("io,io->o", grad_w, v) / norm
     return (grad_w - v * (grad_g / norm)) * (g / norm), grad_g
@@ -358,7 +366,9 @@ def fold_backward(v, g, norm, grad_w):
 Hits = namedtuple("Hits", "directions inverse_slopes grad_points grad_normals grad_features")
 
 
-def implicit_backward(saved, packed, sizes, grad_sdf, grad_normals, hits=None):
+def implicit_backward(saved: list, packed: np.ndarray, sizes: np.ndarray, grad_sdf: np.ndarray,
+                      grad_normals: np.ndarray,
+                      hits: Optional["Hits"] = None) -> Tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]:
     """Carry a loss's gradients back through implicit_forward.
 
     grad_sdf (N, 1), grad_normals (N, 3). hits: None, or the Hits. Where the surface moves, a hit moves along its ray:
@@ -389,7 +399,8 @@ def implicit_backward(saved, packed, sizes, grad_sdf, grad_normals, hits=None):
 
 
 @compiled
-def carry_back(slopes, deltas, derivative, packed, sizes, grad_output, grad_normal):
+def carry_back(slopes: np.ndarray, deltas: np.ndarray, derivative: np.ndarray, packed: np.ndarray, sizes: np.ndarray,
+               grad_output: np.ndarray, grad_normal: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Carry gradients with respect to the first M rows' output (M, 1 + F) and normal (M, 3) back through the layers.
 
     sum(grad_normal * normal) is the sdf's derivative along grad_normal. So its own gradient is the backward pass of a
@@ -436,7 +447,8 @@ def carry_back(slopes, deltas, derivative, packed, sizes, grad_output, grad_norm
 
 
 @compiled
-def grad_position(inputs, derivative, normal_encoded, grad_encoded, grad_normal):
+def grad_position(inputs: np.ndarray, derivative: np.ndarray, normal_encoded: np.ndarray, grad_encoded: np.ndarray,
+                  grad_normal: np.ndarray) -> np.ndarray:
     """Return the first M rows' gradient with respect to x (M, 3), from those with respect to gamma (M, columns) and
     normal."""
     out, columns = np.empty((len(grad_encoded), 3), np.float32), derivative.shape[1]
@@ -454,7 +466,8 @@ def grad_position(inputs, derivative, normal_encoded, grad_encoded, grad_normal)
 
 
 @compiled
-def grad_weights(inputs, deltas, grad_zs, tangents, packed, sizes):
+def grad_weights(inputs: np.ndarray, deltas: np.ndarray, grad_zs: np.ndarray, tangents: np.ndarray,
+                 packed: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Return the gradient with respect to the packed weights, from what carry_back gives for all rows."""
     grad_packed, count = np.zeros_like(packed), len(sizes)
     rows = len(inputs) // sizes[:, IN].sum()

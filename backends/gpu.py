@@ -5,6 +5,7 @@ chooses.
 """
 import threading
 from collections import namedtuple
+from typing import Iterable, List, Optional, Tuple
 
 import nnabla as nn
 import nnabla.functions as F
@@ -13,25 +14,29 @@ from nnabla.ext_utils import get_extension_context
 
 from backends.architecture import POSITION_BANDS, SKIP_LAYER, SOFTPLUS_BETA, encoded_columns, has_skip, inverse_slope
 
+Layers = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]     # v (in, out), g (out,) and b (out,) of each layer
+FoldedWeights = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]      # W (in, out), b (out,) and the transposed W
+
+
 # --- the graph --------------------------------------------------------------------------------------------------------
 
-def constant(array):
+def constant(array: np.ndarray) -> nn.Variable:
     """Return a graph input that holds `array` and takes no gradient."""
     return nn.Variable.from_numpy_array(np.asarray(array, np.float32))
 
 
-def row_sums(x):
+def row_sums(x: nn.Variable) -> nn.Variable:
     """Return the sum of each row of x (N, C), (N, 1), as a matrix product: nnabla's reductions fail on Hopper GPUs."""
     return F.affine(x, constant(np.ones((x.shape[1], 1))))
 
 
-def frequencies(columns):
+def frequencies(columns: int) -> np.ndarray:
     """Return each encoded column's frequency: 0 for the 3 raw ones, then 2^k for 3 sines and 3 cosines each."""
     bands = (columns - 3) // 6
     return np.concatenate([np.zeros(3), np.repeat(2.0 ** np.arange(bands), 6)]).astype(np.float32)
 
 
-def positional_encoding(x, bands):
+def positional_encoding(x: nn.Variable, bands: int) -> Tuple[nn.Variable, nn.Variable]:
     """Return gamma(x) (N, 3 + 6 bands), and each column's derivative with respect to the coordinate that it encodes.
 
     One sine does both: cos a = sin(a + pi/2), and the derivative of sin a is sin(a + pi/2).
@@ -44,17 +49,17 @@ def positional_encoding(x, bands):
     return encoded, F.concatenate(constant(np.ones(x.shape)), slopes, axis=1)
 
 
-def normalized(layers):
+def normalized(layers: Layers) -> List[nn.Variable]:
     """Return the weights W = g v / |v|, per output, of layers, a list of Variables (v, g, b)."""
     return [F.weight_normalization(v, g, dim=1) for v, g, _ in layers]
 
 
-def with_transposed(weights, layers):
+def with_transposed(weights: List[nn.Variable], layers: Layers) -> FoldedWeights:
     """Return [(W, b, transposed W)] of layers, Variables (v, g, b), with these normalised weights."""
     return [(w, b, F.transpose(w, (1, 0))) for w, (_, _, b) in zip(weights, layers)]
 
 
-def folded_weights(layers):
+def folded_weights(layers: Layers) -> FoldedWeights:
     """Return [(W, b, transposed W)] of layers, a list of Variables (v, g, b), with normalised weights."""
     return with_transposed(normalized(layers), layers)
 
@@ -64,7 +69,7 @@ def folded_weights(layers):
 Kept = namedtuple("Kept", "encoded derivative normal_encoded inputs slopes deltas")
 
 
-def implicit_graph(x, weights):
+def implicit_graph(x: nn.Variable, weights: FoldedWeights) -> Tuple[nn.Variable, nn.Variable, "Kept"]:
     """Return the implicit network's sdf and feature (N, 1 + F), its normal (N, 3), and a Kept, in nnabla's
     functions."""
     encoded, derivative = positional_encoding(x, POSITION_BANDS)
@@ -89,13 +94,13 @@ def implicit_graph(x, weights):
     return z, F.affine(normal_encoded * derivative, per_coordinate(columns)), kept
 
 
-def implicit(x, weights):
+def implicit(x: nn.Variable, weights: FoldedWeights) -> Tuple[nn.Variable, nn.Variable, nn.Variable]:
     """As network.implicit; weights: [(W, b, transposed W)]."""
     output, normal, _ = implicit_graph(x, weights)
     return output[:, :1], output[:, 1:], normal
 
 
-def rendering(h, weights):
+def rendering(h: nn.Variable, weights: FoldedWeights) -> nn.Variable:
     """Return the renderer's rgb (N, 3) of its joined inputs h (N, in); weights: [(W, b, transposed W)]."""
     for layer, (w, b, _) in enumerate(weights):
         h = F.affine(h, w, b)
@@ -103,7 +108,8 @@ def rendering(h, weights):
     return h
 
 
-def implicit_backward_graph(kept, weights, grad_output, grad_normal, rows):
+def implicit_backward_graph(kept: Kept, weights: FoldedWeights, grad_output: nn.Variable, grad_normal: nn.Variable,
+                            rows: int) -> Tuple[List[nn.Variable], List[nn.Variable], Optional[nn.Variable]]:
     """Carry gradients with respect to output (N, 1 + F) and normal (N, 3) back, by cpu_kernels.carry_back's formulas.
 
     Returns, as lists over the layers, the gradients with respect to z (N, out) and the tangents of the inputs (N, in);
@@ -137,18 +143,18 @@ def implicit_backward_graph(kept, weights, grad_output, grad_normal, rows):
     return grad_z, tangents, grad_x
 
 
-def layer_input(layer, count, h, encoded):
+def layer_input(layer: int, count: int, h: nn.Variable, encoded: nn.Variable) -> nn.Variable:
     """Return the input of an affine layer: h, or at the skip layer [h, encoded] / sqrt(2)."""
     return F.concatenate(h, encoded, axis=1) * 0.5 ** 0.5 if has_skip(layer, count) else h
 
 
-def split_skip(back, columns):
+def split_skip(back: nn.Variable, columns: int) -> Tuple[nn.Variable, nn.Variable]:
     """Split a gradient with respect to the skip layer's input into those with respect to h and to gamma(x)."""
     back = back * 0.5 ** 0.5
     return back[:, :-columns], back[:, -columns:]
 
 
-def per_coordinate(columns):
+def per_coordinate(columns: int) -> nn.Variable:
     """Return the matrix (columns, 3) that sums the encoded columns of each coordinate."""
     return constant(np.tile(np.eye(3), (columns // 3, 1)))
 
@@ -164,7 +170,7 @@ class SurfaceEvaluation:
     gradient with respect to the point's sdf. It reaches the weights through the deltas that are there already.
     """
 
-    def __init__(self, layers, points, directions, want_grad_points=False):
+    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool = False):
         self.layers, self.directions, self.num_points = layers, directions, points.shape[0]
         self.folded = normalized(layers)
         self.folding = F.sink(*self.folded, one_input_grad=False)
@@ -172,7 +178,7 @@ class SurfaceEvaluation:
         kept = self.build_values(points, weights)
         self.build_gradients(kept, [leaves(layer) for layer in weights], want_grad_points)
 
-    def build_values(self, points, weights):
+    def build_values(self, points: nn.Variable, weights: FoldedWeights) -> Kept:
         """Build the graph of the values and set the leaves; returns a Kept."""
         num_hits = self.directions.shape[0]
         x = F.concatenate(points[:num_hits], points, axis=0) if num_hits else F.identity(points)
@@ -187,7 +193,7 @@ class SurfaceEvaluation:
             self.hit, self.hit_normal, self.hit_feature = x[:num_hits], normal[:num_hits], output[:num_hits, 1:]
         return kept
 
-    def build_gradients(self, kept, weights, want_grad_points):
+    def build_gradients(self, kept: Kept, weights: FoldedWeights, want_grad_points: bool) -> None:
         """Build the graph of the gradients with respect to weights, biases and, if wanted, points."""
         num_hits, normal = self.directions.shape[0], self.results[2]
         grad_x, grad_output, grad_normal = (nn.Variable(result.shape) for result in self.results)
@@ -214,13 +220,13 @@ class SurfaceEvaluation:
             variable.persistent = True
         self.gradients, self.point_gradients = F.sink(*wanted), grad_points
 
-    def forward(self):
+    def forward(self) -> None:
         self.folding.forward()
         self.values.forward(clear_buffer=True)
         for result in self.results:
             result.grad.zero()
 
-    def backward(self):
+    def backward(self) -> None:
         self.gradients.forward(clear_buffer=True)
         for w, grad_w, (_, _, b), grad_b in zip(self.folded, self.grad_weights, self.layers, self.grad_biases):
             w.grad, b.grad = grad_w.data, grad_b.data
@@ -229,16 +235,16 @@ class SurfaceEvaluation:
         for array in (kept.derivative, *kept.inputs, *kept.slopes, *kept.deltas[:-1]):
             array.data.clear()          # else each of the few graphs would hold on to its own
 
-    def grad_points(self):
+    def grad_points(self) -> np.ndarray:
         return self.point_gradients.d
 
 
-def leaves(variables, need_grad=False):
+def leaves(variables: Iterable[nn.Variable], need_grad: bool = False) -> List[nn.Variable]:
     """Return variables that hold the same arrays and begin a new graph."""
     return [variable.get_unlinked_variable(need_grad=need_grad) for variable in variables]
 
 
-def transposed_product(a, b):
+def transposed_product(a: nn.Variable, b: nn.Variable) -> nn.Variable:
     """Return the product (I, O) of the transposed a (N, I) and b (N, O)."""
     product = F.batch_matmul(*(F.reshape(v, (1, *v.shape)) for v in (a, b)), transpose_a=True)
     return F.reshape(product, product.shape[1:])
@@ -255,7 +261,7 @@ class Sdf:
     SIZES = tuple(size for k in range(8, 16) for size in (2 ** k, 3 * 2 ** (k - 1))) + (2 ** 16,)
     KEPT = 8192     # up to this size a graph keeps its buffers: allocating them would take longer than the work
 
-    def __init__(self, layers):
+    def __init__(self, layers: Layers):
         folded = [(w, b) for w, (_, _, b) in zip(normalized(layers), layers)]
         w, b = folded[-1]
         folded[-1] = w[:, :1], b[:1]
@@ -269,17 +275,17 @@ class Sdf:
         self.launching = threading.Lock()       # two threads may call, and nnabla's context is global
         self.refresh()
 
-    def refresh(self):
+    def refresh(self) -> None:
         self.folding.forward()
 
-    def __call__(self, points):
+    def __call__(self, points: np.ndarray) -> np.ndarray:
         return self.in_precision(points, "float")
 
-    def half_precision(self, points):
+    def half_precision(self, points: np.ndarray) -> np.ndarray:
         """The same in half precision, exact to about 1e-3: large calls take half the time."""
         return self.in_precision(points, "half")
 
-    def in_precision(self, points, precision):
+    def in_precision(self, points: np.ndarray, precision: str) -> np.ndarray:
         out = np.empty(len(points), np.float32)
         for start in range(0, len(points), self.SIZES[-1]):
             part = points[start:start + self.SIZES[-1]]
@@ -291,7 +297,7 @@ class Sdf:
             out[start:start + len(part)] = sdf.d[:len(part), 0]
         return out
 
-    def graph(self, size, precision):
+    def graph(self, size: int, precision: str) -> Tuple[nn.Variable, nn.Variable]:
         if (size, precision) not in self.graphs:
             x = constant(np.zeros((size, 3)))
             h = encoded = positional_encoding(x, POSITION_BANDS)[0]     # in float32: half has too few digits
