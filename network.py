@@ -158,7 +158,7 @@ chunk: int = 4096) -> Tuple[np.ndarray, np.ndarray]:
 # --- pictures of the initial networks ---------------------------------------------------------------------------------
 
 def network_of(width: int, layers: int, radius: float) -> Network:
-    """Return the network of these sizes; UserError where they are none that a configuration may have."""
+    """Return the network of these sizes. Raise UserError if a configuration may not have them."""
     return settings.check_network("the command line", {"width": width, "layers": layers, "radius": radius})
 
 

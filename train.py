@@ -99,10 +99,13 @@ def open_folder(args, conf, folder, state, world):
 
 
 class Training:
-    """A training under way: the networks, their solver, the log and, if they are trained, the cameras."""
+    """A training: networks, solver, log and, if they are trained, cameras.
+
+    begin() sets it to the start or to a state; run() takes the steps.
+    """
 
     def __init__(self, conf, scene, views, folder, world):
-        """Train on `views` of the scene, in a run's folder; world: the processes that take part."""
+        """conf: the configuration; views: the scene's training views; folder: the run's; world: a parallel.World."""
         self.conf, self.scene, self.views, self.folder, self.world = conf, scene, views, folder, world
         self.steps_per_epoch = datasets.epoch_steps(len(views), world.size)
         self.solver, self.camera_solver = S.Adam(conf.train.learning_rate), None
@@ -131,7 +134,7 @@ class Training:
         self.sdf, self.shade = network.sdf_evaluator(), network.shader(conf.network)
         self.step = TrainingStep(conf.network.without, LossWeights(conf.train.mask_weight, conf.train.eikonal_weight),
                                  conf.train.rays, want_grad_rays=self.camera_solver is not None)
-        # An epoch whose last step is done may still lack its render and its model. So it is taken up once more.
+        # After an epoch's last step its render and its model may still be missing, so the epoch is finished once more.
         self.first_epoch = max(self.first_step - 1, 0) // self.steps_per_epoch
         due = is_due(self.first_epoch, conf.train.validate_every, conf.train.epochs)
         self.log = EpochLog(self.folder if self.world.writes else None, self.steps_per_epoch, state, self.first_step,
@@ -143,9 +146,9 @@ class Training:
         self.batch = next(self.batches)
 
     def draw_batches(self):
-        """Return the batches from the first step on. Trained cameras: with directions in the cameras' axes."""
+        """Return the batches from the first step on. Trained cameras take directions in the cameras' axes."""
         scene, train = self.scene, self.conf.train
-        if self.camera_solver:      # where a camera looks is known only when its step begins
+        if self.camera_solver:      # a camera's pose is known only when its step begins
             scene = scene._replace(poses=np.tile(np.eye(4), (len(scene.poses), 1, 1)))
         draw = datasets.Draw(train.rays, train.seed, train.outline_fraction)
         return datasets.training_batches(scene, self.views, draw, self.first_step, self.world)
@@ -179,7 +182,7 @@ class Training:
     def take_step(self, step, epoch, stop):
         """Take one step: draw rays, search their points, compute the gradients, update, log.
 
-        Returns whether a process is to stop; this one is where `stop`, the signals that it has had, is not empty.
+        stop: the signals that this process has received. Returns whether any process has received one.
         """
         batch, world = self.batch, self.world
         rng = helper.random_numbers(self.conf.train.seed, helper.SAMPLES, step * world.size + world.rank)
@@ -245,7 +248,7 @@ class Training:
             self.progress.write(f"epoch {epoch}: cameras {cameras.in_words(off, self.true_cameras.scale)}")
 
     def draw_view(self, path, view):
-        """Draw a view to `path`: photograph, render, normals and depth side by side; and beside it the shape.
+        """Draw a view to `path`: photograph, render, normals and depth. Draw the shape to a second file.
 
         Returns the masked PSNR in dB.
         """
@@ -274,7 +277,7 @@ def scheduled(start, factor, milestones, epoch):
 
 
 def is_due(epoch, every, num_epochs):
-    """Return whether something that happens every so many epochs, and after the last, happens after this one."""
+    """Return whether an action that is due every `every` epochs, and after the last one, is due after this epoch."""
     return (epoch + 1) % every == 0 or epoch + 1 == num_epochs
 
 
@@ -311,7 +314,7 @@ def check_cameras(state, learning_rate, num_views):
 
 
 def tell_resumed(state, conf):
-    """Print where a run goes on, and each setting that differs from those that it was begun with."""
+    """Print where a run goes on, and every setting that has changed since its start."""
     step, steps = state.progress["step"], state.progress["steps"]
     print(f"going on with {state.path.parent} after step {step} (epoch {step // steps})")
     kept = {settings.OLD_NAMES.get(name, name): value for name, value in state.progress["config"].items()}

@@ -1,5 +1,4 @@
-"""Where the networks are computed: what they are (architecture), on a CPU (cpu, cpu_kernels), on a GPU (gpu), and which
-of the two (context).
+"""The computation of the networks: their sizes (architecture), a CPU's and a GPU's code, and the choice (context).
 
-Both backends offer the same names to network.py, which chooses. Nothing here knows of rays, scenes or files.
+cpu and gpu offer the same names; network.py takes one of them. Nothing here knows of scenes or files.
 """

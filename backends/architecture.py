@@ -1,6 +1,4 @@
-"""The two networks as the paper has them (section 5.1): their constants, their sizes, their inputs. Every backend takes
-them from here.
-"""
+"""The two networks of the paper (section 5.1): every constant, size and input, for all backends."""
 from typing import Protocol, Sequence, TypeVar
 
 import numpy as np
