@@ -114,9 +114,13 @@ def picture_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> Tuple[Lis
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror}); make it readable") from error
     # A hidden file is no picture, whatever its suffix: macOS keeps a "._name.jpg" beside a name.jpg.
-    found = [entry for entry in entries if entry.suffix.lower() in suffixes and not entry.name.startswith(".")
-             and not os.path.isdir(str(entry))]
-    return found, [entry for entry in entries if entry not in set(found)]
+    def is_picture(entry):
+        return entry.suffix.lower() in suffixes and not entry.name.startswith(".") and not os.path.isdir(str(entry))
+
+    found, others = [], []
+    for entry in entries:
+        (found if is_picture(entry) else others).append(entry)
+    return found, others
 
 
 def load_pictures(image_files: List[Path], mask_files: List[Path], downscale: int) -> Tuple[np.ndarray, np.ndarray]:
@@ -173,19 +177,29 @@ def load_cameras(path: Path, count: int) -> Tuple[np.ndarray, np.ndarray, np.nda
     matrices = read_matrices(path, count)
     intrinsics, poses = np.empty((count, 3, 3)), np.empty((count, 4, 4))
     for view in range(count):
-        where = f"{path}: the camera of view {view} (world_mat_{view} @ scale_mat_{view})"
-        with np.errstate(all="ignore"):     # results that are not finite are refused below
-            try:
-                projection = matrices[f"world_mat_{view}"] @ matrices[f"scale_mat_{view}"]
-                intrinsics[view], poses[view] = decompose_projection(projection)
-            except ValueError as error:
-                raise UserError(f"{where} cannot be used: {error}; mend these two matrices") from error
+        intrinsics[view], poses[view] = view_camera(path, matrices, view)
+        with np.errstate(all="ignore"):     # what is not finite counts as behind
             # If the sphere's centre is 1 or more behind the camera, along its axis, no ray meets the sphere.
             behind = not poses[view, :3, 2] @ poses[view, :3, 3] <= 1.0
         if behind:
-            raise UserError(f"{where} has the unit sphere behind it; z must point into the scene, and "
-                            "scale_mat map the unit sphere to the object")
+            raise UserError(f"{path}: the camera of view {view} (world_mat_{view} @ scale_mat_{view}) has the unit "
+                            "sphere behind it; z must point into the scene, and scale_mat map the unit sphere to the "
+                            "object")
     return intrinsics, poses, matrices["scale_mat_0"]
+
+
+def view_camera(path: Path, matrices: Dict[str, np.ndarray], view: int) -> Tuple[np.ndarray, np.ndarray]:
+    """Return the intrinsics (3, 3) and the pose (4, 4) of a view; path, matrices: a cameras.npz, as read_matrices does.
+
+    Raises UserError if the product of its two matrices is no camera.
+    """
+    with np.errstate(all="ignore"):     # an overflow is refused as not finite
+        projection = matrices[f"world_mat_{view}"] @ matrices[f"scale_mat_{view}"]
+    try:
+        return decompose_projection(projection)
+    except ValueError as error:
+        raise UserError(f"{path}: the camera of view {view} cannot be used: {error}; mend world_mat_{view} and "
+                        f"scale_mat_{view}") from error
 
 
 def load_scene_cameras(path: FilePath, cameras: str = "cameras.npz") -> Tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -11,7 +11,6 @@ Writes mesh.ply to the run's folder, in the coordinates of the unit sphere; --ou
 import argparse
 import html
 import shlex
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, Optional, Tuple
@@ -85,8 +84,7 @@ def parse_arguments() -> argparse.Namespace:
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise UserError for options that are out of range, before anything is loaded."""
     if args.resolution is not None:
-        items = {item.name: item for item in fields(settings.Extract)}
-        settings.check_value("--resolution", args.resolution, items["resolution"])
+        settings.check_value("--resolution", args.resolution, settings.keys_of(settings.Extract)["resolution"])
     for path in args.output or []:
         if Path(path).suffix.lower() not in SUFFIXES:
             raise helper.UserError(f"--output {path}: the name must end in {', '.join(SUFFIXES)}")

@@ -133,7 +133,11 @@ def decompose_projection(projection):
     projection = np.asarray(projection, np.float64)[:3, :4]
     if not np.isfinite(projection).all():
         raise ValueError("it has values that are not finite")
-    if np.linalg.cond(projection[:, :3]) > 1e12:
+    try:
+        condition = np.linalg.cond(projection[:, :3])
+    except np.linalg.LinAlgError as error:      # no ValueError before NumPy 1.25
+        raise ValueError("it is singular") from error
+    if condition > 1e12:
         raise ValueError("it is singular")
     if np.linalg.det(projection[:, :3]) < 0:  # P and -P are the same projection
         projection = -projection

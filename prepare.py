@@ -174,12 +174,7 @@ def read_scene(path):
     looks, shape, doubtful = [], None, []
     progress = tqdm(image_paths, unit="view", dynamic_ncols=True)
     for index, (image_path, mask_path) in enumerate(zip(progress, mask_paths)):
-        try:
-            with np.errstate(all="ignore"):     # an overflow is refused as not finite
-                projection = matrices[f"world_mat_{index}"] @ matrices[f"scale_mat_{index}"]
-                intrinsics, pose = helper.decompose_projection(projection)
-        except (ValueError, np.linalg.LinAlgError) as error:
-            raise UserError(f"{path / 'cameras.npz'}: the camera of view {index} cannot be used: {error}") from error
+        intrinsics, pose = datasets.view_camera(path / "cameras.npz", matrices, index)
         image, mask, doubts = pictures.read_pair(image_path, mask_path)
         doubtful += doubts
         datasets.check_mask_size(mask_path, mask.shape, image_path, image.shape[:2])
@@ -205,9 +200,7 @@ def write_pictures(folder, views, mask_sources, threshold, downscale):
         name = f"{index:0{digits}d}_" + re.sub(r"[^A-Za-z0-9.-]", "_", view.image.stem)[:100]  # sorts as the views do
         datasets.check_downscale(image.shape, downscale, view.image)
         shape = shape or image.shape[:2]
-        if image.shape[:2] != shape:
-            raise UserError(f"{view.image}: {datasets.says_size(image.shape)}, but {views[0].image.name} is "
-                            f"{datasets.says_size(shape)}; all photographs must have one size")
+        datasets.check_one_size(view.image, image.shape[:2], views[0].image, shape)
         image, mask = datasets.shrink_image(image, downscale), datasets.shrink_mask(mask, downscale)
         if downscale == 1 and not view.distortion and photograph.orientation == 1 and photograph.kind in KEPT:
             shutil.copyfile(str(view.image), str(folder / "image" / (name + KEPT[photograph.kind])))

@@ -289,8 +289,7 @@ def model_name(epoch):
 
 def is_complete(state, num_epochs, num_views, num_ranks):
     """Return whether a state's run has nothing left to do; UserError where it had other numbers of views or ranks."""
-    steps = state.progress["steps"]
-    trained = {"views": state.progress.get("views", steps), "ranks": state.progress.get("ranks", 1)}
+    trained = state.progress
     if trained["views"] != num_views:
         raise helper.UserError(f"{state.path}: was trained on {trained['views']} views, and now there are {num_views}; "
                                "restore the scene and data.held_out_views, or start without --resume")
@@ -298,7 +297,7 @@ def is_complete(state, num_epochs, num_views, num_ranks):
         raise helper.UserError(f"{state.path}: is of {trained['ranks']} process(es) at once, and now there would be "
                                f"{num_ranks}, with which an epoch has other steps; start as many (mpirun -n "
                                f"{trained['ranks']}), or start without --resume")
-    more = state.progress["step"] - num_epochs * steps
+    more = trained["step"] - num_epochs * trained["steps"]
     return more > 0 or more == 0 and (state.path.parent / model_name(num_epochs - 1)).exists()
 
 

@@ -203,8 +203,8 @@ class SurfaceEvaluation:
 
     def forward(self) -> None:
         """Compute the leaves from the current parameters and points."""
-        arrays = [[p.d for p in part] for part in zip(*self.layers)]
-        self.packed, self.norms = packed_arrays(*arrays)
+        self.arrays = [[p.d for p in part] for part in zip(*self.layers)]      # kept, since each access takes time
+        self.packed, self.norms = packed_arrays(*self.arrays)
         x, num_hits = self.points.d, self.directions.shape[0]
         output, self.normals, self.saved = cpu_kernels.implicit_forward(x, self.packed, self.sizes, num_hits)
         results = output[:, :1], self.normals, x[:num_hits], self.normals[:num_hits], output[:num_hits, 1:]
@@ -222,11 +222,11 @@ class SurfaceEvaluation:
             hits = cpu_kernels.Hits(directions, inverse_slope(slopes), *grad_hits)
         grad_packed, self.grad_sdf, self.grad_hits = cpu_kernels.implicit_backward(
             self.saved, self.packed, self.sizes, grad_sdf, grad_normals, hits)
-        self.saved = None
-        v, g, _ = ([p.d for p in part] for part in zip(*self.layers))
+        v, g, _ = self.arrays
         gradients = unpacked_gradients(v, g, self.norms, grad_packed, self.sizes)
         for parameter, gradient in zip((p for layer in self.layers for p in layer), gradients):
             parameter.g += gradient
+        self.saved = self.arrays = self.norms = None
 
     def grad_points(self) -> np.ndarray:
         """Return the loss's gradient with respect to the points (N, 3), after backward().

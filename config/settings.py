@@ -135,6 +135,11 @@ def default_of(item):
     return item.default if item.default is not MISSING else item.default_factory()
 
 
+def keys_of(section) -> dict:
+    """Return {name: dataclass field} of a section's keys."""
+    return {item.name: item for item in fields(section)}
+
+
 def optional_defaults() -> dict:
     """Return {"section.key": default} of all optional keys."""
     return {f"{section.name}.{item.name}": default_of(item) for section in fields(Configuration)
@@ -180,7 +185,7 @@ def load_config(path) -> Configuration:
     sections = {}
     for section in fields(Configuration):
         found = renamed(path, section.name, tree[section.name])
-        items = {item.name: item for item in fields(section.type)}
+        items = keys_of(section.type)
         check_keys(path, section.name, found, items)
         sections[section.name] = section.type(**{
             name: check_value(f"{path}: {section.name}.{name}", value, items[name]) for name, value in found.items()})
@@ -262,7 +267,7 @@ def check_value(where, value, item):
 
 def check_network(where, sizes) -> Network:
     """Return the Network with `sizes` {key: value}. Raises UserError if a configuration could not have them."""
-    items = {item.name: item for item in fields(Network)}
+    items = keys_of(Network)
     net = Network(**{name: check_value(f"{where}: the network's {name}", value, items[name])
                      for name, value in sizes.items()})
     check_products(where, {f"network.{name}": value for name, value in asdict(net).items()})

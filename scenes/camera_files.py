@@ -578,7 +578,7 @@ def read_npz(path, images):
     for index, file in enumerate(files):
         try:
             intrinsics, pose = decompose_projection(matrices[f"world_mat_{index}"])
-        except (ValueError, np.linalg.LinAlgError) as error:
+        except ValueError as error:
             raise UserError(f"{path}: world_mat_{index} cannot be used: {error}; mend this matrix") from error
         views.append(View(file, None, intrinsics, pose))
     return views

@@ -88,21 +88,28 @@ def background_mask(image, threshold=None):
     """Return the mask (H, W) bool of an object before a dark or uniform background.
 
     image: (H, W, 3) uint8. The object differs from the background's colour by more than `threshold` grey levels in some
-    channel (None: by background_threshold's). The mask is then cleaned.
+    channel (None: found_threshold's). The mask is then cleaned.
     """
-    difference = background_difference(image)[0]
-    return cleaned(difference > (background_threshold(image) if threshold is None else threshold))
+    difference, border, brightness = background_difference(image)
+    if threshold is None:
+        threshold = found_threshold(difference, border, brightness)
+    return cleaned(difference > threshold)
 
 
 def background_threshold(image):
-    """Return the threshold, in grey levels, by which an image's object differs from the background's colour.
+    """Return the threshold, in grey levels, that background_mask finds for an image."""
+    return found_threshold(*background_difference(image))
 
+
+def found_threshold(difference, border, brightness):
+    """Return the threshold, in grey levels, by which the object differs from the background's colour.
+
+    The parameters are the results of background_difference.
     Before a dark background it is 0.6 of Otsu's threshold, which excludes a dim stand, and at most DARK, since little
     of an object is darker. Before other backgrounds a dark part of the object may differ as little as a stand does.
     There it is 8 plus twice the 75th percentile of the differences along the border. In both cases it is above the
     border's noise.
     """
-    difference, border, brightness = background_difference(image)
     if brightness >= DARK:
         return 8 + 2 * float(np.percentile(border, 75))     # a quarter of the border may show the object
     low = 8 + 2 * float(np.median(border))                  # and here a half, object or stand

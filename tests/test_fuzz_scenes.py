@@ -129,12 +129,17 @@ def colmap_binary(draw):
     return draw(st.one_of(st.just(cameras), damaged(cameras))), draw(st.one_of(st.just(images), damaged(images)))
 
 
+def read_colmap(folder, kind, files):
+    """Write the two files of a COLMAP model, of kind "bin" or "txt", and read it."""
+    (folder / kind).mkdir(exist_ok=True)
+    for name, content in zip(("cameras", "images"), files):
+        (folder / kind / f"{name}.{kind}").write_bytes(content)
+    keeps_its_promise(lambda: read_all(folder / kind, folder))
+
+
 @given(colmap_binary())
 def test_any_binary_colmap_model(folder, files):
-    for name, content in zip(("cameras.bin", "images.bin"), files):
-        (folder / "bin").mkdir(exist_ok=True)
-        (folder / "bin" / name).write_bytes(content)
-    keeps_its_promise(lambda: read_all(folder / "bin", folder))
+    read_colmap(folder, "bin", files)
 
 
 @st.composite
@@ -150,10 +155,7 @@ def colmap_text(draw):
 
 @given(colmap_text())
 def test_any_text_colmap_model(folder, files):
-    for name, content in zip(("cameras.txt", "images.txt"), files):
-        (folder / "txt").mkdir(exist_ok=True)
-        (folder / "txt" / name).write_bytes(content)
-    keeps_its_promise(lambda: read_all(folder / "txt", folder))
+    read_colmap(folder, "txt", files)
 
 
 anything = st.recursive(st.one_of(st.sampled_from(EXTREME + ["²", "1", True, None, "nan", ""]), st.text(max_size=5)),

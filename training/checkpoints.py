@@ -243,7 +243,7 @@ def load_state(folder, shapes):
         raise helper.UserError(f"{path}: no training state of this program and version; start without --resume")
     if progress.get("checksum") != checksum(arrays):
         raise helper.UserError(f"{path}: damaged (its checksum does not match); start without --resume")
-    check_progress(path, progress)
+    progress = checked_progress(path, progress)
     parameters = {name[len("parameters/"):]: array for name, array in arrays.items() if name.startswith("parameters/")}
     check_parameters(path, parameters, shapes)
     # Models keep this order. Other names are not parameters of this network.
@@ -255,11 +255,14 @@ def load_state(folder, shapes):
     return State(path, progress, parameters, series, arrays)
 
 
-def check_progress(path, progress):
-    """Raise UserError unless the progress of the state at `path` has valid and consistent values."""
+def checked_progress(path, progress):
+    """Return the progress of the state at `path` with what early states lack, "views" and "ranks".
+
+    Raises UserError unless all values are valid and consistent.
+    """
     whole = {"step": (0, MOST_STEPS), "steps": (1, settings.MOST_VIEWS), "views": (1, settings.MOST_VIEWS),
              "ranks": (1, settings.MOST_VIEWS)}
-    found = {"views": progress.get("steps"), "ranks": 1, **progress}    # early states lack these two
+    found = {"views": progress.get("steps"), "ranks": 1, **progress}
     for name, (least, most) in whole.items():
         if type(found.get(name)) is not int or not least <= found[name] <= most:
             raise damaged_progress(path, name, found)
@@ -271,6 +274,7 @@ def check_progress(path, progress):
     config = found.get("config")
     if type(config) is not dict or not all(is_setting(value) for value in config.values()):
         raise damaged_progress(path, "config", found)
+    return found
 
 
 def is_setting(value):
