@@ -64,7 +64,7 @@ def layer_parameters(network: str) -> List[Tuple[nn.Variable, nn.Variable, nn.Va
 def folded_weights(network: str) -> Weights:
     """Return the weights of "implicit" or "rendering" for a graph, normalised: W = g v / |v|, per output.
 
-    On the CPU a PackedWeights, else [(W, b, transposed W)] of Variables.
+    On the CPU a PackedWeights, on a GPU [(W, b, transposed W)] of Variables, or with CuPy the layers as they are.
     """
     return backend().folded_weights(layer_parameters(network))
 
@@ -78,7 +78,7 @@ def on_cpu() -> bool:
 
 def backend() -> ModuleType:
     """Return the module whose functions serve nnabla's current context."""
-    return cpu if on_cpu() else gpu
+    return cpu if on_cpu() else context.cuda or gpu
 
 
 def implicit(x: nn.Variable, weights: Weights) -> Tuple[nn.Variable, nn.Variable, nn.Variable]:

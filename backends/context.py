@@ -3,7 +3,8 @@ import contextlib
 import ctypes
 import sys
 from pathlib import Path
-from typing import Tuple
+from types import ModuleType
+from typing import Optional, Tuple
 
 import nnabla as nn
 from nnabla.ext_utils import get_extension_context
@@ -11,6 +12,8 @@ from nnabla.logger import logger
 
 from backends import cpu
 from helper import UserError
+
+cuda: Optional[ModuleType] = None      # backends/cuda.py, once set_context has found that it works on the GPU
 
 
 def set_context(context: str, device_id: str) -> str:
@@ -27,8 +30,26 @@ def set_context(context: str, device_id: str) -> str:
         if context == "cudnn" and chosen == "cpu":
             raise UserError(f"--context cudnn: {why}; fix this or use --context cpu")
     nn.set_default_context(get_extension_context(chosen, device_id=str(device_id)))
-    print(f"computing on {'GPU ' + str(device_id) if chosen == 'cudnn' else 'the CPU'}" + (f": {why}" if why else ""))
+    where = f"GPU {device_id} {cuda_or_reason(device_id)}" if chosen == "cudnn" else "the CPU"
+    print(f"computing on {where}" + (f": {why}" if why else ""))
     return chosen
+
+
+def cuda_or_reason(device_id: str) -> str:
+    """Set `cuda` if CuPy works on this GPU. Return in words what computes the networks there, and why."""
+    global cuda
+    cuda = None
+    try:
+        from backends import cuda as module
+        module.set_up(device_id)
+    except ModuleNotFoundError as error:
+        return (f"in nnabla's functions, which CuPy would speed up: {error.name} is not installed "
+                "(requirements-gpu.txt lists it)")
+    except Exception as error:      # a library that is missing, or too old for the driver or the GPU, ...
+        lines = [line.strip() for line in str(error).splitlines() if line.strip(" =")] or [type(error).__name__]
+        return f"in nnabla's functions, which CuPy would speed up, but: {lines[-1]}"
+    cuda = module
+    return "with CuPy"
 
 
 def gpu_or_reason(device_id: str) -> Tuple[str, str]:
@@ -70,9 +91,10 @@ def driver_complaint() -> str:
     return f"the NVIDIA driver offers no GPU: {reason} (see nvidia-smi and CUDA_VISIBLE_DEVICES)"
 
 
-# The libraries that nnabla-ext-cuda120 links to, with their dependencies, each after those it depends on.
+# The libraries that nnabla-ext-cuda120 links to, with their dependencies, each after those it depends on; and CuPy's
+# compiler.
 CUDA_LIBRARIES = ("libcudart.so.12", "libcublasLt.so.12", "libcublas.so.12", "libnvJitLink.so.12", "libcusparse.so.12",
-                  "libcusolver.so.11", "libcurand.so.10", "libcufft.so.11", "libcudnn.so.8")
+                  "libcusolver.so.11", "libcurand.so.10", "libcufft.so.11", "libcudnn.so.8", "libnvrtc.so.12")
 
 
 def load_cuda_libraries() -> None:

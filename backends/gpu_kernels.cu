@@ -1,0 +1,242 @@
+// The loops of cpu_kernels.py for a GPU, with the same formulas in the same order. gpu_kernels.py compiles and starts
+// these kernels, lists their names, and defines BETA, of the softplus, and LEAST_SLOPE.
+//
+// All values are float32. The rows of all matrices are `pitch` apart. In a block, blockIdx.x is the row and each thread
+// has one column (EACH). `outputs` are a layer's, `inputs` the next layer's. Where the next one is the skip layer, it
+// has more inputs than this one has outputs: [h, gamma(x)] / sqrt(2). In the backward pass the hits have rows of their
+// own, before the points'. The hits are also the first points; `own` is the row of what the forward pass has kept.
+typedef long long Int;
+#define KERNEL extern "C" __global__ void
+#define ROOT_HALF 0.70710678f
+#define SCALE (inputs > outputs ? ROOT_HALF : 1.0f)
+#define EACH(columns) \
+    const Int row = blockIdx.x, column = blockIdx.y * (Int)blockDim.x + threadIdx.x, at = row * pitch + column; \
+    if (column >= (columns)) return; \
+    (void)at;
+
+__device__ float frequency(Int column) { return column < 3 ? 0.0f : (float)(1 << (column - 3) / 6); }
+
+KERNEL encode(const float *x, float *encoded, float *derivative, Int columns, Int pitch) {
+    EACH(columns)
+    float value = x[3 * row + column % 3], slope = 1.0f;
+    if (column >= 3) {
+        float sine, cosine;
+        bool is_sine = (column - 3) % 6 < 3;
+        sincosf(frequency(column) * value, &sine, &cosine);
+        value = is_sine ? sine : cosine;
+        slope = frequency(column) * (is_sine ? cosine : -sine);
+    }
+    encoded[at] = value;
+    if (derivative) derivative[at] = slope;
+}
+
+KERNEL softplus(const float *z, const float *b, const float *encoded, float *h, float *slopes,
+                Int outputs, Int inputs, Int pitch) {
+    EACH(inputs)
+    if (column >= outputs) {
+        h[at] = encoded[at - outputs] * ROOT_HALF;
+        return;
+    }
+    float v = (z[at] + b[column]) * BETA, e = expf(-fabsf(v));
+    h[at] = (fmaxf(v, 0.0f) + log1pf(e)) * (1.0f / BETA) * SCALE;       // NaN stays NaN, in e
+    if (slopes) slopes[at] = (v > 0.0f ? 1.0f : e) / (1.0f + e);
+}
+
+// The sdf: a warp adds up each row of h * w.
+KERNEL last_product(const float *h, const float *w, const float *b, float *sdf, Int rows, Int columns, Int pitch) {
+    const Int row = (blockIdx.x * (Int)blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    float total = 0.0f;
+    for (Int column = lane; column < columns; column += 32) total += h[row * pitch + column] * w[column * pitch];
+    for (int other = 16; other; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
+    if (lane == 0) sdf[row] = total + b[0];
+}
+
+KERNEL delta(const float *slopes, const float *back, Int row_step, Int column_step, float *deltas,
+             Int outputs, Int inputs, Int pitch) {
+    EACH(outputs)
+    deltas[at] = slopes[at] * (back[row * row_step + column * column_step] * SCALE);
+}
+
+// d sdf / d gamma, from the first layer and from the skip layer if there is one, and d sdf / d x.
+KERNEL find_normal(const float *back, const float *from_skip, const float *derivative, float *normal_encoded,
+                   float *normals, Int columns, Int pitch) {
+    EACH(3)
+    float total = 0.0f;
+    for (Int k = row * pitch + column; k < row * pitch + columns; k += 3) {
+        normal_encoded[k] = back[k] + (from_skip ? from_skip[k] * ROOT_HALF : 0.0f);
+        total += normal_encoded[k] * derivative[k];
+    }
+    normals[3 * row + column] = total;
+}
+
+// Write nnabla's arrays.
+KERNEL hand_out(const float *x, const float *z, const float *b, const float *normals, float *sdf, float *normal,
+                float *hit, float *hit_normal, float *hit_feature, Int hits, Int outputs, Int pitch) {
+    EACH(max(outputs, 3LL))
+    if (column < outputs) {
+        float value = z[at] + b[column];
+        if (column == 0) sdf[row] = value;
+        else if (row < hits) hit_feature[row * (outputs - 1) + column - 1] = value;
+    }
+    if (column < 3) {
+        Int c = 3 * row + column;
+        normal[c] = normals[c];
+        if (row < hits) hit[c] = x[c], hit_normal[c] = normals[c];
+    }
+}
+
+// Read nnabla's arrays: the gradients with respect to what hand_out has written, and the hits' directions.
+KERNEL take_in(const float *grad_sdf, const float *grad_normal, const float *grad_hit, const float *grad_hit_normal,
+               const float *grad_hit_feature, const float *ray_directions, const float *derivative, float *tangents,
+               float *grad_z, float *grad_hits, float *grad_hit_normals, float *directions, Int hits, Int columns,
+               Int outputs, Int pitch) {
+    EACH(max(outputs, columns))
+    const bool of_hit = row < hits;
+    const Int own = of_hit ? row : row - hits, c = 3 * own + column;
+    if (column < columns)
+        tangents[at] = derivative[own * pitch + column]
+                       * (of_hit ? grad_hit_normal : grad_normal)[3 * own + column % 3];
+    if (column < outputs) {
+        float feature = of_hit && column ? grad_hit_feature[own * (outputs - 1) + column - 1] : 0.0f;
+        grad_z[at] = of_hit || column ? feature : grad_sdf[own];
+    }
+    if (of_hit && column < 3)
+        grad_hits[c] = grad_hit[c], grad_hit_normals[c] = grad_hit_normal[c], directions[c] = ray_directions[c];
+}
+
+KERNEL tangent(const float *tangent_z, const float *slopes, const float *deltas, const float *tangent_encoded,
+               float *tangents, float *bends, Int hits, Int outputs, Int inputs, Int pitch) {
+    EACH(inputs)
+    if (column >= outputs) {
+        tangents[at] = tangent_encoded[at - outputs] * ROOT_HALF;
+        return;
+    }
+    const Int own = (row < hits ? row : row - hits) * pitch + column;
+    float moved = slopes[own] * tangent_z[at];
+    tangents[at] = moved * SCALE;
+    bends[at] = (tangent_z[at] - moved) * deltas[own] * BETA;   // slope' = beta slope (1 - slope); delta has one slope
+}
+
+KERNEL add_back(const float *back, const float *slopes, float *grad_z, Int hits, Int outputs, Int inputs, Int pitch) {
+    EACH(outputs)
+    grad_z[at] += back[at] * SCALE * slopes[(row < hits ? row : row - hits) * pitch + column];
+}
+
+// The gradient with respect to each hit, and what its movement along the ray adds to that with respect to the sdf.
+KERNEL move_hits(const float *back, const float *from_skip, const float *encoded, const float *derivative,
+                 const float *normal_encoded, const float *normals, const float *grad_hit_normals,
+                 const float *directions, float *grad_hits, float *shifts, Int columns, Int pitch) {
+    EACH(1)
+    float along = 0.0f, slope = 0.0f;
+    for (Int c = 3 * row; c < 3 * row + 3; c++) {
+        float total = grad_hits[c];
+        for (Int column = c - 3 * row; column < columns; column += 3) {     // gamma'' = -frequency^2 gamma
+            Int k = at + column;
+            float grad_encoded = back[k] + (from_skip ? from_skip[k] * ROOT_HALF : 0.0f), f = frequency(column);
+            total += grad_encoded * derivative[k] - f * f * encoded[k] * normal_encoded[k] * grad_hit_normals[c];
+        }
+        grad_hits[c] = total;
+        along += total * directions[c];
+        slope += normals[c] * directions[c];
+    }
+    shifts[row] = -along * (slope / (slope * slope + LEAST_SLOPE * LEAST_SLOPE));
+}
+
+// Add the hits' rows to their points'. The shift reaches every z through its delta.
+KERNEL add_hits(const float *shifts, const float *deltas, float *tangents, float *grad_z, Int hits, Int inputs,
+                Int outputs, Int pitch) {
+    EACH(max(inputs, outputs))
+    if (column < inputs) tangents[at + hits * pitch] += tangents[at];
+    if (column < outputs) grad_z[at + hits * pitch] += grad_z[at] + shifts[row] * deltas[at];
+}
+
+KERNEL find_grad_points(const float *grad_z, const float *normals, const float *grad_hits, float *grad_points,
+                        Int hits, Int pitch) {
+    EACH(3)
+    Int c = 3 * row + column;
+    grad_points[c] = grad_z[(row + hits) * pitch] * normals[c] + (row < hits ? grad_hits[c] : 0.0f);
+}
+
+// --- the renderer
+
+KERNEL copy_rows(const float *from, Int from_pitch, float *to, Int to_pitch, Int add, Int columns) {
+    const Int pitch = from_pitch;
+    EACH(columns)
+    const Int k = row * to_pitch + column;
+    to[k] = (add ? to[k] : 0.0f) + from[at];
+}
+
+KERNEL relu(const float *z, const float *b, float *h, Int columns, Int pitch) {
+    EACH(columns)
+    float v = z[at] + b[column];
+    h[at] = v < 0.0f ? 0.0f : v;        // NaN stays NaN
+}
+
+KERNEL relu_backward(const float *back, const float *h, float *grad_z, Int columns, Int pitch) {
+    EACH(columns)
+    grad_z[at] = h[at] > 0.0f ? back[at] : 0.0f;
+}
+
+KERNEL find_rgb(const float *z, const float *b, float *rgb, Int columns, Int pitch) {
+    EACH(columns)
+    rgb[row * columns + column] = tanhf(z[at] + b[column]);
+}
+
+KERNEL rgb_backward(const float *rgb, const float *grad_rgb, float *grad_z, Int columns, Int pitch) {
+    EACH(columns)
+    const Int k = row * columns + column;
+    grad_z[at] = grad_rgb[k] * (1.0f - rgb[k] * rgb[k]);
+}
+
+// --- sums over rows: from here on a block has 32 x 32 threads, which share 32 columns and add up over their rows.
+#define COLUMN const Int column = blockIdx.x * 32LL + threadIdx.x; const bool there = column < outputs;
+#define EACH_ROW(rows) for (Int row = threadIdx.y; there && row < (rows); row += 32)
+
+__device__ float over_rows(float part) {
+    __shared__ float parts[32][32];
+    parts[threadIdx.y][threadIdx.x] = part;
+    __syncthreads();
+    float total = 0.0f;
+    for (int k = 0; k < 32; k++) total += parts[k][threadIdx.x];
+    return total;
+}
+
+// For all layers at once: outputs is the pitch.
+KERNEL sum_rows(const float *grad_zs, float *grad_biases, Int rows, Int outputs, Int layer_step) {
+    COLUMN
+    float part = 0.0f;
+    EACH_ROW(rows) part += grad_zs[blockIdx.y * layer_step + row * outputs + column];
+    part = over_rows(part);
+    if (there && threadIdx.y == 0) grad_biases[blockIdx.y * outputs + column] = part;
+}
+
+KERNEL fold(const float *v, const float *g, const float *b, float *w, float *biases, float *norms,
+            Int inputs, Int outputs, Int pitch) {
+    COLUMN
+    float part = 0.0f;
+    EACH_ROW(inputs) part += v[row * outputs + column] * v[row * outputs + column];
+    float norm = sqrtf(over_rows(part));
+    EACH_ROW(inputs) w[row * pitch + column] = v[row * outputs + column] * (g[column] / norm);
+    if (there && threadIdx.y == 0) norms[column] = norm, biases[column] = b[column];
+}
+
+// With `add` 0 it writes the gradients, else it adds to them.
+KERNEL fold_backward(const float *v, const float *g, const float *norms, const float *grad_w, const float *grad_biases,
+                     float *grad_v, float *grad_g, float *grad_b, Int add, Int inputs, Int outputs, Int pitch) {
+    COLUMN
+    float part = 0.0f;
+    EACH_ROW(inputs) part += grad_w[row * pitch + column] * v[row * outputs + column];
+    part = over_rows(part);
+    if (!there) return;
+    float norm = norms[column], of_g = part / norm;
+    EACH_ROW(inputs) {
+        Int k = row * outputs + column;
+        grad_v[k] = (add ? grad_v[k] : 0.0f)
+                    + (grad_w[row * pitch + column] - v[k] * (of_g / norm)) * (g[column] / norm);
+    }
+    if (threadIdx.y == 0) {
+        grad_g[column] = (add ? grad_g[column] : 0.0f) + of_g;
+        grad_b[column] = (add ? grad_b[column] : 0.0f) + grad_biases[column];
+    }
+}

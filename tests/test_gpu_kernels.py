@@ -1,0 +1,177 @@
+"""The networks' kernels on a GPU against nnabla's functions: values, gradients, graphs that are kept."""
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+import nnabla as nn
+import numpy as np
+import pytest
+
+import network
+from backends import context, gpu
+from config.settings import Network
+from training.step import LOSSES, LossWeights, TrainingGraph
+
+
+@pytest.fixture
+def on_gpu():
+    """Compute on the first GPU, with CuPy. Skip where that is not possible."""
+    before, (chosen, why) = nn.get_current_context(), context.gpu_or_reason("0")
+    if chosen == "cpu":
+        pytest.skip(f"no GPU: {why}")
+    context.set_context("cudnn", "0")
+    try:
+        if not context.cuda:
+            pytest.skip(f"computing {context.cuda_or_reason('0')}")
+        yield
+    finally:
+        nn.set_default_context(before)
+        nn.clear_parameters()
+        context.cuda = None
+
+
+def relative_error(found, wanted):
+    found, wanted = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    return np.linalg.norm(found - wanted) / max(np.linalg.norm(wanted), 1e-12)
+
+
+def new_network(net, rng):
+    """Set nnabla's parameters to a network that is no sphere."""
+    network.initialize(net, rng)
+    move_parameters(rng)
+
+
+def move_parameters(rng):
+    for parameter in nn.get_parameters().values():
+        parameter.d = parameter.d + 0.02 * rng.normal(size=parameter.shape)
+
+
+def zero_gradients():
+    for parameter in nn.get_parameters().values():
+        parameter.grad.zero()
+
+
+def set_inputs(graph, rng):
+    num_hits, num_rays = graph.directions.shape[0], graph.num_rays
+    graph.alpha.d = 50.0
+    graph.points.d = rng.uniform(-0.7, 0.7, graph.points.shape)
+    graph.object_mask.d = rng.integers(0, 2, (num_rays, 1))
+    graph.mask_weights.d = rng.uniform(0.3, 3.0, (num_rays, 1))
+    if num_hits:
+        directions = rng.normal(size=(num_hits, 3))
+        graph.directions.d = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+        graph.rgb.d = rng.uniform(-1, 1, (num_hits, 3))
+        graph.color_weights.d = rng.uniform(0.3, 3.0, (num_hits, 1))
+
+
+def results(graph):
+    """Return copies of a step's losses, of all gradients, and of the rays' if they are wanted."""
+    found = {name: graph.losses[name].d.copy() for name in LOSSES}
+    found.update({name: parameter.g.copy() for name, parameter in nn.get_parameters().items()
+                  if graph.directions.shape[0] or name.startswith("implicit")})
+    if graph.directions.need_grad:
+        found.update(zip(("points", "directions"), map(np.copy, graph.grad_rays())))
+    return found
+
+
+def take_step(graph):
+    zero_gradients()
+    graph.forward()
+    graph.backward()
+    return results(graph)
+
+
+def assert_equal(found, wanted, tolerance=1e-5):
+    assert found.keys() == wanted.keys()
+    assert {name: error for name in wanted
+            if not (error := relative_error(found[name], wanted[name])) <= tolerance} == {}
+
+
+SHAPES = [(Network(512, 256, 9), 512, 200, False), (Network(512, 256, 9), 200, 200, True),
+          (Network(64, 32, 9), 51, 0, True), (Network(67, 5, 6), 21, 21, True), (Network(70, 90, 5), 33, 3, True),
+          (Network(64, 1, 2), 30, 7, False), (Network(65, 1, 3), 5, 1, True)]
+
+
+@pytest.mark.parametrize("net, num_rays, num_hits, want_grad_rays", SHAPES)
+def test_steps_with_changing_parameters_equal_those_of_nnabla(on_gpu, monkeypatch, net, num_rays, num_hits,
+                                                             want_grad_rays):
+    def steps():
+        rng = np.random.default_rng(0)
+        new_network(net, rng)
+        graph = TrainingGraph((), LossWeights(100.0, 0.1), num_rays, num_hits, want_grad_rays)
+        sdf = network.sdf_evaluator()
+        for _ in range(3):
+            move_parameters(rng)
+            set_inputs(graph, rng)
+            sdf.refresh()
+            yield {**take_step(graph), "sdf": sdf(rng.uniform(-1, 1, (rng.integers(1, 3000), 3)).astype(np.float32))}
+
+    found = list(steps())
+    assert type(network.sdf_evaluator()) is context.cuda.Sdf
+    monkeypatch.setattr(context, "cuda", None)
+    assert type(network.sdf_evaluator()) is gpu.Sdf
+    for ours, theirs in zip(found, steps()):
+        assert_equal(ours, theirs)
+
+
+def test_gradients_are_added_to_those_that_are_there(on_gpu):
+    rng = np.random.default_rng(0)
+    new_network(Network(64, 5, 4), rng)
+    graph = TrainingGraph((), LossWeights(100.0, 0.1), 20, 9)
+    set_inputs(graph, rng)
+    once = take_step(graph)
+    graph.forward()
+    graph.backward()
+    assert_equal(results(graph), {name: value if name in LOSSES else 2 * value for name, value in once.items()})
+
+
+def test_two_evaluations_at_once_keep_apart(on_gpu):
+    rng = np.random.default_rng(0)
+    new_network(Network(64, 5, 7), rng)
+    graphs = [TrainingGraph((), LossWeights(100.0, 0.1), 20, num_hits, True) for num_hits in (9, 9, 4)]
+    for graph in graphs:
+        set_inputs(graph, rng)
+    apart = [take_step(graph) for graph in graphs]
+    for graph in graphs:
+        graph.forward()
+    for graph, wanted in zip(graphs, apart):
+        zero_gradients()
+        graph.backward()
+        assert_equal(results(graph), wanted)
+
+
+def test_two_threads_ask_for_the_sdf_at_once(on_gpu):
+    rng = np.random.default_rng(0)
+    new_network(Network(128, 5, 6), rng)
+    sdf = network.sdf_evaluator()
+    points = [rng.uniform(-1, 1, (count, 3)).astype(np.float32) for count in rng.integers(1, 9000, 60)] + [
+        rng.uniform(-1, 1, (50000, 3)).astype(np.float32), np.zeros((0, 3), np.float32)]
+    wanted = [sdf(x) for x in points]
+    sdf = network.sdf_evaluator()       # its graphs are recorded by both threads
+    with ThreadPoolExecutor(2) as pool:
+        for found, half, exact in zip(pool.map(sdf, points), pool.map(sdf.half_precision, points), wanted):
+            assert np.array_equal(found, exact)
+            assert np.abs(half - exact).max(initial=0) <= 2e-3
+
+
+# --- where CuPy cannot be used ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("cupy, said", [
+    (None, "which CuPy would speed up: cupy is not installed (requirements-gpu.txt lists it)"),
+    (ImportError("\n=====\nCuPy is damaged.\n\nOriginal error:\n  libnvrtc.so.12: cannot open\n=====\n"),
+     "which CuPy would speed up, but: libnvrtc.so.12: cannot open"),
+    (RuntimeError(), "which CuPy would speed up, but: RuntimeError")])
+def test_why_cupy_is_not_used(monkeypatch, cupy, said):
+    class Finder:
+        @staticmethod
+        def find_spec(name, *_):
+            if name == "cupy":
+                raise cupy or ModuleNotFoundError("No module named 'cupy'", name="cupy")
+
+    for name in ("cupy", "backends.cuda", "backends.gpu_kernels"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.delattr("backends.cuda", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
+    monkeypatch.setattr(context, "cuda", ModuleType("cuda"))
+    found = context.cuda_or_reason("0")
+    assert found == f"in nnabla's functions, {said}" and context.cuda is None
