@@ -32,21 +32,16 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from typing import Callable, NamedTuple, Optional, Tuple
 
-import numba
 import numpy as np
+
+from sdf_grid import MAX_SLOPE, Rays, SdfGrid, compiled
 
 Sdf = Callable[[np.ndarray], np.ndarray]    # points (N, 3) float32 -> (N,) float32
 
 STRIDES = (16, 4, 2, 1)         # coarse to fine: evaluate every 16th sample of a ray, then every 4th where needed, ...
 STRIDES_FEWER_CALLS = (8, 1)    # the same with fewer calls and slightly more points
-MAX_SLOPE = 1.5     # assumed bound on the sdf's slope, by which samples are skipped
-SECANT_OFFSETS = (-1 / 4, -1 / 32, 0.0, 1 / 32, 1 / 4)  # of evaluations around the secant's zero, in bracket widths
 MAX_AHEAD = 512     # points that a walking ray evaluates in one call
-
-# Decorates loops over rays: compiled at the first call, cached beside this file. No fastmath, so that products and sums
-# round as NumPy's do.
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
-
+MAX_COVER = 8       # points of the first call
 
 @lru_cache(maxsize=None)
 def second_thread() -> ThreadPoolExecutor:
@@ -111,7 +106,7 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
 
 
 def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want_hit: np.ndarray, *,
-                     half_precision_sdf: Optional[Sdf] = None, samples: int = 100,
+                     grid: Optional[SdfGrid] = None, half_precision_sdf: Optional[Sdf] = None, samples: int = 100,
                      rng: Optional[np.random.Generator] = None, tolerance: float = 5e-5, refinement: str = "secant",
                      refinement_steps: int = 8) -> Tuple[np.ndarray, np.ndarray]:
     """Find the point of each ray that carries its loss: its hit, or else its sample of least sdf.
@@ -122,6 +117,7 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
         sphere gets its point nearest to the centre (t >= 0), without an evaluation.
     samples: the chord is cut into this many equal intervals, with one sample in each.
     rng: draws the samples' places in their intervals, the same for all rays; None is the middle.
+    grid: what is known of the sdf, None for nothing. The same samples are found, from fewer evaluations.
     half_precision_sdf: replaces sdf for the rays that do not want a hit, where values only choose among samples.
         Passed on GPUs, where a call costs as much as ten thousand points; then fewer calls are made.
 
@@ -132,12 +128,13 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
     _check_settings(refinement, samples, 1)
     origins, directions = np.asarray(origins, np.float32), np.asarray(directions, np.float32)
     near, far, meets = intersect_unit_sphere(origins, directions)
+    origins = np.broadcast_to(origins, directions.shape)
     t, hit = near, np.zeros(len(near), bool)    # on a ray that misses the sphere, near is already the nearest point
     places = 0.5 if rng is None else rng.random(samples)
     # Sample 0 is the near end, since the ray may enter the surface before the first interval's sample.
     fractions = np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
     strides = STRIDES_FEWER_CALLS if half_precision_sdf else STRIDES
-    how = _Refinement(refinement == "secant", refinement_steps, tolerance, SECANT_OFFSETS)
+    how = _Refinement(refinement == "secant", refinement_steps, tolerance)
 
     def search(sdf, rays):
         """Set t of these rays to their sample of least sdf, or to their hit if it is wanted and found."""
@@ -149,7 +146,11 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
         def sdf_at(ray, t):
             return sdf_along(rays[ray], t)
 
-        table, evaluated = _coarse_to_fine(sdf_at, distances, _Wanted(wanted, True, tolerance), strides)
+        if grid:
+            own = Rays(origins[rays], directions[rays], wanted)
+            _, table, evaluated = grid.search(sdf_at, own, distances, tolerance)
+        else:
+            table, evaluated = _coarse_to_fine(sdf_at, distances, _Wanted(wanted, True, tolerance), strides)
         t[rays] = distances[np.arange(rays.size), 1 + table[:, 1:].argmin(axis=1)]
         ray, ends = _gap_ends(distances, table, evaluated, wanted, tolerance)
         if ray.size:
@@ -381,7 +382,6 @@ class _Refinement(NamedTuple):
     secant: bool            # else bisection
     steps: int              # maximum
     tolerance: float        # of the sdf
-    offsets: Tuple[float, ...] = (0.0,)     # of a bracket's points of one call, in its widths; ascending, with a 0
 
 
 def _refine(sdf_at, rays, ends, values, how):
@@ -391,8 +391,8 @@ def _refine(sdf_at, rays, ends, values, how):
     sdf as the stride, until it gets inside (then the gap is a bracket), until it is on the surface, or until the sdf at
     the two ends covers what is left between them. In the last case the far end is the entry if it is on the surface;
     otherwise the gap holds none.
-    how: a _Refinement. A walking ray evaluates as many points at first as a bracket has offsets, and 8 times more in
-    each step, since few rays walk far.
+    how: a _Refinement. A walking ray evaluates few points at first, and then 8 times more in each step, since few rays walk
+    far.
 
     Returns the rays that enter the object (m,) int and the distances t (m,) of their first entries.
     """
@@ -400,8 +400,8 @@ def _refine(sdf_at, rays, ends, values, how):
                  *np.empty((2, rays.size), np.float32), *np.empty((3, rays.size), bool))
     _begin(*gaps, how.tolerance)
     for step in range(how.steps):
-        num_ahead = min(len(how.offsets) * 8 ** step, MAX_AHEAD)
-        gap, t = _look_ahead(*gaps, 0.5 ** step, how.secant, np.float32(how.offsets), num_ahead)
+        num_ahead = min(8 ** max(step - 1, 0), MAX_AHEAD)
+        gap, t = _look_ahead(*gaps, how.secant, step == 0, num_ahead)
         if not gap.size:
             break
         _take_in(*gaps, gap, t, sdf_at(rays[gap], t), how.tolerance)
@@ -419,35 +419,57 @@ def _begin(ends, values, reach, t, error, holds, walking, active, tolerance):
 
 
 @compiled
-def _look_ahead(ends, values, reach, t, error, holds, walking, active, fraction, secant, offsets, num_ahead):
+def _look_ahead(ends, values, reach, t, error, holds, walking, active, secant, first, num_ahead):
     """Return the next points of the active gaps: gap (m,) int and distance (m,) float32, one ascending block per gap.
 
-    A bracket gets a point for each of `offsets`, around the one that _between chooses within `fraction` of its reach. A
-    walking ray gets num_ahead evenly spaced points, the first where the sdf at the near end leads. A gap whose ends
-    cover it gets none, and is no longer active.
+    A bracket gets the point that _between chooses; in calls that are not the first, a bracket of the secant method gets
+    its middle as well. A walking ray gets points from where the sdf at the near end leads: num_ahead evenly spaced
+    ones; or, if that is 1, those that would cover the gap if the sdf were linear in it. A gap whose ends cover it gets
+    none, and is no longer active.
     """
-    count = 0
+    room = max(num_ahead, MAX_COVER) * len(t)
+    gap, ahead, count = np.empty(room, np.int64), np.empty(room, np.float32), 0
     for i in range(len(t)):
         if active[i] and walking[i]:
             active[i] = values[0, i] + values[1, i] < ends[1, i] - ends[0, i]
-        if active[i]:
-            count += num_ahead if walking[i] else len(offsets)
-    gap, ahead, count = np.empty(count, np.int64), np.empty(count, np.float32), 0
-    for i in range(len(t)):
         if not active[i]:
             continue
-        near, far = ends[0, i], ends[1, i]
-        if walking[i]:
+        near, far, before = ends[0, i], ends[1, i], count
+        if not walking[i]:
+            middle = 0.5 * (near + far)
+            point = _between(near, far, values[0, i], values[1, i], reach[i] if first else far - near, secant)
+            if secant and not first:
+                ahead[count], ahead[count + 1] = min(point, middle), max(point, middle)
+                count += 2
+            else:
+                ahead[count] = point
+                count += 1
+        elif num_ahead > 1:
             reached = min(near + values[0, i], far)
             for k in range(num_ahead):
-                gap[count], ahead[count] = i, reached + (far - reached) * np.float32(k / num_ahead)
-                count += 1
+                ahead[count + k] = reached + (far - reached) * np.float32(k / num_ahead)
+            count += num_ahead
         else:
-            zero = _between(near, far, values[0, i], values[1, i], reach[i] * fraction, secant)
-            for offset in offsets:
-                gap[count], ahead[count] = i, min(max(zero + offset * (far - near), near), far)
-                count += 1
-    return gap, ahead
+            count += _cover(near, far, values[0, i], values[1, i], ahead[count:count + MAX_COVER])
+        gap[before:count] = i
+    return gap[:count], ahead[:count]
+
+
+@compiled
+def _cover(near, far, near_value, far_value, points):
+    """Set points to those that cover a gap if its sdf is linear, and return their number.
+
+    Two points cover the space between them if the sum of their sdf is its width.
+    """
+    fall = max((near_value - far_value) / (far - near), 0.0)
+    point = min(near + near_value, far)
+    for k in range(len(points)):
+        points[k] = point
+        value = max(near_value - fall * (point - near), far_value)
+        if point + value + far_value >= far:
+            return k + 1
+        point += 0.9 * 2.0 * value / (1.0 + fall)       # a little less, since the sdf is not linear
+    return len(points)
 
 
 @compiled

@@ -26,6 +26,7 @@ import synthesize
 from config import settings
 from files import folders, writing
 from metrics import images
+from sdf_grid import SdfGrid
 from training import cameras, checkpoints, parallel
 from training.log import EpochLog
 from training.step import LOSSES, LossWeights, TrainingStep, place_points
@@ -132,6 +133,7 @@ class Training:
                               "the same run's folder; let the machines share their files")
         self.pose = cameras.parameter()
         self.sdf, self.shade = network.sdf_evaluator(), network.shader(conf.network)
+        self.grid = state and checkpoints.grid_of(state) or SdfGrid.of(self.sdf, grid_side(conf.train.rays))
         self.step = TrainingStep(conf.network.without, LossWeights(conf.train.mask_weight, conf.train.eikonal_weight),
                                  conf.train.rays, want_grad_rays=self.camera_solver is not None)
         # After an epoch's last step its render and its model may still be missing, so the epoch is finished once more.
@@ -191,11 +193,13 @@ class Training:
             origin, directions = cameras.rays(self.pose.d[batch.view], in_camera)
             batch = batch._replace(origin=origin, directions=directions)
         self.sdf.refresh()
-        placed = place_points(self.sdf, batch, self.conf.tracer, rng)
+        placed = place_points(self.sdf, batch, self.conf.tracer, rng, self.grid)
         losses = self.step.compute_gradients(self.solver, batch, placed, self.alpha, rng)
         world.mean_gradients()
         self.batch = next(self.batches)       # while the GPU is still at work on the step
+        self.grid.learn_heard()
         losses = {name: float(losses[name].d) for name in LOSSES}
+        self.grid.learn(*self.step.uniform_points())
         means = world.mean({**losses, "hits": placed.hit_in_mask.sum(), "signals": len(stop)})
         stopping = means.pop("signals") > 0
         check_losses(means, step, epoch, self.folder)
@@ -230,7 +234,7 @@ class Training:
         if self.world.writes:
             progress = {"step": step, "steps": self.steps_per_epoch, "views": len(self.views), "ranks": self.world.size,
                         "loss": self.loss, "config": settings.flat(self.conf), **self.log.times()}
-            checkpoints.save_state(self.folder, self.solvers, progress, self.log.buffers())
+            checkpoints.save_state(self.folder, self.solvers, progress, self.log.buffers(), self.grid)
 
     def validate(self, epoch):
         """Draw the validation view and the shape, and tell the view's PSNR and the cameras' errors."""
@@ -279,6 +283,11 @@ def scheduled(start, factor, milestones, epoch):
 def is_due(epoch, every, num_epochs):
     """Return whether an action that is due every `every` epochs, and after the last one, is due after this epoch."""
     return (epoch + 1) % every == 0 or epoch + 1 == num_epochs
+
+
+def grid_side(num_rays):
+    """Return the side of the grid that remembers the sdf: a step's evaluations renew it within some 50 steps."""
+    return int(np.clip(round((256 * num_rays) ** (1 / 3)), 16, 128))
 
 
 def model_name(epoch):

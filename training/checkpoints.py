@@ -13,6 +13,7 @@ from backends import architecture
 from config import settings
 from files import folders, writing
 
+GRID, MARGINS = "search/values", "search/margins"      # in a state: the SdfGrid
 POSE = "cameras/pose"       # parameter of trained cameras, (views, 7); see cameras.py
 STATE_FILE = "state.h5"
 STATE_FORMAT = "IDR training state 1"
@@ -183,13 +184,14 @@ def about_of(file, limit):
     return about
 
 
-def save_state(folder, solvers, progress, series):
+def save_state(folder, solvers, progress, series, grid=None):
     """Write all that --resume needs, nnabla's parameters included, to `folder`/state.h5 atomically.
 
     solvers: {name: nnabla solver}
     progress: JSON values: "step" (steps done), "steps" (per epoch), "views", "ranks" (processes), "loss" (the last
         one), "elapsed" and "lap" (seconds since the start and in this epoch), "config" ({"section.key": value})
     series: {name: values of the unfinished epoch}
+    grid: the SdfGrid that the search remembers the sdf by, if any
 
     Raises UserError if the file cannot be written or a value is not finite. The earlier state then stays.
     """
@@ -200,6 +202,8 @@ def save_state(folder, solvers, progress, series):
         for name, state in solver.get_states().items():
             arrays[f"{solver_name}/{name}/t"] = np.array(state.t)
             arrays.update({f"{solver_name}/{name}/{part}": value.d for part, value in state.pstate.items()})
+    if grid:
+        arrays.update({GRID: grid.values, MARGINS: grid.margins})
     for name, array in arrays.items():
         if not np.isfinite(array).all():
             raise helper.UserError(f"{folder}: after step {progress['step']}, {name} has values that are not finite; "
@@ -211,6 +215,19 @@ def save_state(folder, solvers, progress, series):
             h5[name] = array
         h5.attrs["about"] = about
     writing.write_bytes(Path(folder) / STATE_FILE, file.getvalue())
+
+
+def grid_of(state):
+    """Return the SdfGrid of a State, None if it has none, as early ones. Raises UserError if its values are invalid."""
+    from sdf_grid import NUM_MARGINS, SdfGrid  # imported here, as Numba takes half a second
+    values, margins = state.arrays.get(GRID), state.arrays.get(MARGINS)
+    if values is None or margins is None:
+        return None
+    if values.ndim != 3 or len(set(values.shape)) > 1 or len(values) < 2 or margins.shape != (NUM_MARGINS,) or not (
+            is_finite(values) and is_finite(margins)):
+        raise helper.UserError(f"{state.path}: what it remembers of the sdf cannot be; the file is damaged, so start "
+                               "without --resume")
+    return SdfGrid(values.astype(np.float32), margins.astype(np.float32))
 
 
 def checksum(arrays):

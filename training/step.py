@@ -1,5 +1,5 @@
 """One step of the optimisation: a point for each ray, the losses at these points, and their gradients (section 3)."""
-from typing import NamedTuple, Tuple
+from typing import NamedTuple, Optional, Tuple
 
 import nnabla as nn
 import nnabla.functions as F
@@ -12,6 +12,7 @@ import ray_tracer
 from backends import context
 from backends.gpu import constant, row_sums
 from config.settings import Network, Tracer
+from sdf_grid import SdfGrid
 
 LOSSES = ("loss", "color", "mask", "eikonal")       # the total first
 
@@ -27,15 +28,18 @@ class LossWeights(NamedTuple):
     eikonal: float
 
 
-def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng) -> Placed:
+def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng, grid: Optional[SdfGrid] = None) -> Placed:
     """Find the point of each ray that carries its loss.
 
     sdf: what network.sdf_evaluator gives; tracer: the configuration's section, whose sphere tracing is for renders
-    alone; rng: of the samples' places.
+    alone; rng: of the samples' places; grid: what is known of the sdf. It hears all values, and learns nothing yet.
     """
     settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
-    t, hit_in_mask = ray_tracer.hit_or_least_sdf(sdf, batch.origin, batch.directions, batch.mask,
-                                                 half_precision_sdf=sdf.half_precision, rng=rng, **settings)
+    half_precision = sdf.half_precision
+    if grid:
+        sdf, half_precision = grid.listening(sdf), half_precision and grid.listening(half_precision)
+    t, hit_in_mask = ray_tracer.hit_or_least_sdf(sdf, batch.origin, batch.directions, batch.mask, grid=grid,
+                                                 half_precision_sdf=half_precision, rng=rng, **settings)
     return Placed(batch.origin + t[:, None] * batch.directions, hit_in_mask)
 
 
@@ -160,6 +164,11 @@ class TrainingStep:
         graph.backward()
         return graph.losses
 
+    def uniform_points(self) -> Tuple[np.ndarray, np.ndarray]:
+        """Return the eikonal loss's uniform points (R / 2, 3) and the sdf there (R / 2,), after compute_gradients."""
+        graph, _ = self.latest
+        return graph.points.d[self.num_rays:], graph.surface.sdf.d[self.num_rays:, 0]
+
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
         """Return the loss's gradients with respect to the batch's points and directions, (R, 3) float32 each.
 
@@ -183,5 +192,8 @@ def compile_functions():
     mask, weights = np.arange(num_rays) % 2 == 0, np.ones(num_rays, np.float32)
     batch = datasets.Batch(0, origin, directions, directions, mask, weights)
     ray_tracer.trace(sdf, origin, directions)
-    placed = place_points(sdf, batch, Tracer(samples=16), rng)
+    grid = SdfGrid.of(sdf, 8)
+    placed = place_points(sdf, batch, Tracer(samples=16), rng, grid)
+    grid.learn_heard()
+    place_points(sdf, batch, Tracer(samples=16), rng)
     TrainingStep(net.without, LossWeights(100.0, 0.1), num_rays).compute_gradients(S.Adam(), batch, placed, 50.0, rng)

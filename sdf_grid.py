@@ -1,0 +1,276 @@
+"""What is known of an sdf without evaluating it: its values on a grid, and the samples of a ray that these leave open.
+
+A training step changes the sdf a little, and a trained sdf stays as it is. So a grid over the unit ball, which learns
+from every evaluation, tells where on a ray the surface and the least sdf can be. The sdf is evaluated only there.
+
+What the grid says is never taken for a value. It gives the change of the sdf from an evaluated sample of the same ray
+to another one, up to a margin; what this leaves in doubt is evaluated. The margins are learned as well: each search
+shows how much of its margin a ray has needed.
+"""
+from typing import Callable, NamedTuple, Optional
+
+import numba
+import numpy as np
+
+MAX_SLOPE = 1.5     # assumed bound on the sdf's slope, by which samples are skipped
+ERROR_SLOPE = 2.0   # assumed bound on the slope of the grid's error
+STRIDE = 4          # the search for the least sample evaluates every 4th doubtful sample, then those that remain
+LEVELS = np.float32([0.0, 0.02, 0.05, 0.1, 0.2, 0.4])   # of a ray's least sdf, at which another margin begins
+NUM_MARGINS = 2 + len(LEVELS)     # of rays with a hit, and of the others by their level
+FIRST_MARGIN, LEAST_MARGIN = 0.05, 1e-3
+SPARE = 1.2         # a margin is at least this many times what a ray has lately needed ...
+FORGET = 1e-3       # ... and falls by this share with each ray of its level
+
+# Decorates loops over rays: compiled at the first call, cached beside this file. No fastmath, so that products and sums
+# round as NumPy's do.
+compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+
+class Rays(NamedTuple):
+    """Rays in search of a sample."""
+    origins: np.ndarray     # (R, 3) float32
+    directions: np.ndarray  # (R, 3) float32, unit length
+    want_hit: np.ndarray    # (R,) bool: of their entry; the others, and those without one, of their least sdf
+
+
+class Samples(NamedTuple):
+    """Samples on R rays, and what is known of the sdf there."""
+    t: np.ndarray           # (R, S) float32, their distances, ascending
+    table: np.ndarray       # (R, S) float32, the sdf, or a lower bound
+    evaluated: np.ndarray   # (R, S) bool, where the table holds the sdf
+
+
+class SdfGrid:
+    """An sdf's values at side^3 points over [-1, 1]^3, and how far they can be trusted.
+
+    values: (side, side, side) float32, at x, y and z. margins: (NUM_MARGINS,) float32, of rays with a hit, and of the
+    others by the level of their least sdf. Both change in place.
+    """
+
+    def __init__(self, values: np.ndarray, margins: Optional[np.ndarray] = None):
+        self.values = values
+        self.margins = np.full(NUM_MARGINS, FIRST_MARGIN, np.float32) if margins is None else margins
+        self.heard = []     # [(points, values)]
+
+    @classmethod
+    def of(cls, sdf: Callable, side: int) -> "SdfGrid":
+        """Return the grid of an sdf, points (N, 3) float32 -> (N,) float32, from side^3 evaluations."""
+        line = np.linspace(-1, 1, side, dtype=np.float32)
+        plane = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
+        values = np.stack([sdf(np.insert(plane, 0, x, axis=1)) for x in line])
+        return cls(values.astype(np.float32).reshape(side, side, side))
+
+    def listening(self, sdf: Callable) -> Callable:
+        """Return an sdf that lets the grid hear what it returns."""
+        def heard_sdf(points):
+            values = sdf(points)
+            self.heard.append((points, np.asarray(values, np.float32)))
+            return values
+        return heard_sdf
+
+    def learn_heard(self) -> None:
+        """Learn all that was heard since the last time. Apart from the search, so that it can wait for an idle moment."""
+        for points, values in self.heard:
+            self.learn(points, values)
+        self.heard.clear()
+
+    def learn(self, points: np.ndarray, values: np.ndarray) -> None:
+        """Change the grid so that it gives `values` (N,) at `points` (N, 3), float32, one after the other."""
+        _learn(self.values, points, values)
+
+    def search(self, sdf_at: Callable, rays: Rays, t: np.ndarray, tolerance: float) -> Samples:
+        """Evaluate the samples at the distances t (R, S) that may be a ray's entry or have its least sdf.
+
+        sdf_at(ray (n,), t (n,)) gives the sdf (n,). A ray's first sample never counts as its least. tolerance: of the
+        sdf at an entry.
+        """
+        samples = Samples(t, np.full(t.shape, np.nan, np.float32), np.zeros(t.shape, bool))
+        estimate, needed = self.along(rays, t), np.zeros(t.shape, np.float32)
+        places, open_rays, stride = _first_guess(estimate, rays.want_hit), np.ones(len(t), bool), STRIDE
+        while places.size or stride > 1:
+            samples.table.ravel()[places] = sdf_at(places // t.shape[1], t.ravel()[places])
+            samples.evaluated.ravel()[places] = True
+            places = _samples_in_doubt(*samples, estimate, rays.want_hit, open_rays, needed, self.margins,
+                                       tolerance, stride)
+            stride = 1
+        _widen(self.margins, *samples, needed, rays.want_hit, tolerance)
+        return samples
+
+    def along(self, rays: Rays, t: np.ndarray) -> np.ndarray:
+        """Return the grid's values at the distances t (R, S) along rays, (R, S) float32."""
+        return _along(self.values, rays.origins, rays.directions, t)
+
+
+# --- values between the grid's points ---------------------------------------------------------------------------------
+
+@compiled
+def _cell(x, side):
+    """Return the number of the grid's point below a coordinate in [-1, 1], and how many steps lie between them."""
+    place = (x + np.float32(1)) * np.float32(0.5 * (side - 1))
+    below = min(max(int(place), 0), side - 2)
+    return below, place - np.float32(below)
+
+
+@compiled
+def _along(values, origins, directions, t):
+    """Return the values between the grid's points, linear in each coordinate."""
+    side, out = values.shape[0], np.empty(t.shape, np.float32)
+    one = np.float32(1)
+    for ray in range(t.shape[0]):
+        for s in range(t.shape[1]):
+            i, a = _cell(origins[ray, 0] + directions[ray, 0] * t[ray, s], side)
+            j, b = _cell(origins[ray, 1] + directions[ray, 1] * t[ray, s], side)
+            k, c = _cell(origins[ray, 2] + directions[ray, 2] * t[ray, s], side)
+            v = values
+            low = ((v[i, j, k] * (one - c) + v[i, j, k + 1] * c) * (one - b)
+                   + (v[i, j + 1, k] * (one - c) + v[i, j + 1, k + 1] * c) * b)
+            high = ((v[i + 1, j, k] * (one - c) + v[i + 1, j, k + 1] * c) * (one - b)
+                    + (v[i + 1, j + 1, k] * (one - c) + v[i + 1, j + 1, k + 1] * c) * b)
+            out[ray, s] = low * (one - a) + high * a
+    return out
+
+
+@compiled
+def _learn(values, points, found):
+    """Change the 8 values around each point by the least amount after which the grid gives found (N,) there."""
+    side, one, weights = values.shape[0], np.float32(1), np.empty((2, 2, 2), np.float32)
+    for n in range(len(points)):
+        i, a = _cell(points[n, 0], side)
+        j, b = _cell(points[n, 1], side)
+        k, c = _cell(points[n, 2], side)
+        value = square = np.float32(0)
+        for x in range(2):
+            for y in range(2):
+                for z in range(2):
+                    weight = (a if x else one - a) * (b if y else one - b) * (c if z else one - c)
+                    value += weight * values[i + x, j + y, k + z]
+                    square += weight * weight
+                    weights[x, y, z] = weight
+        if not abs(found[n] - value) < np.float32(np.inf):
+            continue
+        step = (found[n] - value) / square
+        for x in range(2):
+            for y in range(2):
+                for z in range(2):
+                    values[i + x, j + y, k + z] += step * weights[x, y, z]
+
+
+# --- the samples in doubt ---------------------------------------------------------------------------------------------
+# t, table, evaluated (R, S): the fields of Samples. estimate (R, S): the grid's values there. want_hit (R,) bool: of
+# Rays. needed (R, S): the margin without which a sample would not have been evaluated.
+
+@compiled
+def _first_guess(estimate, want_hit):
+    """Return the samples to evaluate first, as indices into the flat table.
+
+    On a ray that wants a hit, they are those on either side of the first change of sign of the estimate, else the one
+    of its least value.
+    """
+    samples = estimate.shape[1]
+    places, found = np.empty(2 * len(estimate), np.int64), 0
+    for ray in range(len(estimate)):
+        least, entry = samples - 1, 0
+        for number in range(samples - 1, 0, -1):
+            if estimate[ray, number] < estimate[ray, least]:
+                least = number
+            if estimate[ray, number] <= 0 and estimate[ray, number - 1] > 0:
+                entry = number
+        if want_hit[ray] and entry:
+            places[found] = ray * samples + entry - 1
+            found += 1
+        places[found] = ray * samples + (entry if want_hit[ray] and entry else least)
+        found += 1
+    return places[:found]
+
+
+@compiled
+def _samples_in_doubt(t, table, evaluated, estimate, want_hit, open_rays, needed, margins, tolerance, stride):
+    """Return the samples to evaluate next, as indices into the flat table; write lower bounds into it elsewhere.
+
+    A sample is in doubt if it may be the ray's entry, if the surface may hide in a gap beside it, or if the ray has no
+    sure entry and the sample may be the least; of the latter, only every stride-th is listed. open_rays (R,) bool loses
+    the rays that have no doubtful sample left.
+    """
+    samples = t.shape[1]
+    places, found = np.empty(t.size, np.int64), 0
+    expected, margin, listed = np.empty(samples, np.float32), np.empty(samples, np.float32), np.empty(samples, np.bool_)
+    for ray in range(len(t)):
+        if not open_rays[ray]:
+            continue
+        least = _bound(t[ray], table[ray], evaluated[ray], estimate[ray], want_hit[ray], margins, tolerance, expected,
+                       margin)
+        listed[:] = False
+        outside = sure = False
+        for number in range(samples) if want_hit[ray] else range(0):
+            low, before = table[ray, number], table[ray, max(number - 1, 0)]
+            hides = outside and low > tolerance and low + before < t[ray, number] - t[ray, number - 1]
+            if low <= tolerance or hides:
+                listed[number] = listed[max(number - 1, 0)] = True
+                if not evaluated[ray, number]:
+                    needed[ray, number] = expected[number] - tolerance
+            sure = outside and expected[number] + margin[number] <= tolerance
+            if sure:
+                break
+            outside |= low > tolerance
+        if not sure:
+            for number in range(1, samples):
+                if table[ray, number] <= least and not listed[number] and not evaluated[ray, number]:
+                    needed[ray, number] = expected[number] - least
+                    listed[number] = number % stride == 0
+        before = found
+        for number in range(samples):
+            if listed[number] and not evaluated[ray, number]:
+                places[found] = ray * samples + number
+                found += 1
+        open_rays[ray] = found > before or stride > 1
+    return places[:found]
+
+
+@compiled
+def _bound(t, table, evaluated, estimate, want_hit, margins, tolerance, expected, margin):
+    """Bound one ray's sdf: write its lower bounds into table, what it is expected to be, and by what margin, (S,) each.
+
+    Of the evaluated samples on either side, the one that gives the higher bound counts. Returns the least sdf found.
+    """
+    samples, least, outside, enters = len(t), np.float32(np.inf), False, False
+    for number in range(samples):
+        if evaluated[number]:
+            enters |= want_hit and outside and table[number] <= tolerance
+            outside |= table[number] > tolerance
+            if number > 0:
+                least = min(least, table[number])
+    widest = margins[0] if enters else margins[1 + np.searchsorted(LEVELS, least)]
+    for backwards in range(2):
+        known = -1
+        for step in range(samples):
+            number = samples - 1 - step if backwards else step
+            if evaluated[number]:
+                known, expected[number], margin[number] = number, table[number], 0
+                continue
+            if not backwards:
+                table[number], expected[number], margin[number] = -np.inf, -np.inf, np.inf
+            if known >= 0:
+                far = abs(t[number] - t[known])
+                error = min(widest, ERROR_SLOPE * far)
+                value = estimate[number] + table[known] - estimate[known]
+                bound = max(value - error, table[known] - MAX_SLOPE * far)
+                if bound > table[number]:
+                    table[number], expected[number], margin[number] = bound, value, error
+    return least
+
+
+@compiled
+def _widen(margins, t, table, evaluated, needed, want_hit, tolerance):
+    """Adapt the margins to what the answers of some rays have needed."""
+    for ray in range(len(t)):
+        outside, enters, answer = False, False, 1
+        for number in range(t.shape[1]):
+            if evaluated[ray, number]:
+                enters = want_hit[ray] and outside and table[ray, number] <= tolerance
+                if enters or number > 0 and (table[ray, number] < table[ray, answer] or not evaluated[ray, answer]):
+                    answer = number
+                if enters:
+                    break
+                outside |= table[ray, number] > tolerance
+        which = 0 if enters else 1 + np.searchsorted(LEVELS, table[ray, answer])
+        margins[which] = max(margins[which] * (1 - FORGET), SPARE * needed[ray, answer], LEAST_MARGIN)
