@@ -391,8 +391,8 @@ def _refine(sdf_at, rays, ends, values, how):
     sdf as the stride, until it gets inside (then the gap is a bracket), until it is on the surface, or until the sdf at
     the two ends covers what is left between them. In the last case the far end is the entry if it is on the surface;
     otherwise the gap holds none.
-    how: a _Refinement. A walking ray evaluates few points at first, and then 8 times more in each step, since few rays walk
-    far.
+    how: a _Refinement. A walking ray evaluates few points at first, and then 8 times more in each step, since few rays
+    walk far.
 
     Returns the rays that enter the object (m,) int and the distances t (m,) of their first entries.
     """

@@ -69,7 +69,7 @@ class SdfGrid:
         return heard_sdf
 
     def learn_heard(self) -> None:
-        """Learn all that was heard since the last time. Apart from the search, so that it can wait for an idle moment."""
+        """Learn all that was heard since the last time. Apart from the search, so that it can wait for a GPU's work."""
         for points, values in self.heard:
             self.learn(points, values)
         self.heard.clear()

@@ -31,13 +31,18 @@ import ray_tracer  # noqa: E402
 import synthesize  # noqa: E402
 from backends import architecture, cpu_kernels  # noqa: E402
 from config.settings import Network, Tracer, load_config  # noqa: E402
+from sdf_grid import SdfGrid  # noqa: E402
+from train import grid_side  # noqa: E402
 from training import checkpoints, parallel  # noqa: E402
 from training.step import LossWeights, TrainingStep, place_points  # noqa: E402
 
 # The networks and the rays per step.
 SETTINGS = {"dtu": (Network(512, 256, 9), 2048), "small": (Network(128, 64, 9), 512), "demo": (Network(96, 32, 6), 128)}
 ALPHA = 50.0    # of the mask loss, as at the start of training
-STAGES = {"_coarse_to_fine": "samples", "_refine": "refinement"}    # functions of the tracer, and their titles
+LEARNING_RATE = 1e-4
+# The functions of the tracer that evaluate, and their titles.
+STAGES = {(ray_tracer, "_coarse_to_fine"): "samples", (SdfGrid, "search"): "samples",
+          (ray_tracer, "_refine"): "refinement"}
 
 
 def main():
@@ -130,14 +135,14 @@ def named_stages(stage: Dict[str, str]) -> Iterator[None]:
             return function(*args, **kwargs)
         return stage_function
 
-    kept = {name: getattr(ray_tracer, name) for name in STAGES}
-    for name, title in STAGES.items():
-        setattr(ray_tracer, name, wrapped(kept[name], title))
+    kept = {place: getattr(*place) for place in STAGES}
+    for place, title in STAGES.items():
+        setattr(*place, wrapped(kept[place], title))
     try:
         yield
     finally:
-        for name, function in kept.items():
-            setattr(ray_tracer, name, function)
+        for place, function in kept.items():
+            setattr(*place, function)
 
 
 class Machine(NamedTuple):
@@ -148,16 +153,18 @@ class Machine(NamedTuple):
 
 def measure_steps(scene: datasets.Scene, tracer: Tracer, num_rays: int, num_steps: int,
                   world: parallel.World) -> Tuple[Dict[str, List[float]], Dict[str, float], float]:
-    """Take 2 num_steps training steps and measure the second half.
+    """Take 2 num_steps training steps and measure the second half. The networks change, as what the search remembers
+    of the sdf must be as old as in a training.
 
     Each of several processes measures its own steps; waiting for the others counts as all-reduce.
     Returns {part: seconds of each step}, {stage of the tracer: evaluations per step; "<stage> calls": calls per step},
     and the mean number of surface rows.
     """
     rng = np.random.default_rng(world.rank)
-    solver = S.Adam(1e-30)      # leaves the measured networks as they are
+    solver = S.Adam(LEARNING_RATE)
     solver.set_parameters(nn.get_parameters())
     sdf, step = network.sdf_evaluator(), TrainingStep((), LossWeights(100.0, 0.1), num_rays)
+    grid = SdfGrid.of(sdf, grid_side(num_rays))
     batches = datasets.training_batches(scene, list(range(len(scene.images))), datasets.Draw(num_rays), process=world)
     seconds, stage, evaluations, num_surface = defaultdict(list), {}, defaultdict(float), []
 
@@ -182,13 +189,14 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, num_rays: int, num_step
         batch = timed_part("batch", next, batches)
         timed_part("refresh", sdf.refresh)
         with named_stages(stage):
-            placed = timed_part("trace", place_points, counting, batch, tracer, rng)
+            placed = timed_part("trace", place_points, counting, batch, tracer, rng, grid)
         graph = timed_part("inputs", step.fill, batch, placed, ALPHA, rng)
         solver.zero_grad()
         timed_part("forward", graph.forward)
         timed_part("backward", graph.backward)
         if world.size > 1:
             timed_part("all-reduce", world.mean_gradients)
+        timed_part("learn", lambda: (grid.learn_heard(), grid.learn(*step.uniform_points())))
         timed_part("update", solver.update)
         num_surface.append(graph.directions.shape[0])
     return seconds, evaluations, np.mean(num_surface)
@@ -199,7 +207,7 @@ def print_steps(seconds: Dict[str, List[float]], evaluations: Dict[str, float], 
     """Print the results of measure_steps, and the floors of the parts; num_rays: the total of all processes."""
     sdf_flops, rendering_flops = layer_flops("implicit"), layer_flops("rendering")
     rows = 1.5 * num_rays + num_surface
-    traced = sum(evaluations[stage] for stage in STAGES.values())
+    traced = sum(evaluations[stage] for stage in set(STAGES.values()))
     floors = {"trace": traced * sdf_flops, "forward": 2 * rows * sdf_flops + num_surface * rendering_flops,
               "backward": 4 * rows * sdf_flops + 2 * num_surface * rendering_flops}
     print_row("part", "ms", "floor ms", "ratio")
@@ -209,8 +217,9 @@ def print_steps(seconds: Dict[str, List[float]], evaluations: Dict[str, float], 
     print_row("step", 1e3 * whole, *floor(sum(floors.values()), whole, machine.rate))
     print(f"step: {whole / machine.yardstick:.2f} yardsticks; surface rows {num_surface:.0f}; {num_rays / whole:.0f} "
           "rays per second")
-    print("evaluations per step: " + ", ".join(
-        f"{stage} {evaluations[stage]:.0f} in {evaluations[stage + ' calls']:.0f} calls" for stage in STAGES.values()))
+    print(f"evaluations per step: {traced:.0f}: " + ", ".join(
+        f"{stage} {evaluations[stage]:.0f} in {evaluations[stage + ' calls']:.1f} calls"
+        for stage in dict.fromkeys(STAGES.values())))
 
 
 def floor(flops: Optional[float], seconds: float, rate: float) -> Tuple[Union[float, str], Union[float, str]]:
