@@ -7,10 +7,12 @@ What the grid says is never taken for a value. It gives the change of the sdf fr
 to another one, up to a margin; what this leaves in doubt is evaluated. The margins are learned as well: each search
 shows how much of its margin a ray has needed.
 """
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, List, NamedTuple, Optional
 
 import numba
 import numpy as np
+
+from backends.cpu_kernels import CORES, on_all_cores
 
 MAX_SLOPE = 1.5     # assumed bound on the sdf's slope, by which samples are skipped
 ERROR_SLOPE = 2.0   # assumed bound on the slope of the grid's error
@@ -20,6 +22,7 @@ NUM_MARGINS = 2 + len(LEVELS)     # of rays with a hit, and of the others by the
 FIRST_MARGIN, LEAST_MARGIN = 0.05, 1e-3
 SPARE = 1.2         # a margin is at least this many times what a ray has lately needed ...
 FORGET = 1e-3       # ... and falls by this share with each ray of its level
+MIN_PER_CORE = 1 << 14      # samples; with fewer, handing them over takes longer than the work
 
 # Decorates loops over rays: compiled at the first call, cached beside this file. No fastmath, so that products and sums
 # round as NumPy's do.
@@ -84,21 +87,35 @@ class SdfGrid:
         sdf_at(ray (n,), t (n,)) gives the sdf (n,). A ray's first sample never counts as its least. tolerance: of the
         sdf at an entry.
         """
-        samples = Samples(t, np.full(t.shape, np.nan, np.float32), np.zeros(t.shape, bool))
-        estimate, needed = self.along(rays, t), np.zeros(t.shape, np.float32)
-        places, open_rays, stride = _first_guess(estimate, rays.want_hit), np.ones(len(t), bool), STRIDE
+        samples = Samples(t, np.full(t.shape, np.inf, np.float32), np.zeros(t.shape, bool))
+        needed, stride, parts = np.zeros(t.shape, np.float32), STRIDE, parts_of(t)
+        estimate, within = np.empty(t.shape, np.float32), np.empty((len(t), 2), np.int64)
+        open_rays = np.ones(len(t), bool)
+        doubt, flat = 2 * self.margins.max(), [array.ravel() for array in samples]
+
+        def begin(part):
+            _along(self.values, rays.origins[part], rays.directions[part], t[part], doubt, estimate[part], within[part])
+            return part.start * t.shape[1] + _first_guess(estimate[part], within[part], rays.want_hit[part])
+
+        def go_on(part):
+            arrays = (array[part] for array in (*samples, estimate, within, rays.want_hit, open_rays, needed))
+            return part.start * t.shape[1] + _samples_in_doubt(*arrays, self.margins, tolerance, stride)
+
+        places = np.concatenate(on_all_cores(begin, parts))
         while places.size or stride > 1:
-            samples.table.ravel()[places] = sdf_at(places // t.shape[1], t.ravel()[places])
-            samples.evaluated.ravel()[places] = True
-            places = _samples_in_doubt(*samples, estimate, rays.want_hit, open_rays, needed, self.margins,
-                                       tolerance, stride)
+            flat[1][places] = sdf_at(places // t.shape[1], flat[0][places])
+            flat[2][places] = True
+            places = np.concatenate(on_all_cores(go_on, parts))
             stride = 1
         _widen(self.margins, *samples, needed, rays.want_hit, tolerance)
         return samples
 
-    def along(self, rays: Rays, t: np.ndarray) -> np.ndarray:
-        """Return the grid's values at the distances t (R, S) along rays, (R, S) float32."""
-        return _along(self.values, rays.origins, rays.directions, t)
+
+def parts_of(t: np.ndarray) -> List[slice]:
+    """Return slices of the rays of t (R, S), one for each core that has enough to do."""
+    count = min(max(t.size // MIN_PER_CORE, 1), CORES)
+    ends = np.linspace(0, len(t), count + 1).astype(int)
+    return [slice(*pair) for pair in zip(ends, ends[1:])]
 
 
 # --- values between the grid's points ---------------------------------------------------------------------------------
@@ -112,22 +129,43 @@ def _cell(x, side):
 
 
 @compiled
-def _along(values, origins, directions, t):
-    """Return the values between the grid's points, linear in each coordinate."""
-    side, out = values.shape[0], np.empty(t.shape, np.float32)
-    one = np.float32(1)
-    for ray in range(t.shape[0]):
-        for s in range(t.shape[1]):
-            i, a = _cell(origins[ray, 0] + directions[ray, 0] * t[ray, s], side)
-            j, b = _cell(origins[ray, 1] + directions[ray, 1] * t[ray, s], side)
-            k, c = _cell(origins[ray, 2] + directions[ray, 2] * t[ray, s], side)
-            v = values
-            low = ((v[i, j, k] * (one - c) + v[i, j, k + 1] * c) * (one - b)
-                   + (v[i, j + 1, k] * (one - c) + v[i, j + 1, k + 1] * c) * b)
-            high = ((v[i + 1, j, k] * (one - c) + v[i + 1, j, k + 1] * c) * (one - b)
-                    + (v[i + 1, j + 1, k] * (one - c) + v[i + 1, j + 1, k + 1] * c) * b)
-            out[ray, s] = low * (one - a) + high * a
-    return out
+def _value(values, x, y, z):
+    """Return the value at a point between the grid's points, linear in each coordinate."""
+    side, one, v = values.shape[0], np.float32(1), values
+    (i, a), (j, b), (k, c) = _cell(x, side), _cell(y, side), _cell(z, side)
+    low = ((v[i, j, k] * (one - c) + v[i, j, k + 1] * c) * (one - b)
+           + (v[i, j + 1, k] * (one - c) + v[i, j + 1, k + 1] * c) * b)
+    high = ((v[i + 1, j, k] * (one - c) + v[i + 1, j, k + 1] * c) * (one - b)
+            + (v[i + 1, j + 1, k] * (one - c) + v[i + 1, j + 1, k + 1] * c) * b)
+    return low * (one - a) + high * a
+
+
+@compiled
+def _along(values, origins, directions, t, doubt, out, within):
+    """Write the values at the distances t (R, S) along rays to `out` (R, S), where they matter.
+
+    The first sample where they matter, and the one after the last, are written to within (R, 2). Outside of these, the
+    sdf is neither a ray's least nor at its entry, if the grid is off by less than `doubt` / 2. So not all are read:
+    first every STRIDE-th.
+    """
+    rays, samples = t.shape
+    for ray in range(rays):
+        (x, y, z), (dx, dy, dz) = origins[ray], directions[ray]
+        least = np.float32(np.inf)
+        for number in range(0, samples, STRIDE):
+            d = t[ray, number]
+            out[ray, number] = _value(values, x + dx * d, y + dy * d, z + dz * d)
+            least = min(least, out[ray, number])
+        limit = max(least, np.float32(0)) + doubt + MAX_SLOPE * STRIDE * (t[ray, samples - 1] - t[ray, 0]) / samples
+        first, last = samples, 0
+        for number in range(0, samples, STRIDE):
+            if out[ray, number] <= limit:
+                first, last = min(first, number), number
+        within[ray] = max(first - STRIDE, 0), min(last + STRIDE, samples)
+        for number in range(within[ray, 0], within[ray, 1]):
+            if number % STRIDE:
+                d = t[ray, number]
+                out[ray, number] = _value(values, x + dx * d, y + dy * d, z + dz * d)
 
 
 @compiled
@@ -156,11 +194,11 @@ def _learn(values, points, found):
 
 
 # --- the samples in doubt ---------------------------------------------------------------------------------------------
-# t, table, evaluated (R, S): the fields of Samples. estimate (R, S): the grid's values there. want_hit (R,) bool: of
-# Rays. needed (R, S): the margin without which a sample would not have been evaluated.
+# t, table, evaluated (R, S): the fields of Samples. estimate (R, S) and within (R, 2): what _along gives.
+# want_hit (R,) bool: of Rays. needed (R, S): the margin without which a sample would not have been evaluated.
 
 @compiled
-def _first_guess(estimate, want_hit):
+def _first_guess(estimate, within, want_hit):
     """Return the samples to evaluate first, as indices into the flat table.
 
     On a ray that wants a hit, they are those on either side of the first change of sign of the estimate, else the one
@@ -169,22 +207,23 @@ def _first_guess(estimate, want_hit):
     samples = estimate.shape[1]
     places, found = np.empty(2 * len(estimate), np.int64), 0
     for ray in range(len(estimate)):
-        least, entry = samples - 1, 0
-        for number in range(samples - 1, 0, -1):
+        first, end = within[ray]
+        least, entry = max(first, 1), 0
+        for number in range(max(first, 1), end):
             if estimate[ray, number] < estimate[ray, least]:
                 least = number
-            if estimate[ray, number] <= 0 and estimate[ray, number - 1] > 0:
+            if want_hit[ray] and number > first and estimate[ray, number] <= 0 < estimate[ray, number - 1]:
                 entry = number
-        if want_hit[ray] and entry:
-            places[found] = ray * samples + entry - 1
-            found += 1
-        places[found] = ray * samples + (entry if want_hit[ray] and entry else least)
+                places[found] = ray * samples + entry - 1
+                found += 1
+                break
+        places[found] = ray * samples + (entry if entry else least)
         found += 1
     return places[:found]
 
 
 @compiled
-def _samples_in_doubt(t, table, evaluated, estimate, want_hit, open_rays, needed, margins, tolerance, stride):
+def _samples_in_doubt(t, table, evaluated, estimate, within, want_hit, open_rays, needed, margins, tolerance, stride):
     """Return the samples to evaluate next, as indices into the flat table; write lower bounds into it elsewhere.
 
     A sample is in doubt if it may be the ray's entry, if the surface may hide in a gap beside it, or if the ray has no
@@ -193,57 +232,59 @@ def _samples_in_doubt(t, table, evaluated, estimate, want_hit, open_rays, needed
     """
     samples = t.shape[1]
     places, found = np.empty(t.size, np.int64), 0
-    expected, margin, listed = np.empty(samples, np.float32), np.empty(samples, np.float32), np.empty(samples, np.bool_)
+    expected, margin, listed = np.empty(samples, np.float32), np.empty(samples, np.float32), np.zeros(samples, np.bool_)
     for ray in range(len(t)):
         if not open_rays[ray]:
             continue
-        least = _bound(t[ray], table[ray], evaluated[ray], estimate[ray], want_hit[ray], margins, tolerance, expected,
-                       margin)
-        listed[:] = False
-        outside = sure = False
-        for number in range(samples) if want_hit[ray] else range(0):
-            low, before = table[ray, number], table[ray, max(number - 1, 0)]
-            hides = outside and low > tolerance and low + before < t[ray, number] - t[ray, number - 1]
+        first, end = within[ray]
+        end, least = _bound(t[ray], table[ray], evaluated[ray], estimate[ray], first, end, want_hit[ray], margins,
+                            tolerance, expected, margin)
+        outside, sure, before = first > 0, False, found
+        for number in range(first, end) if want_hit[ray] else range(0):
+            low, last = table[ray, number], max(number - 1, first)
+            hides = outside and low > tolerance and low + table[ray, last] < t[ray, number] - t[ray, last]
             if low <= tolerance or hides:
-                listed[number] = listed[max(number - 1, 0)] = True
+                listed[number] = listed[last] = True
                 if not evaluated[ray, number]:
                     needed[ray, number] = expected[number] - tolerance
             sure = outside and expected[number] + margin[number] <= tolerance
             if sure:
                 break
             outside |= low > tolerance
-        if not sure:
-            for number in range(1, samples):
-                if table[ray, number] <= least and not listed[number] and not evaluated[ray, number]:
+        for number in range(first, end):
+            if not evaluated[ray, number]:
+                if not sure and not listed[number] and number > 0 and table[ray, number] <= least:
                     needed[ray, number] = expected[number] - least
                     listed[number] = number % stride == 0
-        before = found
-        for number in range(samples):
-            if listed[number] and not evaluated[ray, number]:
-                places[found] = ray * samples + number
-                found += 1
-        open_rays[ray] = found > before or stride > 1
+                if listed[number]:
+                    places[found] = ray * samples + number
+                    found += 1
+            listed[number] = False
+        open_rays[ray] = found > before or not sure and stride > 1
     return places[:found]
 
 
 @compiled
-def _bound(t, table, evaluated, estimate, want_hit, margins, tolerance, expected, margin):
-    """Bound one ray's sdf: write its lower bounds into table, what it is expected to be, and by what margin, (S,) each.
+def _bound(t, table, evaluated, estimate, first, end, want_hit, margins, tolerance, expected, margin):
+    """Bound one ray's sdf from `first` to `end`: write lower bounds into table, what is expected, and by what margin.
 
-    Of the evaluated samples on either side, the one that gives the higher bound counts. Returns the least sdf found.
+    Of the evaluated samples on either side, the one that gives the higher bound counts. Returns the end, or that of the
+    samples up to the entry if it is known, and the least sdf found.
     """
-    samples, least, outside, enters = len(t), np.float32(np.inf), False, False
-    for number in range(samples):
+    least, outside = np.float32(np.inf), first > 0
+    for number in range(first, end):
         if evaluated[number]:
-            enters |= want_hit and outside and table[number] <= tolerance
-            outside |= table[number] > tolerance
             if number > 0:
                 least = min(least, table[number])
-    widest = margins[0] if enters else margins[1 + np.searchsorted(LEVELS, least)]
+            if want_hit and outside and table[number] <= tolerance:
+                end = number + 1
+                break
+            outside |= table[number] > tolerance
+    widest = margins[0] if want_hit and least <= tolerance and outside else margins[1 + np.searchsorted(LEVELS, least)]
     for backwards in range(2):
         known = -1
-        for step in range(samples):
-            number = samples - 1 - step if backwards else step
+        for step in range(end - first):
+            number = end - 1 - step if backwards else first + step
             if evaluated[number]:
                 known, expected[number], margin[number] = number, table[number], 0
                 continue
@@ -256,7 +297,7 @@ def _bound(t, table, evaluated, estimate, want_hit, margins, tolerance, expected
                 bound = max(value - error, table[known] - MAX_SLOPE * far)
                 if bound > table[number]:
                     table[number], expected[number], margin[number] = bound, value, error
-    return least
+    return end, least
 
 
 @compiled
@@ -271,6 +312,6 @@ def _widen(margins, t, table, evaluated, needed, want_hit, tolerance):
                     answer = number
                 if enters:
                     break
-                outside |= table[ray, number] > tolerance
+            outside |= table[ray, number] > tolerance
         which = 0 if enters else 1 + np.searchsorted(LEVELS, table[ray, answer])
         margins[which] = max(margins[which] * (1 - FORGET), SPARE * needed[ray, answer], LEAST_MARGIN)
