@@ -13,12 +13,14 @@ import html
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Callable, Optional, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import numpy as np
 import trimesh
 import trimesh.viewer
 from scipy.ndimage import label
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 from skimage.measure import marching_cubes
 from tqdm import tqdm
 
@@ -27,15 +29,24 @@ import helper
 import network
 from config import settings
 from files import writing
+from ray_tracer import compiled
 from training import cameras, checkpoints
 
-SLACK = 1.5         # assumed bound on the sdf's slope; a steeper sdf may lose blocks that hold surface
+SLACK = 1.5         # assumed bound on the sdf's slope; a steeper sdf may lose parts that touch no other part
 APART = 1e-3        # minimum |sdf| at a point of the grid, in cells; smaller values are raised to it
 LEAF = 2            # blocks of the grid are halved down to this many points per side
-SHADED = 1 << 15    # vertices shaded per batch
+SHADED = 1 << 16    # vertices shaded per batch
 SUFFIXES = (".ply", ".obj", ".glb", ".html")
 NO_SURFACE = ("the sdf has no zero set in the unit sphere, so there is no surface to extract; check masks and cameras, "
               "the usual causes, in the training's renders")
+
+
+class Grid(NamedTuple):
+    """The points (indices * cell + low) @ axes, for indices below counts (3,). The axes (3, 3) are a rotation."""
+    axes: np.ndarray
+    low: np.ndarray
+    counts: np.ndarray
+    cell: float
 
 
 def main():
@@ -65,7 +76,7 @@ def main():
             else:
                 write_mesh(temporary, transformed(mesh, scale_mat) if args.world else mesh)
         print(f"{path}: {len(mesh.vertices)} vertices, {len(mesh.faces)} faces, "
-              f"{'watertight' if mesh.is_watertight else 'not watertight'}")
+              f"{'watertight' if is_closed(mesh) else 'not watertight'}")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -98,16 +109,17 @@ def extract(sdf: Callable, coarse_resolution: int, resolution: int) -> trimesh.T
     closes the mesh. Raises UserError if the sdf has no zero set in the sphere.
     """
     inside = in_sphere(sdf)
-    values, cell = coarse_grid(inside, coarse_resolution, resolution)
-    coarse = largest_component(surface(values, np.eye(3), np.full(3, -1.0), cell))
+    values, crossed, grid = coarse_grid(inside, coarse_resolution, resolution)
+    coarse, cell = largest_component(surface(values, crossed, grid)), grid.cell
     if cut_by_sphere(coarse.vertices, sdf).all():
         raise helper.UserError(NO_SURFACE)
     axes, low, high = oriented_box(coarse)
     step = cell
     while True:
         cell_fine = (high - low + 2 * cell).max() / resolution
-        mesh = largest_component(grid_mesh(inside, axes, low - cell, high + cell, cell_fine))
-        at_low, at_high = sides_reached(mesh, axes, low - cell, high + cell, cell_fine)
+        grid = grid_over(axes, low - cell, high + cell, cell_fine)
+        mesh = largest_component(surface(*sparse_grid(inside, grid), grid))
+        at_low, at_high = sides_reached(mesh, grid)
         if not (at_low.any() or at_high.any()):
             return mesh
         # A part too thin for the coarse pass reaches beyond the box.
@@ -121,7 +133,7 @@ def extract(sdf: Callable, coarse_resolution: int, resolution: int) -> trimesh.T
 
 def in_sphere(sdf: Callable) -> Callable:
     """Return the sdf of a shape's intersection with the unit sphere."""
-    return lambda points: np.maximum(sdf(points), np.linalg.norm(points, axis=1) - 1)
+    return lambda points: np.maximum(sdf(points), np.sqrt(np.einsum("nc,nc->n", points, points)) - 1)
 
 
 def cut_by_sphere(vertices: np.ndarray, sdf: Callable) -> np.ndarray:
@@ -133,16 +145,17 @@ def cut_by_sphere(vertices: np.ndarray, sdf: Callable) -> np.ndarray:
     return cut
 
 
-def coarse_grid(sdf: Callable, coarse_resolution: int, resolution: int) -> Tuple[np.ndarray, float]:
-    """Return the sdf on a grid over the cube [-1, 1]^3, as sparse_grid does, and the grid's step.
+def coarse_grid(sdf: Callable, coarse_resolution: int, resolution: int) -> Tuple[np.ndarray, np.ndarray, Grid]:
+    """Return sparse_grid's values and cells for a grid over the cube [-1, 1]^3, and the grid.
 
     If the shape is so thin that no grid point lies in it, the grid is refined, at most to `resolution`.
     """
     cell = 2.0 / coarse_resolution
     while True:
-        values = grid_values(sdf, np.eye(3), np.full(3, -1.0), np.full(3, 1.0), cell)
+        grid = grid_over(np.eye(3), np.full(3, -1.0), np.full(3, 1.0), cell)
+        values, crossed = sparse_grid(sdf, grid, reach(cell))
         if values.min() < 0 or cell <= 2.0 / resolution or not (values < reach(cell)).any():
-            return values, cell
+            return values, crossed, grid
         cell /= 2
 
 
@@ -163,15 +176,17 @@ def thin_parts(values: np.ndarray, cell: float, mesh: trimesh.Trimesh) -> np.nda
 
 
 # --- grids and meshes -------------------------------------------------------------------------------------------------
-# A grid has the step `cell` and spans the box from low to high (3,) in coordinates along axes, the rows of a rotation
-# (3, 3): its points are (indices * cell + low) @ axes.
 
-def sides_reached(mesh: trimesh.Trimesh, axes: np.ndarray, low: np.ndarray, high: np.ndarray,
-                  cell: float) -> Tuple[np.ndarray, np.ndarray]:
+def grid_over(axes: np.ndarray, low: np.ndarray, high: np.ndarray, cell: float) -> Grid:
+    """Return a grid from low to at least high, (3,) each, along axes (3, 3)."""
+    return Grid(axes, low, np.ceil((high - low) / cell).astype(int) + 1, cell)
+
+
+def sides_reached(mesh: trimesh.Trimesh, grid: Grid) -> Tuple[np.ndarray, np.ndarray]:
     """Return at which low and at which high sides of its grid a mesh ends, (3,) bool each."""
-    along = mesh.vertices @ axes.T
-    last = low + np.ceil((high - low) / cell) * cell
-    return along.min(axis=0) < low + 1e-4 * cell, along.max(axis=0) > last - 1e-4 * cell
+    along = mesh.vertices @ grid.axes.T
+    last = grid.low + (grid.counts - 1) * grid.cell
+    return along.min(axis=0) < grid.low + 1e-4 * grid.cell, along.max(axis=0) > last - 1e-4 * grid.cell
 
 
 def oriented_box(mesh: trimesh.Trimesh) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -187,74 +202,116 @@ def oriented_box(mesh: trimesh.Trimesh) -> Tuple[np.ndarray, np.ndarray, np.ndar
     return axes, along.min(axis=0), along.max(axis=0)
 
 
-def grid_mesh(sdf: Callable, axes: np.ndarray, low: np.ndarray, high: np.ndarray, cell: float) -> trimesh.Trimesh:
-    """Return the zero set of an sdf on a grid as a mesh, by marching cubes."""
-    return surface(grid_values(sdf, axes, low, high, cell), axes, low, cell)
+def surface(values: np.ndarray, crossed: np.ndarray, grid: Grid) -> trimesh.Trimesh:
+    """Return the zero set of sparse_grid's values as a mesh, by marching cubes.
 
-
-def grid_values(sdf: Callable, axes: np.ndarray, low: np.ndarray, high: np.ndarray, cell: float) -> np.ndarray:
-    """Return the sdf (X, Y, Z) on a grid from low to at least high, as sparse_grid does."""
-    return sparse_grid(sdf, axes, low, np.ceil((high - low) / cell).astype(int) + 1, cell)
-
-
-def surface(values: np.ndarray, axes: np.ndarray, low: np.ndarray, cell: float) -> trimesh.Trimesh:
-    """Return the zero set of a grid's values (X, Y, Z) as a mesh, by marching cubes; changes values near 0 in place.
-
-    Raises UserError if the values do not change sign.
+    Raises UserError if it crosses no cell.
     """
-    if not (values.min() < 0 < values.max()):
+    if not crossed.any():
         raise helper.UserError(NO_SURFACE)
-    # A surface through grid points would have triangles of no or almost no area; dropping these later leaves holes.
-    close = np.abs(values) < APART * cell
-    values[close] = np.where(values[close] < 0, -APART * cell, APART * cell)
-    vertices, faces = marching_cubes(values, 0.0)[:2]
-    return trimesh.Trimesh((vertices * cell + low) @ axes, faces, process=False)
+    vertices, faces = marching_cubes(values, 0.0, mask=crossed)[:2]
+    return trimesh.Trimesh((vertices * grid.cell + grid.low) @ grid.axes, faces, process=False)
 
 
-def sparse_grid(sdf: Callable, axes: np.ndarray, low: np.ndarray, counts: np.ndarray, cell: float) -> np.ndarray:
-    """Return the sdf on a grid of `counts` (3,) points: exact near the surface, elsewhere any value of the same sign.
+def sparse_grid(sdf: Callable, grid: Grid, exact: float = 0.0) -> Tuple[np.ndarray, np.ndarray]:
+    """Return the sdf on a grid where it matters, and the cells that the surface crosses.
 
-    The grid is cut into blocks. A block is kept and halved while the |sdf| at its centre is at most SLACK times half
-    the diagonal of the block and its neighbouring points. If the sdf's slope is at most SLACK, only such a block can
-    have an edge that crosses the surface.
+    The sdf (X, Y, Z) float32 is known at all corners of these cells and where |sdf| <= exact; elsewhere it is inf or
+    -inf, by its sign. The cells (X, Y, Z) bool are marked at their last corners, as marching_cubes wants its mask.
+
+    First come the signs. The grid is cut into blocks. A block is halved while the sdf at its centre, with a slope of at
+    most SLACK, leaves a sign in it open; the points of the last blocks are evaluated. Then come the corners of crossed
+    cells that are still unknown, until none is. If the slope exceeds SLACK, these correct wrong signs beside a surface.
     """
-    size = LEAF * 2 ** max(int(np.log2(min(counts) / LEAF / 4)), 0)
-    corners = np.stack(np.meshgrid(*(np.arange(0, n, size) for n in counts), indexing="ij"), axis=-1).reshape(-1, 3)
-    values = np.full(counts, np.nan, np.float32)
-
     def sdf_at(indices):
         out = np.empty(len(indices), np.float32)
         for start in tqdm(range(0, len(indices), 1 << 18), unit="block", leave=False, dynamic_ncols=True,
                           disable=len(indices) <= 1 << 18):
             part = slice(start, start + (1 << 18))
-            out[part] = sdf(((indices[part] * cell + low) @ axes).astype(np.float32))
+            out[part] = sdf(((indices[part] * grid.cell + grid.low) @ grid.axes).astype(np.float32))
         return out
 
+    def evaluate(indices):
+        # A surface through grid points would have triangles of no or almost no area; dropping these leaves holes.
+        out, least = sdf_at(indices), np.float32(APART * grid.cell)
+        values[tuple(indices.T)] = np.where(out < 0, np.minimum(out, -least), np.maximum(out, least))
+
+    values = np.empty(grid.counts, np.float32)
+    part = LEAF * 2 ** max(int(np.log2(min(grid.counts) / LEAF / 4)), 0)
+    blocks = np.argwhere(np.ones(-(-grid.counts // part), bool)).astype(np.int32, "C") * part
+    while part > 1:
+        size, part = part, part // 2 if part > LEAF else 1
+        centres = sdf_at(blocks + (size - 1) / 2)
+        unclear = np.abs(centres) <= exact + SLACK * grid.cell * 3 ** 0.5 / 2 * (size - 1)
+        blocks = divided(values, blocks, np.where(unclear, 0, np.copysign(np.float32(np.inf), centres)), size, part)
+    evaluate(blocks)
     while True:
-        centres = sdf_at(corners + (size - 1) / 2)
-        near = np.abs(centres) <= SLACK * (size + 1) * cell * 3 ** 0.5 / 2
-        for corner, value in zip(corners[~near], centres[~near]):
-            values[tuple(slice(c, c + size) for c in corner)] = value
-        corners = corners[near]
-        if size <= LEAF:
-            break
-        size //= 2
-        octants = np.stack(np.meshgrid(*[(0, size)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
-        corners = (corners[:, None] + octants).reshape(-1, 3)
-        corners = corners[(corners < counts).all(axis=1)]
-    offsets = np.stack(np.meshgrid(*[np.arange(size)] * 3, indexing="ij"), axis=-1).reshape(-1, 3)
-    indices = (corners[:, None] + offsets).reshape(-1, 3)
-    indices = indices[(indices < counts).all(axis=1)]
-    values[tuple(indices.T)] = sdf_at(indices)
-    return values
+        crossed, unknown = crossed_cells(values)
+        if not len(unknown):
+            return values, crossed
+        evaluate(np.stack(np.unravel_index(unknown, values.shape), axis=1))
+
+
+@compiled
+def divided(values, blocks, signs, size, part):
+    """Set the values of each block (N, 3) of `size` points per side to its sign (N,), inf or -inf; divide those of 0.
+
+    A block is named by its first point. Returns the blocks (M, 3) of `part` points per side.
+    """
+    parts, last = np.empty((np.sum(signs == 0) * (size // part) ** 3, 3), np.int32), 0
+    for n in range(len(blocks)):
+        x, y, z = blocks[n]
+        if signs[n] != 0:
+            values[x:x + size, y:y + size, z:z + size] = signs[n]
+            continue
+        for i in range(x, min(x + size, values.shape[0]), part):
+            for j in range(y, min(y + size, values.shape[1]), part):
+                for k in range(z, min(z + size, values.shape[2]), part):
+                    parts[last] = i, j, k
+                    last += 1
+    return parts[:last]
+
+
+@compiled
+def crossed_cells(values):
+    """Return sparse_grid's cells of values (X, Y, Z), and their corners that are inf or -inf, as flat indices.
+
+    The values of these corners become finite, with the same signs, so that each is returned once.
+    """
+    crossed, unknown = np.zeros(values.shape, np.bool_), [0 for _ in range(0)]
+    inside = np.empty(values.shape[2], np.int8)
+    for i in range(values.shape[0] - 1):
+        for j in range(values.shape[1] - 1):
+            a, b, c, d = values[i, j], values[i, j + 1], values[i + 1, j], values[i + 1, j + 1]
+            for k in range(len(inside)):
+                inside[k] = (a[k] < 0) + (b[k] < 0) + (c[k] < 0) + (d[k] < 0)
+            for k in range(1, len(inside)):
+                if 0 < inside[k - 1] + inside[k] < 8:
+                    crossed[i + 1, j + 1, k] = True
+                    for corner in np.ndindex((2, 2, 2)):
+                        x, y, z = i + corner[0], j + corner[1], k - corner[2]
+                        if np.isinf(values[x, y, z]):
+                            values[x, y, z] = np.copysign(1.0, values[x, y, z])
+                            unknown.append((x * values.shape[1] + y) * values.shape[2] + z)
+    return crossed, np.array(unknown)
 
 
 def largest_component(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     """Return the connected component of a mesh with the largest area."""
-    parts = trimesh.graph.connected_components(mesh.face_adjacency, nodes=np.arange(len(mesh.faces)))
-    areas = mesh.area_faces
-    part = max(parts, key=lambda faces: areas[faces].sum())
-    return mesh.submesh([part], append=True)
+    first, others, count = mesh.faces[:, 0], mesh.faces[:, 1:], len(mesh.vertices)
+    edges = coo_matrix((np.ones(others.size, np.int8), (first.repeat(2), others.ravel())), (count, count))
+    number, labels = connected_components(edges, directed=False)
+    if number == 1:
+        return mesh
+    kept = labels == np.bincount(labels[first], mesh.area_faces).argmax()
+    return trimesh.Trimesh(mesh.vertices[kept], (np.cumsum(kept) - 1)[mesh.faces[kept[first]]], process=False)
+
+
+def is_closed(mesh: trimesh.Trimesh) -> bool:
+    """Return whether every edge of a mesh has two faces, as its is_watertight does in far more time."""
+    ends = np.sort(mesh.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
+    edges = np.sort(ends[:, 0] * len(mesh.vertices) + ends[:, 1])
+    return len(edges) % 2 == 0 and (edges[::2] == edges[1::2]).all() and (edges[2::2] != edges[1:-1:2]).all()
 
 
 # --- normals, colours, files ------------------------------------------------------------------------------------------
@@ -282,10 +339,10 @@ def transformed(mesh: trimesh.Trimesh, matrix: np.ndarray) -> trimesh.Trimesh:
 
     Normals move by the inverse transpose and are normalised.
     """
-    moved = mesh.copy()
-    moved.apply_transform(matrix)       # flips the faces if the matrix is a reflection
-    moved.vertex_normals = trimesh.unitize(mesh.vertex_normals @ np.linalg.inv(matrix[:3, :3]))
-    return moved
+    normals = trimesh.unitize(mesh.vertex_normals @ np.linalg.inv(matrix[:3, :3]))
+    faces = mesh.faces[:, ::-1] if np.linalg.det(matrix[:3, :3]) < 0 else mesh.faces     # a reflection turns them over
+    return trimesh.Trimesh(trimesh.transform_points(mesh.vertices, matrix), faces, vertex_normals=normals,
+                           vertex_colors=mesh.visual.vertex_colors, process=False)
 
 
 def write_mesh(path: Path, mesh: trimesh.Trimesh) -> None:

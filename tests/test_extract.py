@@ -6,6 +6,7 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 import trimesh
+from scipy.spatial import cKDTree
 from scipy.spatial.transform import Rotation
 
 import extract
@@ -36,6 +37,12 @@ def with_floater(points):
     return np.minimum(torus(points), ball).astype(np.float32)
 
 
+def grid_mesh(sdf, axes, low, high, cell):
+    """Return the zero set of an sdf on a grid from low to high, as a mesh."""
+    grid = extract.grid_over(axes, low, high, cell)
+    return extract.surface(*extract.sparse_grid(sdf, grid), grid)
+
+
 def test_a_torus_comes_out_closed_with_its_hole_and_on_its_surface():
     mesh = extract.extract(torus, 48, 96)
     assert mesh.is_watertight and mesh.euler_number == 0
@@ -57,22 +64,80 @@ def test_the_fine_grid_lies_along_the_object():
     assert mesh.is_watertight and mesh.volume == pytest.approx(0.12, rel=0.03)
 
 
-@pytest.mark.parametrize("sdf", [torus, box, with_floater])
-def test_the_sparse_grid_gives_the_mesh_of_the_dense_one(sdf):
-    counts, cell, low = np.array([90, 81, 77]), 0.023, np.array([-1.03, -0.93, -0.9])
-    seen = []
+def wall(points):
+    """A wall of 0.4 cells of the grid below, at an angle to it."""
+    return (np.abs(points @ slanted_axes()[0]) - 0.0046).astype(np.float32)
 
-    def counting(points):
-        seen.append(len(points))
-        return sdf(points)
 
-    sparse = extract.sparse_grid(counting, np.eye(3), low, counts, cell)
-    grid = np.stack(np.meshgrid(*(np.arange(n) for n in counts), indexing="ij"), axis=-1).reshape(-1, 3)
-    dense = sdf((grid * cell + low).astype(np.float32)).reshape(counts)
-    assert np.isfinite(sparse).all()
-    for ours, theirs in zip(extract.marching_cubes(sparse, 0.0)[:2], extract.marching_cubes(dense, 0.0)[:2]):
-        assert np.array_equal(ours, theirs)
-    assert sum(seen) < 0.5 * dense.size
+def saddles(points):
+    """A gyroid, of which every cell of the grid below that it crosses is ambiguous or nearly so; scaled to slope 1."""
+    x, y, z = 60 * points.T
+    return ((np.sin(x) * np.cos(y) + np.sin(y) * np.cos(z) + np.sin(z) * np.cos(x)) / 100).astype(np.float32)
+
+
+def dust(points, radius=0.001):
+    """Balls that hold one point of the grid below each, with the steepest slope that is allowed for."""
+    centres = np.random.default_rng(1).integers(6, 70, (400, 3)) * 0.023 + [-1.03, -0.93, -0.9]
+    return (1.49 * (cKDTree(centres).query(points)[0] - radius)).astype(np.float32)
+
+
+def dense_grid(sdf, grid):
+    """Return the sdf at all points of a grid, moved from 0 as in sparse_grid, and all cells."""
+    indices = np.stack(np.meshgrid(*map(np.arange, grid.counts), indexing="ij"), axis=-1).reshape(-1, 3)
+    values = sdf(((indices * grid.cell + grid.low) @ grid.axes).astype(np.float32)).reshape(grid.counts)
+    least = np.float32(extract.APART * grid.cell)
+    return np.where(values < 0, np.minimum(values, -least), np.maximum(values, least)), np.ones(grid.counts, bool)
+
+
+@pytest.mark.parametrize("most, sdf", [
+    (0.065, torus), (0.03, box), (0.065, with_floater), (0.09, wall), (1.2, saddles),
+    (0.06, lambda points: 1.4 * torus(points)), (0.04, lambda points: 0.7 * box(points)),
+    (0.15, dust), (0.25, lambda points: dust(points, 0.03)),
+    (0.06, lambda points: 2.7 * torus(points)), (0.06, lambda points: 2.7 * with_floater(points)),    # beyond SLACK
+    (0.08, lambda points: np.sign(torus(points))),
+])
+def test_the_sparse_grid_gives_the_mesh_of_the_dense_one(most, sdf):
+    grid = extract.Grid(np.eye(3), np.array([-1.03, -0.93, -0.9]), np.array([90, 81, 77]), 0.023)
+    counted = Counted(sdf)
+    values, crossed = extract.sparse_grid(counted, grid)
+    dense, everywhere = dense_grid(sdf, grid)
+    assert np.array_equal(values < 0, dense < 0)
+    assert np.array_equal(values[np.isfinite(values)], dense[np.isfinite(values)])
+    ours, theirs = extract.surface(values, crossed, grid), extract.surface(dense, everywhere, grid)
+    assert np.array_equal(ours.vertices, theirs.vertices) and np.array_equal(ours.faces, theirs.faces)
+    assert counted.count < most * dense.size
+
+
+@pytest.mark.parametrize("sdf", [torus, wall, dust])
+def test_the_sparse_grid_knows_every_small_value_that_it_is_asked_for(sdf):
+    grid = extract.Grid(slanted_axes(), np.array([-1.03, -0.93, -0.9]), np.array([45, 41, 39]), 0.046)
+    exact = extract.reach(grid.cell)
+    values, dense = extract.sparse_grid(sdf, grid, exact)[0], dense_grid(sdf, grid)[0]
+    assert np.isfinite(values[np.abs(dense) <= exact]).all() and np.isinf(values).any()
+
+
+def test_the_coarse_grid_knows_every_point_that_may_be_near_a_surface():
+    values, _, grid = extract.coarse_grid(dust, 40, 40)
+    assert np.array_equal(values < extract.reach(grid.cell), dense_grid(dust, grid)[0] < extract.reach(grid.cell))
+
+
+def test_only_the_component_of_the_largest_area_is_kept_whole():
+    balls = [trimesh.creation.icosphere(subdivisions, radius).apply_translation([place, 0, 0])
+             for subdivisions, radius, place in ((3, 0.1, -1), (1, 0.5, 0), (2, 0.2, 1))]
+    kept = extract.largest_component(trimesh.util.concatenate(balls))
+    assert np.array_equal(kept.triangles, balls[1].triangles) and len(kept.vertices) == len(balls[1].vertices)
+
+
+@pytest.mark.parametrize("change, closed", [
+    (lambda faces: faces, True), (lambda faces: faces[1:], False), (lambda faces: faces[:-2], False),
+    (lambda faces: np.concatenate([faces, faces[:1]]), False),
+    (lambda faces: np.concatenate([faces, faces[:1], faces[:1]]), False),
+    (lambda faces: np.concatenate([faces[1:], faces[:1, ::-1]]), True),
+])
+def test_a_mesh_is_closed_where_trimesh_says_that_it_is_watertight(change, closed):
+    ball = trimesh.creation.icosphere(2)
+    mesh = trimesh.Trimesh(ball.vertices, change(ball.faces), process=False)
+    assert extract.is_closed(mesh) == closed == mesh.is_watertight
 
 
 @pytest.mark.parametrize("sdf", [
@@ -168,10 +233,10 @@ def test_a_sheet_between_the_points_of_the_coarse_grid():
 def test_a_shape_within_the_unit_sphere_is_what_it_is_without_that(sdf):
     """The two passes without the unit sphere give the same mesh, bit for bit."""
     cell = 2 / 48
-    coarse = extract.largest_component(extract.grid_mesh(sdf, np.eye(3), np.full(3, -1.0), np.full(3, 1.0), cell))
+    coarse = extract.largest_component(grid_mesh(sdf, np.eye(3), np.full(3, -1.0), np.full(3, 1.0), cell))
     axes, low, high = extract.oriented_box(coarse)
     fine = (high - low + 2 * cell).max() / 96
-    expected = extract.largest_component(extract.grid_mesh(sdf, axes, low - cell, high + cell, fine))
+    expected = extract.largest_component(grid_mesh(sdf, axes, low - cell, high + cell, fine))
     mesh = extract.extract(sdf, 48, 96)
     assert np.array_equal(mesh.vertices, expected.vertices) and np.array_equal(mesh.faces, expected.faces)
     assert not extract.cut_by_sphere(mesh.vertices, sdf).any()
@@ -219,7 +284,7 @@ def test_a_surface_through_grid_points_is_closed_all_the_same():
     def plates(points):
         return np.abs(np.round(points * 16) / 16).max(axis=1).astype(np.float32) - np.float32(0.5)
 
-    mesh = extract.largest_component(extract.grid_mesh(plates, np.eye(3), np.full(3, -1.0), np.full(3, 1.0), 1 / 16))
+    mesh = extract.largest_component(grid_mesh(plates, np.eye(3), np.full(3, -1.0), np.full(3, 1.0), 1 / 16))
     assert mesh.is_watertight
 
 
@@ -231,7 +296,7 @@ def test_a_surface_within_rounding_of_grid_points_is_closed_all_the_same(seed):
     def cube(points):
         return np.abs(points @ axes.T.astype(np.float32)).max(axis=1) - np.float32(0.5)
 
-    mesh = extract.largest_component(extract.grid_mesh(cube, axes, np.full(3, -1.0), np.full(3, 1.0), 1 / 16))
+    mesh = extract.largest_component(grid_mesh(cube, axes, np.full(3, -1.0), np.full(3, 1.0), 1 / 16))
     assert mesh.is_watertight and mesh.euler_number == 2
     assert mesh.volume == pytest.approx(1.0, rel=0.03)     # marching cubes cuts its edges within a cell
 
