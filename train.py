@@ -133,7 +133,7 @@ class Training:
                               "the same run's folder; let the machines share their files")
         self.pose = cameras.parameter()
         self.sdf, self.shade = network.sdf_evaluator(), network.shader(conf.network)
-        self.grid = state and checkpoints.grid_of(state) or SdfGrid.of(self.sdf, grid_side(conf.train.rays))
+        self.grid = state and checkpoints.grid_of(state) or remembered(self.sdf, conf.train.rays)
         self.step = TrainingStep(conf.network.without, LossWeights(conf.train.mask_weight, conf.train.eikonal_weight),
                                  conf.train.rays, want_grad_rays=self.camera_solver is not None)
         # After an epoch's last step its render and its model may still be missing, so the epoch is finished once more.
@@ -197,9 +197,10 @@ class Training:
         losses = self.step.compute_gradients(self.solver, batch, placed, self.alpha, rng)
         world.mean_gradients()
         self.batch = next(self.batches)       # while the GPU is still at work on the step
-        self.grid.learn_heard()
         losses = {name: float(losses[name].d) for name in LOSSES}
-        self.grid.learn(*self.step.uniform_points())
+        if self.grid:
+            self.grid.learn_heard()
+            self.grid.learn(*self.step.uniform_points())
         means = world.mean({**losses, "hits": placed.hit_in_mask.sum(), "signals": len(stop)})
         stopping = means.pop("signals") > 0
         check_losses(means, step, epoch, self.folder)
@@ -285,9 +286,13 @@ def is_due(epoch, every, num_epochs):
     return (epoch + 1) % every == 0 or epoch + 1 == num_epochs
 
 
-def grid_side(num_rays):
-    """Return the side of the grid that remembers the sdf: a step's evaluations renew it within some 50 steps."""
-    return int(np.clip(round((256 * num_rays) ** (1 / 3)), 16, 128))
+def remembered(sdf, num_rays):
+    """Return the SdfGrid with which a training of so many rays per step begins, None on a GPU.
+
+    A step's evaluations renew it within some 50 steps. On a GPU, evaluations cost less than the choice among them.
+    """
+    side = int(np.clip(round((256 * num_rays) ** (1 / 3)), 16, 128))
+    return SdfGrid.of(sdf, side) if network.on_cpu() else None
 
 
 def model_name(epoch):

@@ -32,7 +32,7 @@ import synthesize  # noqa: E402
 from backends import architecture, cpu_kernels  # noqa: E402
 from config.settings import Network, Tracer, load_config  # noqa: E402
 from sdf_grid import SdfGrid  # noqa: E402
-from train import grid_side  # noqa: E402
+from train import remembered  # noqa: E402
 from training import checkpoints, parallel  # noqa: E402
 from training.step import LossWeights, TrainingStep, place_points  # noqa: E402
 
@@ -164,7 +164,7 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, num_rays: int, num_step
     solver = S.Adam(LEARNING_RATE)
     solver.set_parameters(nn.get_parameters())
     sdf, step = network.sdf_evaluator(), TrainingStep((), LossWeights(100.0, 0.1), num_rays)
-    grid = SdfGrid.of(sdf, grid_side(num_rays))
+    grid = remembered(sdf, num_rays)
     batches = datasets.training_batches(scene, list(range(len(scene.images))), datasets.Draw(num_rays), process=world)
     seconds, stage, evaluations, num_surface = defaultdict(list), {}, defaultdict(float), []
 
@@ -196,7 +196,8 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, num_rays: int, num_step
         timed_part("backward", graph.backward)
         if world.size > 1:
             timed_part("all-reduce", world.mean_gradients)
-        timed_part("learn", lambda: (grid.learn_heard(), grid.learn(*step.uniform_points())))
+        if grid:
+            timed_part("learn", lambda: (grid.learn_heard(), grid.learn(*step.uniform_points())))
         timed_part("update", solver.update)
         num_surface.append(graph.directions.shape[0])
     return seconds, evaluations, np.mean(num_surface)

@@ -21,8 +21,7 @@ import helper  # noqa: E402
 import network  # noqa: E402
 from backends import architecture, context  # noqa: E402
 from config import settings  # noqa: E402
-from sdf_grid import SdfGrid  # noqa: E402
-from train import grid_side, scheduled  # noqa: E402
+from train import remembered, scheduled  # noqa: E402
 from training import checkpoints  # noqa: E402
 from training.step import LossWeights, Placed, TrainingStep, place_points  # noqa: E402
 
@@ -43,7 +42,8 @@ def main():
     parser.add_argument("--steps", type=int, help="instead of those of the configuration")
     args = parser.parse_args()
     conf = settings.load_config(args.config)
-    context.set_context(args.context, args.device_id)
+    if context.set_context(args.context, args.device_id) != "cpu":
+        raise helper.UserError("only a training on the CPU remembers the sdf; add --context cpu")
     network.initialize(conf.network, np.random.default_rng(conf.train.seed))
     if args.model_load_path:
         checkpoints.load_model(args.model_load_path, architecture.parameter_shapes(conf.network))
@@ -67,7 +67,7 @@ def compare(conf, scene, views, num_steps):
     solver = S.Adam(train.learning_rate)
     solver.set_parameters(nn.get_parameters())
     sdf = counting(network.sdf_evaluator(), counted)
-    grid = SdfGrid.of(sdf, grid_side(train.rays))
+    grid = remembered(sdf, train.rays)
     taken = TrainingStep(conf.network.without, LossWeights(train.mask_weight, train.eikonal_weight), train.rays)
     draw = datasets.Draw(train.rays, train.seed, train.outline_fraction)
     batches = datasets.training_batches(scene, views, draw)
