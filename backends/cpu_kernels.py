@@ -1,15 +1,15 @@
-"""The two networks on the CPU, in NumPy and Numba. nnabla's own CPU kernels use one core and no vector instructions.
+"""The two networks on the CPU, in Numba. nnabla's own CPU kernels use one core and no vector instructions.
 
 The formulas are those of gpu.py; tests/test_network.py compares the two. A network's weights come as one vector (pack)
-with the weight normalisation folded in, and `sizes`, (in, out) of each affine layer. All arrays are float32. The
-implicit network runs in functions compiled by Numba: NumPy would need many passes over each layer, and the cores would
-wait for one another between them.
+with the weight normalisation folded in, and `sizes`, (in, out) of each affine layer. All arrays are float32. The rows
+are cut into blocks, one for each core or more. A block's whole pass through a network is one function compiled by
+Numba: NumPy would need many passes over each layer, and the cores would wait for one another between them.
 """
 import os
-from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Callable, List, Optional, Tuple
+from queue import SimpleQueue
+from threading import Thread
+from typing import Callable, List, NamedTuple, Optional, Tuple
 
 import numba
 import numpy as np
@@ -19,12 +19,9 @@ from threadpoolctl import threadpool_limits
 from backends import architecture
 from backends.architecture import SOFTPLUS_BETA
 
-Pair = Tuple[np.ndarray, np.ndarray]
-Layers = List[Pair]     # W (in, out) and b (out,) of each layer
-
 ROOT_HALF = np.float32(0.5 ** 0.5)
 BLOCK = 1 << 17         # values of a layer computed together (512 rows at least), so that they stay in the cache
-MIN_PER_CORE = 3 << 12  # values; with fewer, two threads lose more time to the interpreter's lock than they save
+MIN_PER_CORE = 1 << 12  # values; with fewer, a second core saves less than it takes to hand over
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
@@ -37,32 +34,45 @@ def limit_blas_threads() -> None:
 
 
 @lru_cache(maxsize=None)
-def pool() -> ThreadPoolExecutor:
-    """Return the threads that work beside the caller's."""
-    return ThreadPoolExecutor(max(CORES - 1, 1))
+def helpers() -> List[SimpleQueue]:
+    """Start a thread beside the caller's for each further core, and return the queues of their work."""
+    queues = [SimpleQueue() for _ in range(CORES - 1)]
+    for queue in queues:
+        Thread(target=help_out, args=(queue,), daemon=True).start()
+    return queues
 
 
-def blocks(num_rows: int, width: int) -> List[slice]:
-    """Cut rows of that width into slices: as many for each core, on as many cores as have enough to do."""
-    cores = min(max(num_rows * width // MIN_PER_CORE, 1), CORES)
-    rounds = -(-num_rows // (cores * max(BLOCK // width, 512)))
-    block = max(-(-num_rows // (cores * rounds)), 1) if num_rows else 1
-    return [slice(start, min(start + block, num_rows)) for start in range(0, num_rows, block)]
+def help_out(queue: SimpleQueue) -> None:
+    """Do the work that on_all_cores sends, for ever."""
+    while True:
+        numbers, function, args, done = queue.get()
+        for number in numbers:
+            try:
+                function(number, *args)
+                done.put(None)
+            except BaseException as error:
+                done.put(error)
+        del numbers, function, args, done       # or the arrays would live until the next call
 
 
-def on_all_cores(function: Callable, items: list) -> list:
-    """Return [function(item) for item in items], with each item computed on one core."""
-    results, numbers = [None] * len(items), iter(range(len(items)))
+def on_all_cores(function: Callable, split: "Split", *args) -> None:
+    """Call function(number, split, *args) for the number of each block, on all cores.
 
-    def work():
-        for number in numbers:      # each thread takes the next one
-            results[number] = function(items[number])
-
-    others = [pool().submit(work) for _ in range(min(CORES, len(items)) - 1)]
-    work()
-    for other in others:
-        other.result()
-    return results
+    Each thread takes the next number when it is free. So the caller waits only for blocks that have been begun. Where
+    other programs keep the cores busy, it does the others' blocks itself. Threads that each have a fixed share (OpenMP)
+    wait for the slowest there, up to 10 ms at a time. The function must write each block's results to a place of its
+    own, so that they do not depend on the thread.
+    """
+    numbers, done, own = iter(range(split.blocks)), SimpleQueue(), 0
+    for queue in helpers()[:split.blocks - 1]:
+        queue.put((numbers, function, (split, *args), done))
+    for number in numbers:
+        function(number, split, *args)
+        own += 1
+    for _ in range(split.blocks - own):
+        error = done.get()
+        if error:
+            raise error
 
 
 # Compiled at the first call and cached beside this file. Compiled code releases the interpreter's lock. fastmath may
@@ -103,21 +113,21 @@ def encode(x: np.ndarray, bands: int) -> np.ndarray:
 
 
 @compiled
-def encode_derivative(encoded: np.ndarray) -> np.ndarray:
-    """Return the derivative (N, columns) of each column of gamma(x) with respect to the coordinate that it encodes."""
-    out = np.ones_like(encoded)
+def encode_derivative(encoded: np.ndarray, out: np.ndarray) -> None:
+    """Write the derivative (N, columns) of each column of gamma(x) with respect to the coordinate that it encodes to
+    out."""
     for row in range(len(encoded)):
         freq = np.float32(1.0)
+        out[row, :3] = freq
         for s in range(3, encoded.shape[1], 6):
             for c in range(s, s + 3):
                 out[row, c] = freq * encoded[row, c + 3]        # sin' = cos
                 out[row, c + 3] = -freq * encoded[row, c]       # cos' = -sin
             freq *= np.float32(2.0)
-    return out
 
 
 @compiled
-def affine(packed: np.ndarray, sizes: np.ndarray, layer: int) -> Pair:
+def affine(packed: np.ndarray, sizes: np.ndarray, layer: int) -> Tuple[np.ndarray, np.ndarray]:
     """Return W (in, out) and b (out,) of a layer, as views of the packed weights."""
     start = 0
     for k in range(layer):
@@ -178,7 +188,7 @@ def join(encoded: np.ndarray, h: np.ndarray) -> None:
 
 
 @compiled
-def split(back: np.ndarray, scale: np.float32, grad_encoded: np.ndarray) -> None:
+def add_encoded(back: np.ndarray, scale: np.float32, grad_encoded: np.ndarray) -> None:
     """Add the part of gamma(x), the last columns of a derivative with respect to [h, gamma(x)] * scale, to
     grad_encoded."""
     first = back.shape[1] - grad_encoded.shape[1]
@@ -187,24 +197,81 @@ def split(back: np.ndarray, scale: np.float32, grad_encoded: np.ndarray) -> None
             grad_encoded[row, column] += back[row, first + column] * scale
 
 
+# --- blocks of rows ---------------------------------------------------------------------------------------------------
+
+class Split(NamedTuple):
+    """How N rows, of which the first num_hits are hits, are cut into blocks, each with its share of the hits."""
+    num_rows: int
+    num_hits: int
+    blocks: int
+
+
+class Block(NamedTuple):
+    """The rows of a block: some hits, then others. In the order of the blocks, they begin at `first`."""
+    first: int
+    rows: int
+    hits: int
+    first_hit: int
+    first_other: int
+
+
+def split_rows(num_rows: int, width: int, num_hits: int = 0) -> Split:
+    """Return the Split of rows of that width: as many blocks for each core, on as many cores as have enough to do."""
+    cores = min(max(num_rows * width // MIN_PER_CORE, 1), CORES)
+    rounds = max(-(-num_rows // (cores * max(BLOCK // width, 512))), 1)
+    return Split(num_rows, num_hits, cores * rounds)
+
+
 @compiled
-def last_hidden(x: np.ndarray, packed: np.ndarray, sizes: np.ndarray, inputs: np.ndarray,
-                slopes: np.ndarray) -> np.ndarray:
+def block_of(split: Split, number: int) -> Block:
+    """Return the block of that number."""
+    blocks, others = split.blocks, split.num_rows - split.num_hits
+    hit, other = split.num_hits * number // blocks, others * number // blocks
+    hits, rest = split.num_hits * (number + 1) // blocks - hit, others * (number + 1) // blocks - other
+    return Block(hit + other, hits + rest, hits, hit, split.num_hits + other)
+
+
+@compiled
+def take(array: np.ndarray, block: Block) -> np.ndarray:
+    """Return a block's rows of an array (N, C)."""
+    out = np.empty((block.rows, array.shape[1]), np.float32)
+    out[:block.hits] = array[block.first_hit:block.first_hit + block.hits]
+    out[block.hits:] = array[block.first_other:block.first_other + block.rows - block.hits]
+    return out
+
+
+@compiled
+def put(out: np.ndarray, block: Block, array: np.ndarray) -> None:
+    """Write a block's rows to an array (N, C)."""
+    array[block.first_hit:block.first_hit + block.hits] = out[:block.hits]
+    array[block.first_other:block.first_other + block.rows - block.hits] = out[block.hits:]
+
+
+# --- the implicit network ---------------------------------------------------------------------------------------------
+
+class Weights(NamedTuple):
+    """A network's weights, normalised."""
+    packed: np.ndarray      # all W and b in one vector, as `affine` reads them
+    sizes: np.ndarray       # (in, out) of each layer, an array (L, 2)
+
+
+@compiled
+def last_hidden(x: np.ndarray, net: Weights, inputs: np.ndarray, slopes: np.ndarray) -> np.ndarray:
     """Return the input of the implicit network's last layer at x (N, 3).
 
-    inputs and slopes, flat, receive the inputs of all layers and the derivatives of the softplus after all but the
-    last, unless they are empty.
+    inputs and slopes, flat as in Kept, receive the inputs of all layers and the derivatives of the softplus after all
+    but the last, unless they are empty.
     """
-    rows, count, keep = len(x), len(sizes), len(inputs) > 0
+    rows, sizes, count, keep = len(x), net.sizes, len(net.sizes), len(inputs) > 0
     h = encoded = encode(x, (sizes[0, IN] - 3) // 6)
     if keep:
-        inputs[:encoded.size] = encoded.ravel()
+        part(inputs, 2 * rows, sizes, IN, 0)[:rows] = encoded
     for layer in range(count - 1):
-        w, b = affine(packed, sizes, layer)
+        w, b = affine(net.packed, sizes, layer)
         z = np.dot(h, w)
         scale = ROOT_HALF if has_skip(layer + 1, count) else np.float32(1.0)
         if keep:
-            h = part(inputs, rows, sizes, IN, layer + 1)
+            h = part(inputs, 2 * rows, sizes, IN, layer + 1)[:rows]
             softplus(z, b, scale, h, part(slopes, rows, sizes, OUT, layer))
         else:
             h = np.empty((rows, sizes[layer + 1, IN]), np.float32)
@@ -214,213 +281,192 @@ def last_hidden(x: np.ndarray, packed: np.ndarray, sizes: np.ndarray, inputs: np
     return h
 
 
-NOTHING = np.empty(0, np.float32)
-
-
-def implicit_sdf(x: np.ndarray, packed: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def implicit_sdf(x: np.ndarray, net: Weights) -> np.ndarray:
     """Return the sdf (N,) at x (N, 3), without computing features or normals."""
     x, out = np.ascontiguousarray(x, np.float32), np.empty(len(x), np.float32)
-    last_w, last_b = affine(packed, sizes, len(sizes) - 1)
-
-    def fill(rows):
-        h = last_hidden(x[rows], packed, sizes, NOTHING, NOTHING)
-        np.matmul(h, last_w[:, 0], out=out[rows])
-        out[rows] += last_b[0]
-
-    on_all_cores(fill, blocks(len(x), sizes[-1, IN]))
+    on_all_cores(sdf_block, split_rows(len(x), net.sizes[-1, IN]), x, net, out)
     return out
 
 
-def implicit_forward(x: np.ndarray, packed: np.ndarray, sizes: np.ndarray,
-                     num_hits: int = 0) -> Tuple[np.ndarray, np.ndarray, list]:
-    """Compute the implicit network and its sdf's gradient, the normal, at x (N, 3), of which the first num_hits are
-    hits.
+@compiled
+def sdf_block(number: int, split: Split, x: np.ndarray, net: Weights, out: np.ndarray) -> None:
+    """Do one block of implicit_sdf."""
+    w, b = affine(net.packed, net.sizes, len(net.sizes) - 1)
+    w, nothing = w[:, 0].copy(), np.empty(0, np.float32)
+    block = block_of(split, number)
+    rows = slice(block.first, block.first + block.rows)
+    values = np.dot(last_hidden(x[rows], net, nothing, nothing), w)
+    for row in range(block.rows):
+        out[block.first + row] = values[row] + b[0]
 
-    Returns sdf and feature (N, 1 + F), the normals (N, 3), not normalised, and what implicit_backward takes as `saved`.
+
+class Kept(NamedTuple):
+    """What the forward pass keeps of N rows for the backward pass, in the order of the blocks.
+
+    Flat arrays hold each block's arrays of all layers in order, see `part`. The lower half of `inputs` and the upper
+    half of `grad_zs` belong to the backward pass.
     """
-    x = np.ascontiguousarray(x, np.float32)
-    output, normals = np.empty((len(x), sizes[-1, OUT]), np.float32), np.empty((len(x), 3), np.float32)
-
-    def fill(block):
-        block_hits, rows = block
-        inputs, slopes = (np.empty(len(rows) * total, np.float32)
-                          for total in (sizes[:, IN].sum(), sizes[:-1, OUT].sum()))
-        h = last_hidden(x[rows], packed, sizes, inputs, slopes)
-        output[rows], normals[rows], *rest = forward_block(h, inputs, slopes, packed, sizes)
-        return block_hits, rows, (inputs, slopes, *rest)
-
-    return output, normals, on_all_cores(fill, mixed_blocks(num_hits, len(x), sizes[-1, IN]))
-
-
-def mixed_blocks(num_hits: int, num_rows: int, width: int) -> List[Tuple[int, np.ndarray]]:
-    """Cut rows into as many blocks as `blocks` does, each with its share of the hits, which are the first rows.
-
-    Returns [(number of hits, the block's rows with its hits first)].
-    """
-    count = len(blocks(num_rows, width))
-    ends = [np.linspace(first, last, count + 1).astype(int) for first, last in ((0, num_hits), (num_hits, num_rows))]
-    return [(b - a, np.r_[a:b, c:d]) for a, b, c, d in zip(ends[0], ends[0][1:], ends[1], ends[1][1:])]
+    inputs: np.ndarray          # flat, of each layer (2 rows, in): its inputs, then their tangents
+    grad_zs: np.ndarray         # flat, of each layer (2 rows, out): the loss's gradient with respect to z, then the
+                                # sdf's, the deltas
+    slopes: np.ndarray          # flat, of all layers but the last (rows, out): the derivative of softplus
+    derivative: np.ndarray      # (N, columns): the derivative of gamma(x)
+    normal_encoded: np.ndarray  # (N, columns): d sdf / d gamma
 
 
 @compiled
-def forward_block(h: np.ndarray, inputs: np.ndarray, slopes: np.ndarray, packed: np.ndarray,
-                  sizes: np.ndarray) -> Tuple[np.ndarray, ...]:
-    """Return the last layer's z (N, 1 + F) and the normal (N, 3), from what last_hidden computed.
+def kept_of(kept: Kept, block: Block, sizes: np.ndarray) -> Kept:
+    """Return a block's part of a Kept, as views."""
+    first, last, total_in, total_out = block.first, block.first + block.rows, sizes[:, IN].sum(), sizes[:, OUT].sum()
+    total_slopes = total_out - sizes[-1, OUT]
+    return Kept(kept.inputs[2 * first * total_in:2 * last * total_in],
+                kept.grad_zs[2 * first * total_out:2 * last * total_out],
+                kept.slopes[first * total_slopes:last * total_slopes],
+                kept.derivative[first:last], kept.normal_encoded[first:last])
 
-    Also returns, for the backward pass, d sdf / d z of all layers but the last (deltas, flat), gamma's derivative and
-    d sdf / d gamma (N, columns).
+
+def implicit_forward(x: np.ndarray, net: Weights, num_hits: int = 0) -> Tuple[np.ndarray, np.ndarray, Kept]:
+    """Compute the implicit network and its sdf's gradient, the normal, at x (N, 3), of which the first num_hits are
+    hits.
+
+    Returns sdf and feature (N, 1 + F), the normals (N, 3), not normalised, and the Kept for implicit_backward.
     """
-    rows, count = len(h), len(sizes)
-    deltas = np.empty_like(slopes)
-    w, b = affine(packed, sizes, count - 1)
-    z, normal = np.dot(h, w), np.empty((rows, 3), np.float32)
-    back, scale = np.empty((rows, sizes[count - 1, IN]), np.float32), np.float32(1.0)
+    x, rows, (total_in, total_out) = np.ascontiguousarray(x, np.float32), len(x), net.sizes.sum(axis=0).tolist()
+    columns, last = net.sizes[0, IN], net.sizes[-1, OUT]
+    shapes = 2 * rows * total_in, 2 * rows * total_out, rows * (total_out - last), (rows, columns), (rows, columns)
+    kept = Kept(*(np.empty(shape, np.float32) for shape in shapes))
+    output, normals = np.empty((rows, last), np.float32), np.empty((rows, 3), np.float32)
+    on_all_cores(implicit_forward_block, split_rows(rows, net.sizes[-1, IN], num_hits), x, net, kept, (output, normals))
+    return output, normals, kept
+
+
+@compiled
+def implicit_forward_block(number: int, split: Split, x: np.ndarray, net: Weights, kept: Kept,
+                           out: Tuple[np.ndarray, np.ndarray]) -> None:
+    """Do one block of implicit_forward."""
+    block = block_of(split, number)
+    output, normals = forward_block(take(x, block), net, kept_of(kept, block, net.sizes))
+    put(output, block, out[0])
+    put(normals, block, out[1])
+
+
+@compiled
+def forward_block(x: np.ndarray, net: Weights, kept: Kept) -> Tuple[np.ndarray, np.ndarray]:
+    """Return the last layer's z (N, 1 + F) and the normal (N, 3) of a block's points x (N, 3), and fill its Kept."""
+    rows, sizes, count = len(x), net.sizes, len(net.sizes)
+    h = last_hidden(x, net, kept.inputs, kept.slopes)
+    w, b = affine(net.packed, sizes, count - 1)
+    z, delta = np.dot(h, w), part(kept.grad_zs, 2 * rows, sizes, OUT, count - 1)[rows:]
+    back, scale = np.empty((rows, len(w)), np.float32), np.float32(1.0)
     for row in range(rows):
         for column in range(len(b)):
             z[row, column] += b[column]
+            delta[row, column] = 1.0 if column == 0 else 0.0        # the sdf is the first column of z
         for column in range(len(w)):
             back[row, column] = w[column, 0]
     # d sdf / d z, from the last layer but one down.
-    encoded = part(inputs, rows, sizes, IN, 0)
-    normal_encoded = np.zeros_like(encoded)
+    kept.normal_encoded[:] = 0.0
     for layer in range(count - 2, -1, -1):
-        slope, delta = part(slopes, rows, sizes, OUT, layer), part(deltas, rows, sizes, OUT, layer)
+        slope = part(kept.slopes, rows, sizes, OUT, layer)
+        delta = part(kept.grad_zs, 2 * rows, sizes, OUT, layer)[rows:]
         for row in range(rows):
             for column in range(delta.shape[1]):
                 delta[row, column] = slope[row, column] * (back[row, column] * scale)
-        back = np.dot(delta, affine(packed, sizes, layer)[0].T)
+        back = np.dot(delta, affine(net.packed, sizes, layer)[0].T)
         scale = ROOT_HALF if has_skip(layer, count) else np.float32(1.0)
         if has_skip(layer, count) or layer == 0:
-            split(back, scale, normal_encoded)
-    derivative = encode_derivative(encoded)
+            add_encoded(back, scale, kept.normal_encoded)
+    encoded, normal = part(kept.inputs, 2 * rows, sizes, IN, 0)[:rows], np.empty((rows, 3), np.float32)
+    encode_derivative(encoded, kept.derivative)
     for row in range(rows):
         for c in range(3):
             total = np.float32(0.0)
             for column in range(c, encoded.shape[1], 3):
-                total += normal_encoded[row, column] * derivative[row, column]
+                total += kept.normal_encoded[row, column] * kept.derivative[row, column]
             normal[row, c] = total
-    return z, normal, deltas, derivative, normal_encoded
+    return z, normal
 
 
-def rendering_forward(h: np.ndarray, packed: np.ndarray, sizes: np.ndarray) -> Tuple[np.ndarray, list]:
-    """Return rgb (N, 3) in [-1, 1] of the renderer's input h (N, in), and what rendering_backward takes as `saved`."""
-    rgb, (*hidden, last) = np.empty((len(h), 3), np.float32), unpack(packed, sizes)
+class Gradients(NamedTuple):
+    """A loss's gradients with respect to N points' sdf and normals, and to the S hits, the first rows.
 
-    def fill(rows):
-        inputs = [h[rows]]
-        for w, b in hidden:
-            z = inputs[-1] @ w
-            z += b
-            inputs.append(np.maximum(z, 0.0, out=z))
-        rgb[rows] = np.tanh(inputs[-1] @ last[0] + last[1])
-        return rows, inputs
-
-    return rgb, on_all_cores(fill, blocks(len(h), sizes[-1, 0]))
-
-
-def rendering_backward(saved: list, packed: np.ndarray, sizes: np.ndarray, rgb: np.ndarray,
-                       grad_rgb: np.ndarray) -> Pair:
-    """Return a loss's gradients with respect to h (N, in) and to the packed weights, from that with respect to rgb (N,
-    3)."""
-    grad_input, weights = np.empty((len(rgb), sizes[0, 0]), np.float32), unpack(packed, sizes)
-
-    def fill(saved_block):
-        rows, inputs = saved_block
-        grad_layers = []
-        grad_z = grad_rgb[rows] * (1.0 - rgb[rows] ** 2)
-        for (w, _), h in zip(weights[::-1], inputs[::-1]):
-            grad_layers.insert(0, (h.T @ grad_z, grad_z.sum(axis=0)))
-            grad_z = grad_z @ w.T
-            if h is not inputs[0]:
-                grad_z *= h > 0.0
-        grad_input[rows] = grad_z
-        return pack(grad_layers)
-
-    return grad_input, sum(on_all_cores(fill, saved))
-
-
-def pack(layers: Layers) -> np.ndarray:
-    """Return one float32 vector of all [(W, b)]: nnabla's functions in Python take time for each of their inputs."""
-    return np.concatenate([array.ravel() for layer in layers for array in layer]).astype(np.float32, copy=False)
-
-
-def unpack(packed: np.ndarray, sizes: np.ndarray) -> Layers:
-    """Return [(W, b)] as views of the packed weights; sizes: (in, out) of each layer, an array (L, 2)."""
-    return [affine(packed, sizes, layer) for layer in range(len(sizes))]
-
-
-def fold(v: np.ndarray, g: np.ndarray, norm: np.ndarray) -> np.ndarray:
-    """Return a layer's normalised weight g v / |v|, per column of v (in, out); norm: |v| (out,)."""
-    return v * (g / norm)
-
-
-def fold_backward(v: np.ndarray, g: np.ndarray, norm: np.ndarray, grad_w: np.ndarray) -> Pair:
-    """Return a loss's gradients with respect to v and g, from that with respect to the result of fold."""
-    grad_g = np.einsum("io,io->o", grad_w, v) / norm
-    return (grad_w - v * (grad_g / norm)) * (g / norm), grad_g
-
-
-# What the backward pass takes of the hits, the first S rows of implicit_forward: the directions of their rays (S, 3), 1
-# / (n . v) (S,), and a loss's gradients with respect to the hit points (S, 3), their normals (S, 3) and their features
-# (S, F).
-Hits = namedtuple("Hits", "directions inverse_slopes grad_points grad_normals grad_features")
-
-
-def implicit_backward(saved: list, packed: np.ndarray, sizes: np.ndarray, grad_sdf: np.ndarray,
-                      grad_normals: np.ndarray,
-                      hits: Optional["Hits"] = None) -> Tuple[np.ndarray, np.ndarray, Optional[np.ndarray]]:
-    """Carry a loss's gradients back through implicit_forward.
-
-    grad_sdf (N, 1), grad_normals (N, 3). hits: None, or the Hits. Where the surface moves, a hit moves along its ray:
-    x0 - (sdf - sdf0) / (n0 . v) v (the paper's equation 3).
-    Returns the gradients with respect to the packed weights; to the sdf (N, 1), the hits' movements included; and to
-    the hits (S, 3), or None.
+    Where the surface moves, a hit moves along its ray: x0 - (sdf - sdf0) / (n0 . v) v (the paper's equation 3).
     """
-    grad_sdf, num_features = grad_sdf.copy(), sizes[-1, OUT] - 1
-    grad_hits = hits and hits.grad_points.copy()
+    sdf: np.ndarray             # (N, 1); implicit_backward adds the part of the hits that move
+    normals: np.ndarray         # (N, 3)
+    hits: np.ndarray            # (S, 3); implicit_backward adds the part of their normals and features
+    hit_normals: np.ndarray     # (S, 3)
+    hit_features: np.ndarray    # (S, F)
+    moves: np.ndarray           # (S, 3): -v / (n0 . v), no gradient
 
-    def carry(saved_block):
-        count, rows, (inputs, slopes, deltas, derivative, normal_encoded) = saved_block
-        kept = slopes, deltas, derivative, packed, sizes
-        grad_output, grad_block_normals = np.zeros((len(rows), 1 + num_features), np.float32), grad_normals[rows]
-        if count:
-            own = rows[:count]
-            grad_output[:count, 1:] = hits.grad_features[own]
-            _, _, grad_encoded = carry_back(*kept, grad_output[:count], hits.grad_normals[own])
-            grad_hits[own] += grad_position(inputs, derivative, normal_encoded, grad_encoded, hits.grad_normals[own])
-            grad_sdf[own, 0] -= (grad_hits[own] * hits.directions[own]).sum(axis=1) * hits.inverse_slopes[own]
-            grad_block_normals[:count] += hits.grad_normals[own]
-        grad_output[:, 0] = grad_sdf[rows, 0]
-        grad_zs, tangents, _ = carry_back(*kept, grad_output, grad_block_normals)
-        return grad_weights(inputs, deltas, grad_zs, tangents, packed, sizes)
 
-    grad_packed = sum(on_all_cores(carry, saved))
-    return grad_packed, grad_sdf, grad_hits
+def implicit_backward(kept: Kept, net: Weights, grads: Gradients) -> np.ndarray:
+    """Carry a loss's gradients back through implicit_forward, and add to grads what Gradients says.
+
+    Returns the gradients with respect to the packed weights, in parts (parts, P) to be summed.
+    """
+    split = split_rows(len(grads.sdf), net.sizes[-1, IN], len(grads.hits))
+    grad_packed = np.empty((split.blocks, len(net.packed)), np.float32)
+    on_all_cores(implicit_backward_block, split, kept, net, grads, grad_packed)
+    return grad_packed
 
 
 @compiled
-def carry_back(slopes: np.ndarray, deltas: np.ndarray, derivative: np.ndarray, packed: np.ndarray, sizes: np.ndarray,
-               grad_output: np.ndarray, grad_normal: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+def implicit_backward_block(number: int, split: Split, kept: Kept, net: Weights, grads: Gradients,
+                            grad_packed: np.ndarray) -> None:
+    """Do one block of implicit_backward."""
+    block = block_of(split, number)
+    own = kept_of(kept, block, net.sizes)
+    carry_block_back(block, own, net, grads)
+    for layer in range(len(net.sizes)):
+        # inputs^T grad_z + tangents^T deltas is one product, since they lie below one another.
+        grad_z = part(own.grad_zs, 2 * block.rows, net.sizes, OUT, layer)
+        grad_w, grad_b = affine(grad_packed[number], net.sizes, layer)
+        np.dot(part(own.inputs, 2 * block.rows, net.sizes, IN, layer).T, grad_z, grad_w)
+        sum_rows(grad_z[:block.rows], grad_b)
+
+
+@compiled
+def carry_block_back(block: Block, kept: Kept, net: Weights, grads: Gradients) -> None:
+    """Write the gradients with respect to z and the inputs' tangents of a block to its Kept, and add to grads."""
+    grad_output = np.zeros((block.rows, net.sizes[-1, OUT]), np.float32)
+    grad_normals = take(grads.normals, block)
+    if block.hits:
+        own = slice(block.first_hit, block.first_hit + block.hits)
+        hit_normals, hits, moves = grads.hit_normals[own], grads.hits[own], grads.moves[own]
+        grad_output[:block.hits, 1:] = grads.hit_features[own]
+        grad_encoded = carry_back(kept, net, grad_output[:block.hits], hit_normals)
+        encoded = part(kept.inputs, 2 * block.rows, net.sizes, IN, 0)
+        hits += grad_position(encoded, kept.derivative, kept.normal_encoded, grad_encoded, hit_normals)
+        for row in range(block.hits):
+            for c in range(3):
+                grads.sdf[block.first_hit + row, 0] += hits[row, c] * moves[row, c]
+                grad_normals[row, c] += hit_normals[row, c]
+    grad_output[:, :1] = take(grads.sdf, block)
+    carry_back(kept, net, grad_output, grad_normals)
+
+
+@compiled
+def carry_back(kept: Kept, net: Weights, grad_output: np.ndarray, grad_normal: np.ndarray) -> np.ndarray:
     """Carry gradients with respect to the first M rows' output (M, 1 + F) and normal (M, 3) back through the layers.
 
     sum(grad_normal * normal) is the sdf's derivative along grad_normal. So its own gradient is the backward pass of a
     forward (tangent) pass, in which d sdf / d z, known already, is the derivative with respect to every tangent of z.
 
-    Returns, flat, the gradients with respect to the z of all layers and the tangents of their inputs; and the gradient
-    with respect to gamma (M, columns).
+    Writes the gradients with respect to the z of all layers and the tangents of their inputs to kept. Returns the
+    gradient with respect to gamma (M, columns).
     """
-    rows, used, count, columns = len(derivative), len(grad_output), len(sizes), derivative.shape[1]
+    sizes, count, (rows, columns), used = net.sizes, len(net.sizes), kept.derivative.shape, len(grad_output)
     # The tangents of each layer's input along grad_normal, and what they add to the gradient with respect to z.
-    tangents = np.empty(used * sizes[:, IN].sum(), np.float32)
-    grad_zs = np.empty(used * sizes[:, OUT].sum(), np.float32)
-    tangent_encoded = part(tangents, used, sizes, IN, 0)
+    tangent = tangent_encoded = part(kept.inputs, 2 * rows, sizes, IN, 0)[rows:rows + used]
     for row in range(used):
         for column in range(columns):
-            tangent_encoded[row, column] = derivative[row, column] * grad_normal[row, column % 3]
+            tangent_encoded[row, column] = kept.derivative[row, column] * grad_normal[row, column % 3]
     for layer in range(count - 1):
-        tangent_z = np.dot(part(tangents, used, sizes, IN, layer), affine(packed, sizes, layer)[0])
-        slope, delta = part(slopes, rows, sizes, OUT, layer), part(deltas, rows, sizes, OUT, layer)
-        bend, tangent = part(grad_zs, used, sizes, OUT, layer), part(tangents, used, sizes, IN, layer + 1)
+        tangent_z = np.dot(tangent, affine(net.packed, sizes, layer)[0])
+        slope, grad_z = part(kept.slopes, rows, sizes, OUT, layer), part(kept.grad_zs, 2 * rows, sizes, OUT, layer)
+        bend, delta = grad_z[:used], grad_z[rows:]
+        tangent = part(kept.inputs, 2 * rows, sizes, IN, layer + 1)[rows:rows + used]
         scale = ROOT_HALF if has_skip(layer + 1, count) else np.float32(1.0)
         for row in range(used):
             for column in range(slope.shape[1]):
@@ -431,32 +477,33 @@ def carry_back(slopes: np.ndarray, deltas: np.ndarray, derivative: np.ndarray, p
         if has_skip(layer + 1, count):
             join(tangent_encoded, tangent)
     # The ordinary backward pass, from the last layer down.
-    grad_z, grad_encoded = part(grad_zs, used, sizes, OUT, count - 1), np.zeros((used, columns), np.float32)
+    grad_z = part(kept.grad_zs, 2 * rows, sizes, OUT, count - 1)[:used]
     grad_z[:] = grad_output
+    grad_encoded = np.zeros((used, columns), np.float32)
     for layer in range(count - 1, -1, -1):
-        back = np.dot(grad_z, affine(packed, sizes, layer)[0].T)
+        back = np.dot(grad_z, affine(net.packed, sizes, layer)[0].T)
         scale = ROOT_HALF if has_skip(layer, count) else np.float32(1.0)
         if has_skip(layer, count) or layer == 0:
-            split(back, scale, grad_encoded)
+            add_encoded(back, scale, grad_encoded)
         if layer > 0:
-            slope, grad_z = part(slopes, rows, sizes, OUT, layer - 1), part(grad_zs, used, sizes, OUT, layer - 1)
+            slope = part(kept.slopes, rows, sizes, OUT, layer - 1)
+            grad_z = part(kept.grad_zs, 2 * rows, sizes, OUT, layer - 1)[:used]
             for row in range(used):
                 for column in range(slope.shape[1]):
                     grad_z[row, column] += back[row, column] * scale * slope[row, column]
-    return grad_zs, tangents, grad_encoded
+    return grad_encoded
 
 
 @compiled
-def grad_position(inputs: np.ndarray, derivative: np.ndarray, normal_encoded: np.ndarray, grad_encoded: np.ndarray,
+def grad_position(encoded: np.ndarray, derivative: np.ndarray, normal_encoded: np.ndarray, grad_encoded: np.ndarray,
                   grad_normal: np.ndarray) -> np.ndarray:
     """Return the first M rows' gradient with respect to x (M, 3), from those with respect to gamma (M, columns) and
     normal."""
-    out, columns = np.empty((len(grad_encoded), 3), np.float32), derivative.shape[1]
-    encoded = inputs[:derivative.size].reshape(derivative.shape)
+    out = np.empty((len(grad_encoded), 3), np.float32)
     for row in range(len(out)):
         for c in range(3):      # columns c, c + 3, ... encode coordinate c; gamma'' = -frequency^2 gamma
             total, square = grad_encoded[row, c], np.float32(1.0)
-            for first in range(3 + c, columns, 6):
+            for first in range(3 + c, derivative.shape[1], 6):
                 for column in (first, first + 3):
                     total += (grad_encoded[row, column] * derivative[row, column]
                               - square * encoded[row, column] * normal_encoded[row, column] * grad_normal[row, c])
@@ -466,26 +513,133 @@ def grad_position(inputs: np.ndarray, derivative: np.ndarray, normal_encoded: np
 
 
 @compiled
-def grad_weights(inputs: np.ndarray, deltas: np.ndarray, grad_zs: np.ndarray, tangents: np.ndarray,
-                 packed: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Return the gradient with respect to the packed weights, from what carry_back gives for all rows."""
-    grad_packed, count = np.zeros_like(packed), len(sizes)
-    rows = len(inputs) // sizes[:, IN].sum()
-    for layer in range(count):
-        tangent, grad_z = part(tangents, rows, sizes, IN, layer), part(grad_zs, rows, sizes, OUT, layer)
-        grad_w, grad_b = affine(grad_packed, sizes, layer)
-        along_h = np.dot(part(inputs, rows, sizes, IN, layer).T, grad_z)
-        if layer < count - 1:
-            along_tangent = np.dot(tangent.T, part(deltas, rows, sizes, OUT, layer))
-            for row in range(len(grad_w)):
-                for column in range(len(grad_b)):
-                    grad_w[row, column] = along_h[row, column] + along_tangent[row, column]
-        else:
-            grad_w[:] = along_h
+def sum_rows(array: np.ndarray, out: np.ndarray) -> None:
+    """Write the sum of the rows of an array (N, C) to out (C,)."""
+    out[:] = 0.0
+    for row in range(len(array)):
+        for column in range(len(out)):
+            out[column] += array[row, column]
+
+
+# --- the rendering network --------------------------------------------------------------------------------------------
+
+def rendering_forward(h: np.ndarray, net: Weights, rgb: np.ndarray) -> np.ndarray:
+    """Write rgb (N, 3) in [-1, 1] of the renderer's input h (N, in) to rgb.
+
+    Returns what rendering_backward takes as `kept`: flat, each block's inputs of all layers in order.
+    """
+    kept = np.empty(len(h) * net.sizes[:, IN].sum(), np.float32)
+    on_all_cores(rendering_forward_block, split_rows(len(h), net.sizes[-1, IN]), h, net, kept, rgb)
+    return kept
+
+
+@compiled
+def rendering_forward_block(number: int, split: Split, h: np.ndarray, net: Weights, kept: np.ndarray,
+                            rgb: np.ndarray) -> None:
+    """Do one block of rendering_forward."""
+    sizes, total = net.sizes, net.sizes[:, IN].sum()
+    block = block_of(split, number)
+    rows, first, last = block.rows, block.first, block.first + block.rows
+    inputs = kept[first * total:last * total]
+    part(inputs, rows, sizes, IN, 0)[:] = h[first:last]
+    for layer in range(len(sizes)):
+        w, b = affine(net.packed, sizes, layer)
+        z = np.dot(part(inputs, rows, sizes, IN, layer), w)
+        if layer == len(sizes) - 1:
             for row in range(rows):
-                for column in range(len(grad_w)):
-                    grad_w[column, 0] += tangent[row, column]
-        for row in range(rows):
-            for column in range(len(grad_b)):
-                grad_b[column] += grad_z[row, column]
-    return grad_packed
+                for column in range(len(b)):
+                    rgb[first + row, column] = np.tanh(z[row, column] + b[column])
+        else:
+            after = part(inputs, rows, sizes, IN, layer + 1)
+            for row in range(rows):
+                for column in range(len(b)):
+                    value = z[row, column] + b[column]
+                    after[row, column] = np.float32(0.0) if value < 0.0 else value      # NaN stays NaN
+
+
+def rendering_backward(kept: np.ndarray, net: Weights, rgb: np.ndarray,
+                       grad_rgb: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Return a loss's gradients with respect to h (N, in), and to the packed weights in parts (parts, P) to be summed,
+    from that with respect to rgb (N, 3)."""
+    split = split_rows(len(rgb), net.sizes[-1, IN])
+    grad_input = np.empty((len(rgb), net.sizes[0, IN]), np.float32)
+    grad_packed = np.empty((split.blocks, len(net.packed)), np.float32)
+    on_all_cores(rendering_backward_block, split, kept, net, (rgb, grad_rgb), (grad_input, grad_packed))
+    return grad_input, grad_packed
+
+
+@compiled
+def rendering_backward_block(number: int, split: Split, kept: np.ndarray, net: Weights, given: tuple,
+                             out: tuple) -> None:
+    """Do one block of rendering_backward."""
+    (rgb, grad_rgb), (grad_input, grad_packed), sizes = given, out, net.sizes
+    total = sizes[:, IN].sum()
+    block = block_of(split, number)
+    rows, first, last = block.rows, block.first, block.first + block.rows
+    grad_z = np.empty((rows, 3), np.float32)
+    for row in range(rows):
+        for c in range(3):
+            grad_z[row, c] = grad_rgb[first + row, c] * (np.float32(1.0) - rgb[first + row, c] ** 2)
+    for layer in range(len(sizes) - 1, -1, -1):
+        h = part(kept[first * total:last * total], rows, sizes, IN, layer)
+        grad_w, grad_b = affine(grad_packed[number], sizes, layer)
+        np.dot(h.T, grad_z, grad_w)
+        sum_rows(grad_z, grad_b)
+        grad_z = np.dot(grad_z, affine(net.packed, sizes, layer)[0].T)
+        if layer > 0:
+            for row in range(rows):
+                for column in range(grad_z.shape[1]):
+                    if not h[row, column] > 0.0:
+                        grad_z[row, column] = 0.0
+    grad_input[first:last] = grad_z
+
+
+# --- weight normalisation ---------------------------------------------------------------------------------------------
+
+@compiled
+def fold(layer: Tuple[np.ndarray, ...], net: Weights, number: int) -> np.ndarray:
+    """Write the normalised weight g v / |v|, per column of v, and the bias of a layer (v, g, b) to the Weights.
+
+    Returns |v| (out,).
+    """
+    (v, g, b), (w_out, b_out) = layer, affine(net.packed, net.sizes, number)
+    norm, scale = np.zeros_like(g), np.empty_like(g)
+    for row in range(len(v)):
+        for column in range(len(g)):
+            norm[column] += v[row, column] * v[row, column]
+    for column in range(len(g)):
+        norm[column] = np.sqrt(norm[column])
+        scale[column] = g[column] / norm[column]
+        b_out[column] = b[column]
+    for row in range(len(v)):
+        for column in range(len(g)):
+            w_out[row, column] = v[row, column] * scale[column]
+    return norm
+
+
+@compiled
+def fold_backward(layer: Tuple[np.ndarray, ...], grad: Weights, number: int, out: Tuple[np.ndarray, ...]) -> None:
+    """Add a loss's gradients with respect to a layer's v, g and b to the arrays of out.
+
+    layer: its v, g and |v|; grad: the gradients of the packed weights in parts (parts, P), which are summed in place.
+    """
+    (v, g, norm), (grad_v, grad_g, grad_b), (grad_w, grad_bias) = layer, out, affine(grad.packed[0], grad.sizes, number)
+    for k in range(1, len(grad.packed)):
+        part_w, part_bias = affine(grad.packed[k], grad.sizes, number)
+        for row in range(len(v)):
+            for column in range(len(g)):
+                grad_w[row, column] += part_w[row, column]
+        for column in range(len(g)):
+            grad_bias[column] += part_bias[column]
+    along = np.zeros_like(g)
+    for row in range(len(v)):
+        for column in range(len(g)):
+            along[column] += grad_w[row, column] * v[row, column]
+    for column in range(len(g)):
+        along[column] /= norm[column]
+        grad_g[column] += along[column]
+        grad_b[column] += grad_bias[column]
+    for row in range(len(v)):
+        for column in range(len(g)):
+            grad_v[row, column] += ((grad_w[row, column] - v[row, column] * (along[column] / norm[column]))
+                                    * (g[column] / norm[column]))

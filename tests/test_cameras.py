@@ -106,7 +106,7 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
     monkeypatch.setattr(network, "on_cpu", lambda: numpy)
     graph = TrainingGraph((), LossWeights(1.0, 0.7), len(t), hits + 5, want_grad_rays=True)
     graph.rgb.d = 2.0 * np.sign(rng.normal(size=(hits + 5, 3)))      # out of reach: |rgb - I| has no kink
-    graph.color_weights.d, graph.mask_weights.d, graph.alpha.d = hit[:hits + 5, None], 1 - hit[:, None], 5.0
+    graph.color_weights.d, graph.mask_weights.d, graph.alpha.d = hit[None, :hits + 5], 1 - hit[None], 5.0
     graph.object_mask.d = rng.integers(0, 2, (len(t), 1))
     uniform = rng.uniform(-1, 1, (len(t) // 2, 3))
 

@@ -56,12 +56,12 @@ def set_inputs(graph, rng):
     graph.alpha.d = 50.0
     graph.points.d = rng.uniform(-0.7, 0.7, graph.points.shape)
     graph.object_mask.d = rng.integers(0, 2, (num_rays, 1))
-    graph.mask_weights.d = rng.uniform(0.3, 3.0, (num_rays, 1))
+    graph.mask_weights.d = rng.uniform(0.3, 3.0, (1, num_rays))
     if num_hits:
         directions = rng.normal(size=(num_hits, 3))
         graph.directions.d = directions / np.linalg.norm(directions, axis=1, keepdims=True)
         graph.rgb.d = rng.uniform(-1, 1, (num_hits, 3))
-        graph.color_weights.d = rng.uniform(0.3, 3.0, (num_hits, 1))
+        graph.color_weights.d = rng.uniform(0.3, 3.0, (1, num_hits))
 
 
 def results(graph):

@@ -1,4 +1,7 @@
 """The networks, the differentiable hit and the losses: against the authors' numbers and against each other."""
+import threading
+import time
+
 import nnabla as nn
 import nnabla.functions as F
 import numpy as np
@@ -70,9 +73,9 @@ def reference_step(reference, num_surface):
     graph.points.d = np.concatenate([reference["points"][order], reference["eikonal_points"]])
     graph.directions.d = reference["ray_directions"][order][:num_surface]
     graph.rgb.d = reference["rgb_gt"][order][:num_surface]
-    graph.color_weights.d = inside[order][:num_surface, None].astype(np.float32)
+    graph.color_weights.d = inside[order][None, :num_surface].astype(np.float32)
     graph.object_mask.d = reference["object_mask"][order][:, None].astype(np.float32)
-    graph.mask_weights.d = 1 - inside[order][:, None].astype(np.float32)
+    graph.mask_weights.d = 1 - inside[order][None].astype(np.float32)
     graph.alpha.d = reference["alpha"]
     return graph
 
@@ -153,13 +156,13 @@ def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, num_
             hit_in_mask = np.arange(200) < num_surface - 7
             directions = rng.normal(size=(num_surface, 3))
             graph.points.d = rng.uniform(-0.7, 0.7, (300, 3))
-            weights = rng.uniform(0.3, 3.0, (200, 1))
+            weights = rng.uniform(0.3, 3.0, (1, 200))
             graph.object_mask.d = rng.integers(0, 2, (200, 1))
-            graph.mask_weights.d = weights * (1.0 - hit_in_mask[:, None])
+            graph.mask_weights.d = weights * (1.0 - hit_in_mask)
             if num_surface:
                 graph.directions.d = directions / np.linalg.norm(directions, axis=1, keepdims=True)
                 graph.rgb.d = rng.uniform(-1, 1, (num_surface, 3))
-                graph.color_weights.d = (weights * hit_in_mask[:, None])[:num_surface]
+                graph.color_weights.d = (weights * hit_in_mask)[:, :num_surface]
             for parameter in nn.get_parameters().values():
                 parameter.g = 0
             graph.forward()
@@ -199,3 +202,66 @@ def test_a_renderer_without_an_input_ignores_it(monkeypatch, numpy, without):
         rgb.forward()
         assert np.array_equal(rgb.d, before) is (name in without), name
         part.d = kept
+
+
+@pytest.mark.parametrize("num_rows, num_hits, cores", [(0, 0, 2), (1, 1, 2), (192, 64, 2), (300, 0, 3), (70, 70, 16),
+                                                       (9000, 1234, 2)])
+def test_blocks_hold_each_row_once(monkeypatch, num_rows, num_hits, cores):
+    monkeypatch.setattr(cpu_kernels, "CORES", cores)
+    split = cpu_kernels.split_rows(num_rows, 96, num_hits)
+    rows = np.arange(num_rows, dtype=np.float32)[:, None]
+    copied, first = np.full_like(rows, -1), 0
+    for number in range(split.blocks):
+        block = cpu_kernels.block_of(split, number)
+        taken = cpu_kernels.take(rows, block)
+        assert block.first == first and (taken[:block.hits] < num_hits).all() and (taken[block.hits:] >= num_hits).all()
+        cpu_kernels.put(taken, block, copied)
+        first += block.rows
+    assert first == num_rows and np.array_equal(copied, rows)
+
+
+def test_any_number_of_cores_gives_the_same(reference_network, monkeypatch):
+    """Up to rounding; and for one number of cores, the same bits whichever thread takes a block."""
+    monkeypatch.setattr(network, "on_cpu", lambda: True)
+    monkeypatch.setattr(cpu_kernels, "MIN_PER_CORE", 1)
+    points = reference_network["probe_points"]
+
+    def gradients(cores):
+        monkeypatch.setattr(cpu_kernels, "CORES", cores)
+        graph = reference_step(reference_network, (reference_network["hit"] & reference_network["object_mask"]).sum())
+        for parameter in nn.get_parameters().values():
+            parameter.g = 0
+        graph.forward()
+        graph.backward()
+        found = [parameter.g.copy() for parameter in nn.get_parameters().values()]
+        return [*found, network.sdf_evaluator()(points)]
+
+    alone = gradients(1)
+    for cores in (2, 7, 16):
+        first, *others = (gradients(cores) for _ in range(4))
+        for other in others:
+            assert all(map(np.array_equal, first, other))
+        for found, wanted in zip(first, alone):
+            assert relative_error(found, wanted) <= 1e-5
+
+
+def test_an_error_in_another_thread_reaches_the_caller():
+    begun = []
+
+    def block(number, split):
+        begun.append(number)
+        while len(begun) < 2:       # each thread has one
+            time.sleep(0.001)
+        if threading.current_thread() is not threading.main_thread():
+            raise MemoryError("no room")
+
+    if len(cpu_kernels.helpers()):
+        with pytest.raises(MemoryError, match="no room"):
+            cpu_kernels.on_all_cores(block, cpu_kernels.Split(2, 0, 2))
+    begun[:] = [0, 0]
+    cpu_kernels.on_all_cores(lambda number, split: begun.append(number), cpu_kernels.Split(9, 0, 9))
+    assert sorted(begun[2:]) == list(range(9))
+
+
+def test_no_points_have_no_sdf(reference_network):
+    assert network.sdf_evaluator()(np.empty((0, 3), np.float32)).shape == (0,)

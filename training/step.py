@@ -45,66 +45,70 @@ def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng, grid: Optional
 
 # --- the losses -------------------------------------------------------------------------------------------------------
 
-def total(x):
-    """Return the sum of all of x (N, C), as a scalar Variable."""
-    return F.reshape(F.affine(F.reshape(x, (1, -1)), constant(np.ones((x.size, 1)))), ())
+def weighted_sum(weights, x):
+    """Return the weighted sum of the rows of x (N, C), (1, C); weights: (1, N), a Variable.
+
+    It is a matrix product: nnabla's reductions fail on Hopper GPUs.
+    """
+    return F.affine(weights, x)
 
 
 def color_loss(rgb, rgb_true, weights, num_rays):
-    """Return (1 / num_rays) sum of |rgb - rgb_true|_1 over the rows, weighted by weights (N, 1) (equation 6)."""
-    return total(F.absolute_error(rgb, rgb_true) * weights) * (1.0 / num_rays)
+    """Return (1 / num_rays) sum of |rgb - rgb_true|_1 over the rows, weighted by weights (1, N) (equation 6)."""
+    return row_sums(weighted_sum(weights, F.absolute_error(rgb, rgb_true))) * (1.0 / num_rays)
 
 
 def mask_loss(sdf, object_mask, weights, alpha, num_rays):
     """Return (1 / (alpha num_rays)) sum of CE(object_mask, sigmoid(-alpha sdf)) over the rows, weighted (equation 7).
 
-    sdf, object_mask, weights: (N, 1); alpha: (1, 1) Variable.
+    sdf, object_mask: (N, 1); weights: (1, N); alpha: (1, 1) Variable.
     """
-    return total(F.sigmoid_cross_entropy(sdf * alpha * -1.0, object_mask) * weights / alpha) * (1.0 / num_rays)
+    return weighted_sum(weights, F.sigmoid_cross_entropy(sdf * alpha * -1.0, object_mask)) / alpha * (1.0 / num_rays)
 
 
 def eikonal_loss(normal):
     """Return the mean of (|normal| - 1)^2 over the rows of the sdf's gradient, normal (N, 3) (equation 8)."""
-    norm = (row_sums(normal * normal) + 1e-12) ** 0.5       # a root has no derivative at 0
-    return total((norm - 1.0) ** 2.0) * (1.0 / normal.shape[0])
+    error = (row_sums(normal * normal) + 1e-12) ** 0.5 - 1.0        # a root has no derivative at 0
+    return weighted_sum(constant(np.full((1, normal.shape[0]), 1.0 / normal.shape[0])), error * error)
 
 
 class TrainingGraph:
     """The losses of one step over num_rays rays, of which the first num_surface may hit the surface in their mask.
 
     Inputs: points (num_rays + num_rays // 2, 3), the rays' points and then the uniform ones; directions and rgb
-    (num_surface, 3); color_weights (num_surface, 1), 0 for a ray without a hit in its mask; object_mask and
-    mask_weights (num_rays, 1), 0 for a ray with a hit; alpha (1, 1). forward() computes `losses`, a Variable for each
-    name of LOSSES; backward() adds the total's gradient to those of the parameters.
+    (num_surface, 3); color_weights (1, num_surface), 0 for a ray without a hit in its mask; object_mask (num_rays, 1)
+    and mask_weights (1, num_rays), 0 for a ray with a hit; alpha (1, 1). forward() computes `losses`, a Variable for
+    each name of LOSSES; backward() adds the total's gradient to those of the parameters.
     """
 
     def __init__(self, without, weights: LossWeights, num_rays, num_surface, want_grad_rays=False):
         self.num_rays = num_rays
         self.points = nn.Variable((num_rays + num_rays // 2, 3))
         self.directions, self.rgb = nn.Variable((num_surface, 3)), nn.Variable((num_surface, 3))
-        self.color_weights, self.alpha = nn.Variable((num_surface, 1)), nn.Variable((1, 1))
-        self.object_mask, self.mask_weights = nn.Variable((num_rays, 1)), nn.Variable((num_rays, 1))
+        self.color_weights, self.alpha = nn.Variable((1, num_surface)), nn.Variable((1, 1))
+        self.object_mask, self.mask_weights = nn.Variable((num_rays, 1)), nn.Variable((1, num_rays))
         self.directions.need_grad = want_grad_rays
         self.surface = surface = network.surface_evaluation(self.points, self.directions, want_grad_rays)
         mask = mask_loss(surface.sdf[:num_rays], self.object_mask, self.mask_weights, self.alpha, num_rays)
-        eikonal, color = eikonal_loss(surface.normal), constant(0.0)
+        eikonal, color = eikonal_loss(surface.normal), constant([[0.0]])
         if num_surface:
             rgb = network.rendering(surface.hit, surface.hit_normal, self.directions * -1.0, surface.hit_feature,
                                     network.folded_weights("rendering"), without)
             color = color_loss(rgb, self.rgb, self.color_weights, num_rays)
-        loss = color + mask * weights.mask + eikonal * weights.eikonal
-        self.losses = dict(zip(LOSSES, (loss, color, mask, eikonal)))
-        for part in (color, mask, eikonal):
+        self.total = color + mask * weights.mask + eikonal * weights.eikonal
+        parts = self.total, color, mask, eikonal
+        for part in parts:
             part.persistent = True
+        self.losses = {name: part.reshape((), unlink=True) for name, part in zip(LOSSES, parts)}
 
     def forward(self):
         self.surface.forward()
-        self.losses["loss"].forward(clear_no_need_grad=True)
+        self.total.forward(clear_no_need_grad=True)
 
     def backward(self):
         if self.directions.need_grad:
             self.directions.grad.zero()     # nnabla adds to an input's gradient
-        self.losses["loss"].backward(clear_buffer=True)
+        self.total.backward(clear_buffer=True)
         self.surface.backward()
 
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
@@ -146,9 +150,9 @@ class TrainingStep:
         graph.points.d = np.concatenate([placed.points[order], uniform])
         if num_surface:
             graph.directions.d, graph.rgb.d = batch.directions[order[:num_surface]], batch.rgb[order[:num_surface]]
-            graph.color_weights.d = color_weights[:num_surface, None]
+            graph.color_weights.d = color_weights[None, :num_surface]
         graph.object_mask.d = batch.mask[order, None].astype(np.float32)        # nnabla's GPU has no bool
-        graph.mask_weights.d = mask_weights[:, None]
+        graph.mask_weights.d = mask_weights[None]
         graph.alpha.d = alpha
         self.latest = graph, order
         return graph
