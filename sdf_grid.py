@@ -7,12 +7,12 @@ What the grid says is never taken for a value. It gives the change of the sdf fr
 to another one, up to a margin; what this leaves in doubt is evaluated. The margins are learned as well: each search
 shows how much of its margin a ray has needed.
 """
-from typing import Callable, List, NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import numba
 import numpy as np
 
-from backends.cpu_kernels import CORES, on_all_cores
+from backends.cpu_kernels import CORES, Split, block_of, on_all_cores
 
 MAX_SLOPE = 1.5     # assumed bound on the sdf's slope, by which samples are skipped
 ERROR_SLOPE = 2.0   # assumed bound on the slope of the grid's error
@@ -88,34 +88,42 @@ class SdfGrid:
         sdf at an entry.
         """
         samples = Samples(t, np.full(t.shape, np.inf, np.float32), np.zeros(t.shape, bool))
-        needed, stride, parts = np.zeros(t.shape, np.float32), STRIDE, parts_of(t)
         estimate, within = np.empty(t.shape, np.float32), np.empty((len(t), 2), np.int64)
-        open_rays = np.ones(len(t), bool)
-        doubt, flat = 2 * self.margins.max(), [array.ravel() for array in samples]
+        needed, open_rays, stride = np.zeros(t.shape, np.float32), np.ones(len(t), bool), STRIDE
+        doubt, (flat_t, flat_table, flat_evaluated) = 2 * self.margins.max(), (array.ravel() for array in samples)
 
         def begin(part):
             _along(self.values, rays.origins[part], rays.directions[part], t[part], doubt, estimate[part], within[part])
-            return part.start * t.shape[1] + _first_guess(estimate[part], within[part], rays.want_hit[part])
+            return _first_guess(estimate[part], within[part], rays.want_hit[part])
 
         def go_on(part):
             arrays = (array[part] for array in (*samples, estimate, within, rays.want_hit, open_rays, needed))
-            return part.start * t.shape[1] + _samples_in_doubt(*arrays, self.margins, tolerance, stride)
+            return _samples_in_doubt(*arrays, self.margins, tolerance, stride)
 
-        places = np.concatenate(on_all_cores(begin, parts))
+        places = _places(begin, t.shape)
         while places.size or stride > 1:
-            flat[1][places] = sdf_at(places // t.shape[1], flat[0][places])
-            flat[2][places] = True
-            places = np.concatenate(on_all_cores(go_on, parts))
+            flat_table[places] = sdf_at(places // t.shape[1], flat_t[places])
+            flat_evaluated[places] = True
+            places = _places(go_on, t.shape)
             stride = 1
         _widen(self.margins, *samples, needed, rays.want_hit, tolerance)
         return samples
 
 
-def parts_of(t: np.ndarray) -> List[slice]:
-    """Return slices of the rays of t (R, S), one for each core that has enough to do."""
-    count = min(max(t.size // MIN_PER_CORE, 1), CORES)
-    ends = np.linspace(0, len(t), count + 1).astype(int)
-    return [slice(*pair) for pair in zip(ends, ends[1:])]
+def _places(choose, shape):
+    """Return the samples, as indices into a flat table of this shape (R, S), that choose(slice of the rays) chooses.
+
+    Each core that has enough to do takes a part of the rays.
+    """
+    split = Split(shape[0], 0, min(max(shape[0] * shape[1] // MIN_PER_CORE, 1), CORES))
+    chosen = [None] * split.blocks
+
+    def choose_part(number, split):
+        first, rows = block_of(split, number)[:2]
+        chosen[number] = first * shape[1] + choose(slice(first, first + rows))
+
+    on_all_cores(choose_part, split)
+    return np.concatenate(chosen)
 
 
 # --- values between the grid's points ---------------------------------------------------------------------------------

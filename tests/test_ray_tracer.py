@@ -2,10 +2,12 @@
 
 import numpy as np
 import pytest
+from scipy.interpolate import RegularGridInterpolator
 
 import datasets
 import ray_tracer
 from config.settings import Tracer
+from sdf_grid import SdfGrid
 from training import step
 
 TOLERANCE = 5e-5
@@ -664,3 +666,58 @@ def test_every_ray_without_a_colour_carries_its_true_least_sample(reference_netw
     wanted = origin + np.where(meets, least[:, 0], near)[:, None] * directions
     assert (~hit & meets).sum() > 10 and not hit[~r["object_mask"]].any()
     assert np.array_equal(points[~hit], wanted[~hit])
+
+
+# --- with what is remembered of the sdf -------------------------------------------------------------------------------
+
+def moved(sdf, by):
+    """Return the sdf, moved by a vector (3,)."""
+    return lambda x: sdf(x - np.asarray(by, x.dtype))
+
+
+@pytest.mark.parametrize("sdf", SHAPES + [bumpy])
+def test_a_remembered_sdf_gives_the_answers_of_a_full_search(sdf, rays):
+    """The grid is of a shape that moves a little before each search, as in a training."""
+    rng, want_hit, grid = np.random.default_rng(3), np.arange(len(rays[1])) % 3 > 0, SdfGrid.of(sdf, 32)
+    differ = []
+    for number in range(8):
+        now = moved(sdf, rng.normal(size=3) * 0.005)
+        (t, hit), (found, found_hit) = (ray_tracer.hit_or_least_sdf(
+            known.listening(now) if known else now, *rays, want_hit, grid=known, samples=100,
+            rng=np.random.default_rng(number), tolerance=TOLERANCE) for known in (None, grid))
+        grid.learn_heard()
+        both, neither = hit & found_hit, ~hit & ~found_hit
+        values, least = (sdf_at(now, *rays, distances)[neither] for distances in (found, t))
+        differ.append((np.mean(hit != found_hit), np.mean(np.abs(t - found)[both] > 4 * TOLERANCE),
+                       np.mean(values > least + TOLERANCE)))
+    assert (np.mean(differ, axis=0) <= (1e-3, 1e-3, 2e-2)).all()
+
+
+def test_a_remembered_sdf_saves_evaluations(rays):
+    want_hit, grid, numbers = np.ones(len(rays[1]), bool), SdfGrid.of(torus, 48), []
+    for number in range(4):
+        for known in (None, grid):
+            seen, calls = counted(torus)
+            ray_tracer.hit_or_least_sdf(seen, *rays, want_hit, grid=known, rng=np.random.default_rng(number))
+            numbers.append(sum(map(len, calls)))
+    assert numbers[-1] < 0.6 * numbers[-2]
+
+
+def test_a_grid_learns_what_it_hears():
+    grid, points = SdfGrid.of(ball, 16), np.random.default_rng(0).uniform(-1, 1, (5, 3)).astype(np.float32)
+    for spoilt in (np.float32(np.nan), np.float32(np.inf)):
+        before = grid.values.copy()
+        grid.learn(points[:1], np.full(1, spoilt))
+        assert (grid.values == before).all()
+    listening = grid.listening(lambda x: ball(x) + np.float32(0.1))
+    for point in points:
+        heard = listening(point[None])
+        grid.learn_heard()
+        seen = grid_value(grid.values, point)
+        assert abs(seen - heard[0]) < 1e-6 and not grid.heard
+
+
+def grid_value(values, point):
+    """Return a grid's value at a point, by independent code."""
+    line = np.linspace(-1, 1, len(values))
+    return RegularGridInterpolator((line, line, line), values.astype(float))(point[None].astype(float))[0]

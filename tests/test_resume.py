@@ -474,6 +474,20 @@ def test_a_state_without_its_solver(home):
             checkpoints.restore_state(state._replace(arrays=arrays), {"solver": train.S.Adam(1e-3)})
 
 
+def test_what_a_state_remembers_of_the_sdf(home):
+    state = checkpoints.load_state(home / "straight_tiny", {"implicit/0/v": (39, 64)})
+    values, margins = (state.arrays[name] for name in (checkpoints.GRID, checkpoints.MARGINS))
+    grid = checkpoints.grid_of(state)
+    assert (grid.values == values).all() and (grid.margins == margins).all() and values.dtype == np.float32
+    early = {name: array for name, array in state.arrays.items() if name != checkpoints.GRID}
+    assert checkpoints.grid_of(state._replace(arrays=early)) is None
+    for name, spoilt in ((checkpoints.GRID, values[1:]), (checkpoints.GRID, values[0]),
+                         (checkpoints.GRID, values[:1, :1, :1]), (checkpoints.MARGINS, margins[1:]),
+                         (checkpoints.MARGINS, margins * np.nan)):
+        with pytest.raises(helper.UserError, match="remembers of the sdf"):
+            checkpoints.grid_of(state._replace(arrays={**state.arrays, name: spoilt}))
+
+
 def test_a_run_that_is_complete_and_one_that_is_to_be_longer(home, capfd):
     whole = contents(home / "straight_tiny")
     for epochs in (EPOCHS, 3):
