@@ -133,7 +133,9 @@ class Training:
                               "the same run's folder; let the machines share their files")
         self.pose = cameras.parameter()
         self.sdf, self.shade = network.sdf_evaluator(), network.shader(conf.network)
-        self.grid = state and checkpoints.grid_of(state) or remembered(self.sdf, conf.train.rays)
+        self.grid = None
+        if self.world.size == 1:        # of several processes, each would remember what it alone has seen
+            self.grid = state and checkpoints.grid_of(state) or remembered(self.sdf, conf.train.rays)
         self.step = TrainingStep(conf.network.without, LossWeights(conf.train.mask_weight, conf.train.eikonal_weight),
                                  conf.train.rays, want_grad_rays=self.camera_solver is not None)
         # After an epoch's last step its render and its model may still be missing, so the epoch is finished once more.
