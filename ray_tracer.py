@@ -34,7 +34,7 @@ from typing import Callable, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from sdf_grid import MAX_SLOPE, Rays, SdfGrid, compiled
+from tracing.sdf_grid import MAX_SLOPE, Rays, SdfGrid, compiled
 
 Sdf = Callable[[np.ndarray], np.ndarray]    # points (N, 3) float32 -> (N,) float32
 
@@ -137,25 +137,10 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
     how = _Refinement(refinement == "secant", refinement_steps, tolerance)
 
     def search(sdf, rays):
-        """Set t of these rays to their sample of least sdf, or to their hit if it is wanted and found."""
-        if not rays.size:
-            return
-        sdf_along, wanted = _sdf_along(sdf, origins, directions), want_hit[rays]
-        distances = near[rays, None] + (far - near)[rays, None] * fractions
-
-        def sdf_at(ray, t):
-            return sdf_along(rays[ray], t)
-
-        if grid:
-            own = Rays(origins[rays], directions[rays], wanted)
-            _, table, evaluated = grid.search(sdf_at, own, distances, tolerance)
-        else:
-            table, evaluated = _coarse_to_fine(sdf_at, distances, _Wanted(wanted, True, tolerance), strides)
-        t[rays] = distances[np.arange(rays.size), 1 + table[:, 1:].argmin(axis=1)]
-        ray, ends = _gap_ends(distances, table, evaluated, wanted, tolerance)
-        if ray.size:
-            ray, t_found = _refine(sdf_at, ray, distances[ray, ends], table[ray, ends], how)
-            t[rays[ray]], hit[rays[ray]] = t_found, True
+        if rays.size:
+            distances = near[rays, None] + (far - near)[rays, None] * fractions
+            own = Rays(origins[rays], directions[rays], want_hit[rays])
+            t[rays], hit[rays] = _hits_or_least(sdf, own, distances, grid, strides, how)
 
     rays = np.flatnonzero(meets)
     if half_precision_sdf:
@@ -165,6 +150,25 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
         least.result()
     else:
         search(sdf, rays)
+    return t, hit
+
+
+def _hits_or_least(sdf, rays: Rays, distances, grid, strides, how):
+    """Return t (R,), the hit of each ray if it is wanted and found, else its sample of least sdf; and hit (R,) bool.
+
+    distances: (R, S), of the samples. grid, strides: of hit_or_least_sdf. how: a _Refinement.
+    """
+    sdf_at = _sdf_along(sdf, rays.origins, rays.directions)
+    if grid:
+        _, table, evaluated = grid.search(sdf_at, rays, distances, how.tolerance)
+    else:
+        wanted = _Wanted(rays.want_hit, True, how.tolerance)
+        table, evaluated = _coarse_to_fine(sdf_at, distances, wanted, strides)
+    t, hit = distances[np.arange(len(distances)), 1 + table[:, 1:].argmin(axis=1)], np.zeros(len(distances), bool)
+    ray, ends = _gap_ends(distances, table, evaluated, rays.want_hit, how.tolerance)
+    if ray.size:
+        ray, t_found = _refine(sdf_at, ray, distances[ray, ends], table[ray, ends], how)
+        t[ray], hit[ray] = t_found, True
     return t, hit
 
 

@@ -26,7 +26,7 @@ import synthesize
 from config import settings
 from files import folders, writing
 from metrics import images
-from sdf_grid import SdfGrid
+from tracing.sdf_grid import SdfGrid
 from training import cameras, checkpoints, parallel
 from training.log import EpochLog
 from training.step import LOSSES, LossWeights, TrainingStep, place_points

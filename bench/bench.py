@@ -31,7 +31,7 @@ import ray_tracer  # noqa: E402
 import synthesize  # noqa: E402
 from backends import architecture, cpu_kernels  # noqa: E402
 from config.settings import Network, Tracer, load_config  # noqa: E402
-from sdf_grid import SdfGrid  # noqa: E402
+from tracing.sdf_grid import SdfGrid  # noqa: E402
 from train import remembered  # noqa: E402
 from training import checkpoints, parallel  # noqa: E402
 from training.step import LossWeights, TrainingStep, place_points  # noqa: E402

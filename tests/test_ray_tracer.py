@@ -7,7 +7,7 @@ from scipy.interpolate import RegularGridInterpolator
 import datasets
 import ray_tracer
 from config.settings import Tracer
-from sdf_grid import SdfGrid
+from tracing.sdf_grid import SdfGrid
 from training import step
 
 TOLERANCE = 5e-5

@@ -219,7 +219,7 @@ def save_state(folder, solvers, progress, series, grid=None):
 
 def grid_of(state):
     """Return the SdfGrid of a State, None if it has none, as early ones. Raises UserError if its values are invalid."""
-    from sdf_grid import NUM_MARGINS, SdfGrid  # imported here, as Numba takes half a second
+    from tracing.sdf_grid import NUM_MARGINS, SdfGrid  # imported here, as Numba takes half a second
     values, margins = state.arrays.get(GRID), state.arrays.get(MARGINS)
     if values is None or margins is None:
         return None

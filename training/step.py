@@ -12,7 +12,7 @@ import ray_tracer
 from backends import context
 from backends.gpu import constant, row_sums
 from config.settings import Network, Tracer
-from sdf_grid import SdfGrid
+from tracing.sdf_grid import SdfGrid
 
 LOSSES = ("loss", "color", "mask", "eikonal")       # the total first
 
