@@ -116,7 +116,7 @@ def sdf_evaluator() -> Union[cpu.Sdf, gpu.Sdf]:
     """Return the sdf of the current parameters as a callable, points (N, 3) float32 -> (N,) float32.
 
     Its refresh() takes over parameters that have changed since. Its half_precision is None, or a faster and less exact
-    callable for choosing among samples.
+    callable for choosing among samples. Its search is None, or does all of ray_tracer.hit_or_least_sdf's search.
     """
     return backend().Sdf(layer_parameters("implicit"))
 

@@ -43,6 +43,23 @@ STRIDES_FEWER_CALLS = (8, 1)    # the same with fewer calls and slightly more po
 MAX_AHEAD = 512     # points that a walking ray evaluates in one call
 MAX_COVER = 8       # points of the first call
 
+
+class Chords(NamedTuple):
+    """Rays cut to their chords of the unit sphere."""
+    origins: np.ndarray     # (R, 3) float32
+    directions: np.ndarray  # (R, 3) float32, unit length
+    want_hit: np.ndarray    # (R,) bool
+    near: np.ndarray        # (R,) float32, distance of the near end
+    length: np.ndarray      # (R,) float32
+
+
+class Limits(NamedTuple):
+    """What a search elsewhere has to know."""
+    max_slope: float = MAX_SLOPE
+    max_cover: int = MAX_COVER
+    max_ahead: int = MAX_AHEAD
+
+
 @lru_cache(maxsize=None)
 def second_thread() -> ThreadPoolExecutor:
     """Return the thread for hit_or_least_sdf's second search on a GPU."""
@@ -100,13 +117,14 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
     hit[rays[arrived]] = True
 
     gaps = _march(sdf_at, rays[undecided], ends[:, undecided], values[:, undecided], samples, tolerance)
-    rays, t_found = _refine(sdf_at, *gaps, _Refinement(refinement == "secant", refinement_steps, tolerance))
+    rays, t_found = _refine(sdf_at, *gaps, Refinement(refinement == "secant", refinement_steps, tolerance))
     t[rays], hit[rays] = t_found, True
     return t, hit
 
 
 def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want_hit: np.ndarray, *,
-                     grid: Optional[SdfGrid] = None, half_precision_sdf: Optional[Sdf] = None, samples: int = 100,
+                     grid: Optional[SdfGrid] = None, half_precision_sdf: Optional[Sdf] = None,
+                     search: Optional[Callable] = None, samples: int = 100,
                      rng: Optional[np.random.Generator] = None, tolerance: float = 5e-5, refinement: str = "secant",
                      refinement_steps: int = 8) -> Tuple[np.ndarray, np.ndarray]:
     """Find the point of each ray that carries its loss: its hit, or else its sample of least sdf.
@@ -120,6 +138,7 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
     grid: what is known of the sdf, None for nothing. The same samples are found, from fewer evaluations.
     half_precision_sdf: replaces sdf for the rays that do not want a hit, where values only choose among samples.
         Passed on GPUs, where a call costs as much as ten thousand points; then fewer calls are made.
+    search: does the search in place of this file's functions, on a GPU: backends.gpu_search.Search.
 
     Returns t (R,) float32, the point's distance, and hit (R,) bool.
     Raises ValueError for an unknown refinement, fewer than 1 sample, or an sdf that returns the wrong shape.
@@ -134,31 +153,33 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
     # Sample 0 is the near end, since the ray may enter the surface before the first interval's sample.
     fractions = np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
     strides = STRIDES_FEWER_CALLS if half_precision_sdf else STRIDES
-    how = _Refinement(refinement == "secant", refinement_steps, tolerance)
+    how = Refinement(refinement == "secant", refinement_steps, tolerance)
 
-    def search(sdf, rays):
+    def find(sdf, rays):
         if rays.size:
-            distances = near[rays, None] + (far - near)[rays, None] * fractions
-            own = Rays(origins[rays], directions[rays], want_hit[rays])
-            t[rays], hit[rays] = _hits_or_least(sdf, own, distances, grid, strides, how)
+            chords = Chords(origins[rays], directions[rays], want_hit[rays], near[rays], far[rays] - near[rays])
+            t[rays], hit[rays] = (search(chords, fractions, how, Limits()) if search else
+                                  _hits_or_least(sdf, chords, fractions, grid, strides, how))
 
     rays = np.flatnonzero(meets)
     if half_precision_sdf:
         # In parallel: while the GPU evaluates for one search, the other chooses its next points.
-        least = second_thread().submit(search, half_precision_sdf, rays[~want_hit[rays]])
-        search(sdf, rays[want_hit[rays]])
+        least = second_thread().submit(find, half_precision_sdf, rays[~want_hit[rays]])
+        find(sdf, rays[want_hit[rays]])
         least.result()
     else:
-        search(sdf, rays)
+        find(sdf, rays)
     return t, hit
 
 
-def _hits_or_least(sdf, rays: Rays, distances, grid, strides, how):
+def _hits_or_least(sdf, chords: Chords, fractions, grid, strides, how):
     """Return t (R,), the hit of each ray if it is wanted and found, else its sample of least sdf; and hit (R,) bool.
 
-    distances: (R, S), of the samples. grid, strides: of hit_or_least_sdf. how: a _Refinement.
+    fractions: (S,), the samples' places on the chords. grid, strides: of hit_or_least_sdf. how: a Refinement.
     """
+    rays = Rays(*chords[:3])
     sdf_at = _sdf_along(sdf, rays.origins, rays.directions)
+    distances = chords.near[:, None] + chords.length[:, None] * fractions
     if grid:
         _, table, evaluated = grid.search(sdf_at, rays, distances, how.tolerance)
     else:
@@ -382,7 +403,8 @@ class _Gaps(NamedTuple):
     active: np.ndarray      # (n,) bool: to be evaluated further
 
 
-class _Refinement(NamedTuple):
+class Refinement(NamedTuple):
+    """How gaps are narrowed."""
     secant: bool            # else bisection
     steps: int              # maximum
     tolerance: float        # of the sdf
@@ -395,7 +417,7 @@ def _refine(sdf_at, rays, ends, values, how):
     sdf as the stride, until it gets inside (then the gap is a bracket), until it is on the surface, or until the sdf at
     the two ends covers what is left between them. In the last case the far end is the entry if it is on the surface;
     otherwise the gap holds none.
-    how: a _Refinement. A walking ray evaluates few points at first, and then 8 times more in each step, since few rays
+    how: a Refinement. A walking ray evaluates few points at first, and then 8 times more in each step, since few rays
     walk far.
 
     Returns the rays that enter the object (m,) int and the distances t (m,) of their first entries.

@@ -237,7 +237,7 @@ class SurfaceEvaluation:
 class Sdf:
     """The sdf of layers, a list of Variables (v, g, b), as network.sdf_evaluator describes it."""
 
-    half_precision = None
+    half_precision = search = None
 
     def __init__(self, layers: Layers):
         self.weights = PackedWeights(layers)

@@ -12,9 +12,10 @@ import numpy as np
 from nnabla.ext_utils import get_extension_context
 from nnabla.function import PythonFunction
 
-from backends import gpu, gpu_kernels
+from backends import gpu, gpu_kernels, gpu_search
 from backends.architecture import array_sizes
 from backends.gpu import Layers
+from backends.gpu_kernels import page_locked
 
 
 class Gpu:
@@ -165,43 +166,29 @@ class RenderingFunction(PythonFunction):
 # --- the sdf without gradient -----------------------------------------------------------------------------------------
 
 class Sdf:
-    """The sdf of layers, a list of Variables (v, g, b), as network.sdf_evaluator describes it.
-
-    A call is cut into graphs of a few sizes. Two threads may call; each waits for its own results only.
-    """
+    """The sdf of layers, a list of Variables (v, g, b), as network.sdf_evaluator describes it. Threads may share it."""
 
     SIZES = tuple(size for k in range(8, 14) for size in (2 ** k, 3 * 2 ** (k - 1))) + (2 ** 14,)
+    half_precision = None       # search has the use of it
 
     def __init__(self, layers: Layers):
         self.layers, self.launching = layers, threading.Lock()
         with Gpu.device.current():
             self.network = gpu_kernels.ImplicitSdf(Gpu.device, sizes_of(layers), self.SIZES)
+            self.search = gpu_search.Search(Gpu.device, self.network.implicit_sdf)
         self.refresh()
 
     def refresh(self) -> None:
         with self.launching, Gpu.device.current():
-            self.network.weights.fold(pointers(self.layers))
+            self.network.fold(pointers(self.layers))
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
-        return self.in_precision(points, tf32=False)
+        return self.in_precision(points, half=False)
 
-    def half_precision(self, points: np.ndarray) -> np.ndarray:
-        """The same with TF32 products, exact to about 1e-3: large calls take half the time."""
-        return self.in_precision(points, tf32=True)
-
-    def in_precision(self, points: np.ndarray, tf32: bool) -> np.ndarray:
+    def in_precision(self, points: np.ndarray, half: bool) -> np.ndarray:
         x, out = page_locked((len(points), 3)), page_locked((len(points),))
         x[:] = points
         with self.launching, Gpu.device.current():
-            for start in range(0, len(points), self.SIZES[-1]):
-                part = slice(start, start + self.SIZES[-1])
-                self.network.implicit_sdf(x[part], out[part], tf32)
-            done = cupy.cuda.Stream.null.record()
-        done.synchronize()
+            self.network.implicit_sdf(x.ctypes.data, out.ctypes.data, len(points), half)
+            cupy.cuda.Stream.null.synchronize()
         return out.copy()
-
-
-def page_locked(shape: Tuple[int, ...]) -> np.ndarray:
-    """Return a float32 array that the GPU copies to and from while the host goes on."""
-    count = int(np.prod(shape))
-    return np.frombuffer(cupy.cuda.alloc_pinned_memory(max(4 * count, 4)), np.float32, count).reshape(shape)

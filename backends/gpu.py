@@ -259,6 +259,7 @@ class Sdf:
     """
 
     SIZES = tuple(size for k in range(8, 16) for size in (2 ** k, 3 * 2 ** (k - 1))) + (2 ** 16,)
+    search = None
     KEPT = 8192     # up to this size a graph keeps its buffers: allocating them would take longer than the work
 
     def __init__(self, layers: Layers):

@@ -30,26 +30,70 @@ KERNEL encode(const float *x, float *encoded, float *derivative, Int columns, In
     if (derivative) derivative[at] = slope;
 }
 
+// A thread has four columns: there are many rows, and a block of one column each has too little to do.
+#define EACH_FOUR \
+    const Int row = blockIdx.x, first = 4 * (blockIdx.y * (Int)blockDim.x + threadIdx.x), base = row * pitch; \
+    if (first >= inputs) return; \
+    for (Int column = first, at = base + first; column < min(first + 4, inputs); column++, at++)
+
 KERNEL softplus(const float *z, const float *b, const float *encoded, float *h, float *slopes,
                 Int outputs, Int inputs, Int pitch) {
-    EACH(inputs)
-    if (column >= outputs) {
-        h[at] = encoded[at - outputs] * ROOT_HALF;
-        return;
+    EACH_FOUR {
+        if (column >= outputs) {
+            h[at] = encoded[at - outputs] * ROOT_HALF;
+            continue;
+        }
+        float v = (z[at] + b[column]) * BETA, e = expf(-fabsf(v));
+        h[at] = (fmaxf(v, 0.0f) + log1pf(e)) * (1.0f / BETA) * SCALE;       // NaN stays NaN, in e
+        if (slopes) slopes[at] = (v > 0.0f ? 1.0f : e) / (1.0f + e);
     }
-    float v = (z[at] + b[column]) * BETA, e = expf(-fabsf(v));
-    h[at] = (fmaxf(v, 0.0f) + log1pf(e)) * (1.0f / BETA) * SCALE;       // NaN stays NaN, in e
-    if (slopes) slopes[at] = (v > 0.0f ? 1.0f : e) / (1.0f + e);
 }
 
 // The sdf: a warp adds up each row of h * w.
-KERNEL last_product(const float *h, const float *w, const float *b, float *sdf, Int rows, Int columns, Int pitch) {
-    const Int row = (blockIdx.x * (Int)blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
-    if (row >= rows) return;
-    float total = 0.0f;
-    for (Int column = lane; column < columns; column += 32) total += h[row * pitch + column] * w[column * pitch];
-    for (int other = 16; other; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
+#define LAST_PRODUCT(value) \
+    const Int row = (blockIdx.x * (Int)blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32; \
+    if (row >= rows) return; \
+    float total = 0.0f; \
+    for (Int column = lane; column < columns; column += 32) total += value * w[column * pitch]; \
+    for (int other = 16; other; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other); \
     if (lane == 0) sdf[row] = total + b[0];
+
+KERNEL last_product(const float *h, const float *w, const float *b, float *sdf, Int rows, Int columns, Int pitch) {
+    LAST_PRODUCT(h[row * pitch + column])
+}
+
+// --- the sdf in half precision
+
+typedef unsigned short Half;
+
+__device__ float from_half(Half x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
+
+__device__ Half as_half(float x) { Half y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+
+KERNEL to_half(const float *w, Half *half_w, Int columns, Int pitch) {
+    EACH(columns)
+    half_w[at] = as_half(w[at]);
+}
+
+#define SOFTPLUS_HALF(value) \
+    EACH_FOUR { \
+        float v = column < outputs ? ((value) + b[column]) * BETA : 0.0f; \
+        float softplus = (fmaxf(v, 0.0f) + __logf(1.0f + __expf(-fabsf(v)))) * (1.0f / BETA) * SCALE; \
+        h[at] = as_half(column < outputs ? softplus : encoded[at - outputs] * ROOT_HALF); \
+    }
+
+KERNEL first_softplus_half(const float *z, const float *b, const float *encoded, Half *h, Int outputs, Int inputs,
+                           Int pitch) {
+    SOFTPLUS_HALF(z[at])
+}
+
+KERNEL softplus_half(const Half *z, const float *b, const float *encoded, Half *h, Int outputs, Int inputs,
+                     Int pitch) {
+    SOFTPLUS_HALF(from_half(z[at]))
+}
+
+KERNEL last_product_half(const Half *h, const float *w, const float *b, float *sdf, Int rows, Int columns, Int pitch) {
+    LAST_PRODUCT(from_half(h[row * pitch + column]))
 }
 
 KERNEL delta(const float *slopes, const float *back, Int row_step, Int column_step, float *deltas,
@@ -211,8 +255,14 @@ KERNEL sum_rows(const float *grad_zs, float *grad_biases, Int rows, Int outputs,
     if (there && threadIdx.y == 0) grad_biases[blockIdx.y * outputs + column] = part;
 }
 
-KERNEL fold(const float *v, const float *g, const float *b, float *w, float *biases, float *norms,
-            Int inputs, Int outputs, Int pitch) {
+// The rest is for all layers at once: of_all_layers of gpu_kernels.py fills the table, one row of `width` per layer.
+#define LAYER const Int *layer = table + blockIdx.y * width; const Int inputs = layer[0], outputs = layer[1];
+#define ARRAY(k) ((float *)layer[(k) + 2])
+
+KERNEL fold(const Int *table, Int width, Int pitch) {
+    LAYER
+    const float *v = ARRAY(0), *g = ARRAY(1), *b = ARRAY(2);
+    float *w = ARRAY(3), *biases = ARRAY(4), *norms = ARRAY(5);
     COLUMN
     float part = 0.0f;
     EACH_ROW(inputs) part += v[row * outputs + column] * v[row * outputs + column];
@@ -222,8 +272,11 @@ KERNEL fold(const float *v, const float *g, const float *b, float *w, float *bia
 }
 
 // With `add` 0 it writes the gradients, else it adds to them.
-KERNEL fold_backward(const float *v, const float *g, const float *norms, const float *grad_w, const float *grad_biases,
-                     float *grad_v, float *grad_g, float *grad_b, Int add, Int inputs, Int outputs, Int pitch) {
+KERNEL fold_backward(const Int *table, Int width, Int pitch) {
+    LAYER
+    const float *v = ARRAY(0), *g = ARRAY(1), *norms = ARRAY(2), *grad_w = ARRAY(3), *grad_biases = ARRAY(4);
+    float *grad_v = ARRAY(5), *grad_g = ARRAY(6), *grad_b = ARRAY(7);
+    const Int add = layer[10];
     COLUMN
     float part = 0.0f;
     EACH_ROW(inputs) part += grad_w[row * pitch + column] * v[row * outputs + column];

@@ -8,8 +8,8 @@ nnabla is. So each sees what the other has written, without waiting.
 Importing this file needs CuPy. Arrays that belong to nnabla come as pointers (int).
 """
 import ctypes
-import os
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Callable, Hashable, List, NamedTuple, Sequence, Tuple
 
@@ -22,11 +22,12 @@ Pointer = int
 IN, OUT = 0, 1
 THREADS = 128           # of a block: columns of one row
 WORKSPACE = 32 << 20    # bytes for cuBLAS, which may not allocate them while a graph is recorded
-TF32 = 3                # cuBLAS's number for products of 10-bit mantissas on tensor cores; 0 is plain float32
+HALF, SUM_IN_FLOAT = 2, 68      # cuBLAS's numbers for half precision, and for sums in float32
 
 SOURCE = Path(__file__).with_suffix(".cu")
-KERNELS = ("encode softplus last_product delta find_normal hand_out take_in tangent add_back move_hits add_hits "
-           "find_grad_points copy_rows relu relu_backward find_rgb rgb_backward sum_rows fold fold_backward").split()
+KERNELS = ("encode softplus last_product to_half first_softplus_half softplus_half last_product_half delta "
+           "find_normal hand_out take_in tangent add_back move_hits add_hits find_grad_points copy_rows relu "
+           "relu_backward find_rgb rgb_backward sum_rows fold fold_backward").split()
 
 
 class Device:
@@ -38,18 +39,12 @@ class Device:
     def __init__(self, number: int):
         self.number = number
         with self.current():
-            module = cupy.RawModule(code=SOURCE.read_text(), options=(f"-DBETA={SOFTPLUS_BETA}f",
-                                                                      f"-DLEAST_SLOPE={LEAST_SLOPE}f"))
-            self.kernels = {name: module.get_function(name) for name in KERNELS}
+            self.kernels = compiled(SOURCE, KERNELS, BETA=SOFTPLUS_BETA, LEAST_SLOPE=LEAST_SLOPE)
             self.stream, self.recording = cupy.cuda.Stream(non_blocking=True), threading.Lock()
             self.workspace = cupy.empty(WORKSPACE, np.uint8)
             # CuPy refuses its own cuBLAS calls while a stream records.
             self.cublas = ctypes.CDLL(f"libcublas.so.{cupy.cuda.runtime.runtimeGetVersion() // 1000}")
             self.handle = ctypes.c_void_p()
-            # nnabla's extension sets this to 0, unseen by Python, which forbids TF32 to all. cuBLAS reads it when it is
-            # first used. If nnabla's products have come before, those in TF32 stay exact and slow.
-            if "NVIDIA_TF32_OVERRIDE" not in os.environ:
-                os.unsetenv("NVIDIA_TF32_OVERRIDE")
             self.check(self.cublas.cublasCreate_v2(ctypes.byref(self.handle)))
             self.check(self.cublas.cublasSetStream_v2(self.handle, ctypes.c_void_p(self.stream.ptr)))
             self.check(self.cublas.cublasSetWorkspace_v2(self.handle, ctypes.c_void_p(self.workspace.data.ptr),
@@ -86,24 +81,48 @@ class Device:
             self.handle, b_transposed, a_transposed, n, m, k, ctypes.byref(one), pointers[0], b_pitch,
             pointers[1], a_pitch, ctypes.byref(beta), pointers[2], out.strides[0] // 4))
 
-    def recorded(self, function: Callable[[], None], tf32: bool = False) -> "cupy.cuda.Graph":
-        """Return what `function` starts as a graph. It runs once before: cuBLAS loads its kernels at their first use.
+    def half_product(self, a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray) -> None:
+        """As product, of matrices in half precision, neither of them transposed."""
+        (m, k), n = a.shape, b.shape[1]
+        one, zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
+        (pointer_b, pitch_b), (pointer_a, pitch_a), (pointer_out, pitch_out) = (
+            (ctypes.c_void_p(x.data.ptr), x.strides[0] // 2) for x in (b, a, out))
+        self.check(self.cublas.cublasGemmEx(
+            self.handle, 0, 0, n, m, k, ctypes.byref(one), pointer_b, HALF, pitch_b, pointer_a, HALF, pitch_a,
+            ctypes.byref(zero), pointer_out, HALF, pitch_out, SUM_IN_FLOAT, -1))
 
-        tf32: whether products may round their factors to TF32, exact to about 1e-3. This is the place to allow it.
+    def recorded(self, function: Callable[[], None], products: bool = True) -> "cupy.cuda.Graph":
+        """Return what `function` starts as a graph.
+
+        products: whether it has any. Then it runs once before: cuBLAS loads its kernels at their first use.
         """
         cupy.cuda.Stream.null.synchronize()
         with self.recording, self.stream:
-            self.check(self.cublas.cublasSetMathMode(self.handle, TF32 if tf32 else 0))
-            function()
+            if products:
+                function()
             self.stream.synchronize()
             self.stream.begin_capture()
             function()
             return self.stream.end_capture()
 
 
+def compiled(source: Path, names: Sequence[str], *options: str, **constants: float) -> dict:
+    """Return {name: kernel} of a CUDA source, in which the constants are defined; options: the compiler's."""
+    options += tuple(f"-D{name}={value}{'f' if isinstance(value, float) else ''}" for name, value in constants.items())
+    module = cupy.RawModule(code=source.read_text(), options=options)
+    return {name: module.get_function(name) for name in names}
+
+
 def copy(target: Pointer, source: Pointer, num_bytes: int) -> None:
     """Start a copy on the default stream, between any two places; of the host's memory, only page-locked places."""
     cupy.cuda.runtime.memcpyAsync(target, source, num_bytes, cupy.cuda.runtime.memcpyDefault, 0)
+
+
+def page_locked(shape: Tuple[int, ...], dtype: type = np.float32) -> np.ndarray:
+    """Return an array that the GPU copies to and from while the host goes on."""
+    count = int(np.prod(shape))
+    memory = cupy.cuda.alloc_pinned_memory(max(count * np.dtype(dtype).itemsize, 4))
+    return np.frombuffer(memory, dtype, count).reshape(shape)
 
 
 def stored(x: cupy.ndarray) -> Tuple[int, int]:
@@ -119,6 +138,7 @@ class Weights:
 
     def __init__(self, device: Device, sizes: Sequence[Tuple[int, int]]):
         self.device, self.sizes, self.count = device, sizes, len(sizes)
+        self.tables = {}        # of_all_layers' latest arguments
         self.pitch = -(-max(map(max, sizes)) // 32) * 32
         self.columns, self.outputs = sizes[0][IN], sizes[-1][OUT]
         self.skip = SKIP_LAYER if has_skip(SKIP_LAYER, self.count) else 0
@@ -145,19 +165,25 @@ class Weights:
     def fold(self, layers: List[Tuple[Pointer, Pointer, Pointer]]) -> None:
         """Take the weights W = g v / |v| of layers, (v, g, b) each."""
         self.layers = layers
-        for layer, (inputs, outputs) in enumerate(self.sizes):
-            self.device.start_columns("fold", outputs, 1, *layers[layer], self.w[layer], self.b[layer],
-                                      self.norms[layer], inputs, outputs, self.pitch)
+        self.of_all_layers("fold", [(*layer, w.data.ptr, b.data.ptr, norms.data.ptr)
+                                    for layer, w, b, norms in zip(layers, self.w, self.b, self.norms)])
 
     def fold_backward(self, gradients: List[Tuple[Pointer, ...]]) -> None:
         """Carry grad_w and grad_b back to the layers that fold has taken.
 
         gradients: for each layer, arrays for the gradients of v, g and b, and whether to add to them (1) or not (0).
         """
-        for layer, (inputs, outputs) in enumerate(self.sizes):
-            v, g, _ = self.layers[layer]
-            self.device.start_columns("fold_backward", outputs, 1, v, g, self.norms[layer], self.grad_w[layer],
-                                      self.grad_b[layer], *gradients[layer], inputs, outputs, self.pitch)
+        self.of_all_layers("fold_backward", [
+            (*layer[:2], norms.data.ptr, grad_w.data.ptr, grad_b.data.ptr, *gradient) for layer, norms, grad_w, grad_b,
+            gradient in zip(self.layers, self.norms, self.grad_w, self.grad_b, gradients)])
+
+    def of_all_layers(self, kernel: str, arguments: List[Tuple[int, ...]]) -> None:
+        """Start a kernel for all layers. arguments: for each layer, pointers and integers; its size is added."""
+        table = np.array([(*size, *row) for size, row in zip(self.sizes, arguments)], np.int64)
+        if not np.array_equal(table, self.tables.get(kernel)):
+            self.tables[kernel], self.tables[kernel, "on the GPU"] = table, cupy.asarray(table)
+        self.device.start_columns(kernel, self.pitch, self.count, self.tables[kernel, "on the GPU"], table.shape[1],
+                                  self.pitch)
 
     def sum_rows(self, grad_z: cupy.ndarray, rows_apart: int) -> None:
         """Write the sums of each layer's rows to grad_b. grad_z: the first layer's; each next one lies so many rows
@@ -172,7 +198,7 @@ class Weights:
         for layer in range(self.count - 1):
             self.device.product(inputs[layer], self.w[layer], z[layer])
             outputs, following = self.around(layer)
-            start("softplus", rows, following, z[layer], self.b[layer], inputs[0], inputs[layer + 1],
+            start("softplus", rows, -(-following // 4), z[layer], self.b[layer], inputs[0], inputs[layer + 1],
                   slopes and slopes[layer], outputs, following, pitch)
 
 
@@ -185,17 +211,36 @@ class ImplicitSdf:
         self.weights, self.graphs, self.calls, most = Weights(device, sizes), {}, calls, calls[-1]
         self.x, self.sdf = cupy.empty((most, 3), np.float32), cupy.empty(most, np.float32)
         self.encoded, self.h, self.z = cupy.empty((3, most, self.weights.pitch), np.float32)
+        self.half_w = [cupy.empty((w.shape[0], self.weights.pitch), np.float16) for w in self.weights.w]
+        self.half_h, self.half_z = cupy.empty((2, most, self.weights.pitch), np.float16)
+        self.halving = None     # the graph of halve()
 
-    def implicit_sdf(self, x: np.ndarray, out: np.ndarray, tf32: bool) -> None:
-        """Start the computation of out (N,), the sdf at x (N, 3), page-locked arrays of at most `most` points."""
-        rows = next(size for size in self.calls if size >= len(x))     # the rows behind x's are of earlier calls
-        if (rows, tf32) not in self.graphs:
-            self.graphs[rows, tf32] = self.weights.device.recorded(lambda: self.pass_of(rows), tf32)
-        copy(self.x.data.ptr, x.ctypes.data, x.nbytes)
-        self.graphs[rows, tf32].launch(cupy.cuda.Stream.null)
-        copy(out.ctypes.data, self.sdf.data.ptr, out.nbytes)
+    def fold(self, layers: List[Tuple[Pointer, Pointer, Pointer]]) -> None:
+        """Take the weights, as Weights.fold, in both precisions."""
+        self.weights.fold(layers)
+        self.halving = self.halving or self.weights.device.recorded(self.halve, products=False)
+        self.halving.launch(cupy.cuda.Stream.null)
 
-    def pass_of(self, rows: int) -> None:
+    def halve(self) -> None:
+        for w, half_w in zip(self.weights.w[1:-1], self.half_w[1:-1]):
+            self.weights.device.start("to_half", *w.shape, w, half_w, w.shape[1], self.weights.pitch)
+
+    def implicit_sdf(self, x: Pointer, out: Pointer, count: int, half: bool = False) -> None:
+        """Start the computation of out (count,), the sdf at x (count, 3), on the GPU or in page-locked memory.
+
+        half: in half precision, exact to about 1e-3.
+        """
+        for start in range(0, count, self.calls[-1]):
+            part = min(count - start, self.calls[-1])
+            rows = next(size for size in self.calls if size >= part)     # the rows behind x's are of earlier calls
+            if (rows, half) not in self.graphs:
+                block = self.half_block if half else self.block
+                self.graphs[rows, half] = self.weights.device.recorded(partial(block, rows))
+            copy(self.x.data.ptr, x + 12 * start, 12 * part)
+            self.graphs[rows, half].launch(cupy.cuda.Stream.null)
+            copy(out + 4 * start, self.sdf.data.ptr, 4 * part)
+
+    def block(self, rows: int) -> None:
         """Start the pass of the first `rows` points."""
         net = self.weights
         first, *others = net.sizes
@@ -203,6 +248,22 @@ class ImplicitSdf:
         net.last_hidden(self.x, inputs, 0, [self.z[:rows, :size[OUT]] for size in net.sizes], 0)
         net.device.start("last_product", -(-rows // (THREADS // 32)), 1, inputs[-1], net.w[-1], net.b[-1], self.sdf,
                          rows, net.sizes[-1][IN], net.pitch)
+
+    def half_block(self, rows: int) -> None:
+        """The same in half precision; the first layer, which needs the coordinates' digits, and the last in float32."""
+        net, start = self.weights, self.weights.device.start
+        encoded, z = self.encoded[:rows, :net.columns], self.z[:rows, :net.sizes[0][OUT]]
+        start("encode", rows, net.columns, self.x, encoded, 0, net.columns, net.pitch)
+        net.device.product(encoded, net.w[0], z)
+        for layer in range(net.count - 1):
+            outputs, following = net.around(layer)
+            if layer:
+                z = self.half_z[:rows, :outputs]
+                net.device.half_product(self.half_h[:rows, :net.sizes[layer][IN]], self.half_w[layer][:, :outputs], z)
+            start("softplus_half" if layer else "first_softplus_half", rows, -(-following // 4), z, net.b[layer],
+                  self.encoded, self.half_h, outputs, following, net.pitch)
+        start("last_product_half", -(-rows // (THREADS // 32)), 1, self.half_h, net.w[-1], net.b[-1], self.sdf, rows,
+              net.sizes[-1][IN], net.pitch)
 
 
 # --- the evaluation of a training step --------------------------------------------------------------------------------

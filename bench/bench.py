@@ -181,11 +181,13 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, num_rays: int, num_step
         return counted(points)
 
     counting.half_precision = sdf.half_precision and (lambda points: counting(points, sdf.half_precision))
+    counting.search = sdf.search
 
     for number in range(2 * num_steps):
         if number == num_steps:
             for measured in (seconds, evaluations, num_surface):
                 measured.clear()
+            before = dict(sdf.search.evaluations) if sdf.search else {}
         batch = timed_part("batch", next, batches)
         timed_part("refresh", sdf.refresh)
         with named_stages(stage):
@@ -200,6 +202,10 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, num_rays: int, num_step
             timed_part("learn", lambda: (grid.learn_heard(), grid.learn(*step.uniform_points())))
         timed_part("update", solver.update)
         num_surface.append(graph.directions.shape[0])
+    for kind, so_far in before.items():
+        title = kind if kind == "refinement" else "samples"
+        evaluations[title] += (sdf.search.evaluations[kind] - so_far) / num_steps
+        evaluations[title + " calls"] = np.nan      # the search keeps no count of its calls
     return seconds, evaluations, np.mean(num_surface)
 
 

@@ -98,6 +98,7 @@ def counting(sdf, counted):
 
     counts = count(sdf)
     counts.half_precision, counts.refresh = count(sdf.half_precision), sdf.refresh
+    counts.search = sdf.search
     return counts
 
 

@@ -1,0 +1,255 @@
+// The search of ray_tracer.hit_or_least_sdf for a GPU: one thread for each ray, sample or gap. gpu_search.py compiles
+// and starts these kernels and defines MAX_SLOPE, the assumed bound on the sdf's slope, and MAX_COVER. The names are
+// those of ray_tracer.py, where each function is explained.
+//
+// Rows of `rays`: origin, direction, near end and length of the chord, whether a hit is wanted. t, table, state (R, S):
+// the samples' distances; their sdf, or a lower bound of it; and what is known there. A sample that is known in half
+// precision may be off by `error`, which its value in the table has less.
+typedef long long Int;
+#define KERNEL extern "C" __global__ void
+enum State : unsigned char { BOUNDED, ROUGH, EXACT };
+
+struct Ray { float origin[3], direction[3], near, length, want_hit; };
+
+struct List {       // the points to evaluate next: how many, which sample or gap they are of, and where
+    int *count, *places;
+    float *points;
+    Int room;
+};
+
+#define LIST int *count, int *places, float *points, Int room
+#define THE_LIST const List list = {count, places, points, room};
+
+struct Gap {
+    float near, far, near_value, far_value, reach, t, error;
+    int ray, first, count;      // of its points in the list
+    bool holds, walking, active;
+};
+
+__device__ void put(List list, int k, int place, const Ray &ray, float t) {
+    list.places[k] = place;
+    for (int c = 0; c < 3; c++) list.points[3 * k + c] = ray.origin[c] + ray.direction[c] * t;
+}
+
+__device__ void add(List list, Int place, const Ray &ray, float t) {
+    put(list, atomicAdd(list.count, 1), place, ray, t);
+}
+
+#define EACH(count) \
+    const Int i = blockIdx.x * (Int)blockDim.x + threadIdx.x; \
+    if (i >= (count)) return;
+
+// --- samples
+
+#define SAMPLES const Ray *all_rays, Int rays, Int samples, float *t, float *table, unsigned char *state, \
+                float tolerance, float error, LIST
+#define EACH_RAY \
+    EACH(rays) \
+    THE_LIST \
+    const Ray ray = all_rays[i]; \
+    const bool wanted = ray.want_hit > 0.0f; \
+    t += i * samples, table += i * samples, state += i * samples;
+
+// Set the samples' distances, and list every stride-th.
+KERNEL list_every(SAMPLES, const float *fractions, Int stride) {
+    EACH_RAY
+    for (Int number = 0; number < samples; number++) {
+        t[number] = ray.near + ray.length * fractions[number];
+        state[number] = BOUNDED;
+        if (number % stride == 0) add(list, i * samples + number, ray, t[number]);
+    }
+}
+
+// What the known samples show, every step-th: the number of the entry, or `samples`; and the least sdf; both surely.
+__device__ Int find_entry(const float *table, const unsigned char *state, bool wanted, Int samples, Int step,
+                          float tolerance, float error, float *least) {
+    bool outside = false;
+    *least = 3e38f;
+    for (Int number = 0; number < samples; number += step) {
+        if (state[number] == BOUNDED) continue;
+        float most = table[number] + (state[number] == ROUGH ? 2.0f * error : 0.0f);
+        if (number > 0) *least = fminf(*least, most);
+        if (table[number] > tolerance) outside = true;
+        else if (outside && wanted && most <= tolerance) return number;
+    }
+    return samples;
+}
+
+__device__ bool matters(const float *t, float bound, bool wanted, Int number, Int samples, Int entry, float least,
+                        float tolerance) {
+    float width = t[number] - t[max(number - 1, 0LL)];
+    if (number + 1 < samples) width = fmaxf(width, t[number + 1] - t[number]);
+    return wanted && number <= entry && bound <= MAX_SLOPE * width + tolerance
+           || entry == samples && number > 0 && bound <= least;
+}
+
+// Of every fine-th sample between the coarse-th ones, list those that matter, and bound the sdf at the others.
+KERNEL list_between(SAMPLES, Int coarse, Int fine) {
+    EACH_RAY
+    float least;
+    const Int entry = find_entry(table, state, wanted, samples, coarse, tolerance, error, &least);
+    for (Int number = fine; number < samples; number += fine) {
+        Int before = number / coarse * coarse, after = before + coarse;
+        if (number == before) continue;
+        float bound = table[before] - MAX_SLOPE * (t[number] - t[before]);
+        if (after < samples) bound = fmaxf(bound, table[after] - MAX_SLOPE * (t[after] - t[number]));
+        table[number] = bound;
+        if (matters(t, bound, wanted, number, samples, entry, least, tolerance))
+            add(list, i * samples + number, ray, t[number]);
+    }
+}
+
+// List the samples that matter and are not exact yet.
+KERNEL list_rough(SAMPLES) {
+    EACH_RAY
+    float least;
+    const Int entry = find_entry(table, state, wanted, samples, 1, tolerance, error, &least);
+    for (Int number = 0; number < samples; number++)
+        if (state[number] != EXACT && matters(t, table[number], wanted, number, samples, entry, least, tolerance))
+            add(list, i * samples + number, ray, t[number]);
+}
+
+// Take in the sdf at the listed samples, exact or in half precision. worst (in units of 2^-24) becomes the largest
+// difference of the two.
+KERNEL take(LIST, Int listed, const float *values, float *table, unsigned char *state, Int exact, float error,
+            int *worst) {
+    EACH(listed)
+    const int place = places[i];
+    if (exact && state[place] == ROUGH) {
+        float off = fabsf(values[i] - (table[place] + error));
+        if (off < 1.0f) atomicMax(worst, (int)(off * 16777216.0f));
+    }
+    table[place] = exact ? values[i] : values[i] - error;
+    state[place] = exact ? EXACT : ROUGH;
+    if (i == 0) *count = 0;
+}
+
+// --- gaps
+
+// Set found (R, 2) to the distance of each ray's sample of least sdf, and 0; list its gaps, which are consecutive.
+KERNEL list_gaps(SAMPLES, float *found, Gap *gaps, int *num_gaps, int *ray_gaps, float full_reach) {
+    EACH_RAY
+    Int least = 1;
+    for (Int number = 2; number < samples; number++)
+        if (table[number] < table[least]) least = number;
+    found[2 * i] = t[least], found[2 * i + 1] = 0.0f;
+    int own = 0, first = 0;
+    for (int writing = 0; wanted && writing < 2; writing++) {
+        if (writing) first = atomicAdd(num_gaps, own), own = 0;
+        for (Int end = 0; end < samples; end++) {
+            Int start = max(end - 1, 0LL);
+            float before = table[start], value = table[end];
+            bool entry = end == 0 ? fabsf(value) <= tolerance : before > tolerance && value <= tolerance;
+            bool may_hide = end > 0 && before > tolerance && value > tolerance && before + value < t[end] - t[start];
+            if (entry || may_hide) {
+                while (start > 0 && state[start] == BOUNDED) start--;
+                if (writing) {
+                    float width = t[end] - t[start];
+                    bool near_is_best = fabsf(table[start]) <= fabsf(value);
+                    gaps[first + own] = {
+                        t[start], t[end], table[start], value, width <= 2.0f * full_reach ? full_reach : width,
+                        near_is_best ? t[start] : t[end], near_is_best ? fabsf(table[start]) : fabsf(value), (int)i, 0,
+                        0, value <= tolerance, value >= -tolerance, true};
+                }
+                own++;
+            }
+            if (entry) break;
+        }
+    }
+    ray_gaps[2 * i] = first, ray_gaps[2 * i + 1] = own;
+}
+
+__device__ float between(const Gap &gap, float reach, bool secant) {
+    float middle = 0.5f * (gap.near + gap.far), width = gap.far - gap.near;
+    if (!secant) return middle;
+    float zero = gap.near + width * (gap.near_value / (gap.near_value - gap.far_value));
+    float room = fmaxf(reach - 0.5f * width, 0.0f);
+    return fminf(fmaxf(zero, middle - room), middle + room);
+}
+
+// Set points to those that cover a gap if its sdf is linear, and return their number.
+__device__ int cover(const Gap &gap, float *points) {
+    float fall = fmaxf((gap.near_value - gap.far_value) / (gap.far - gap.near), 0.0f);
+    float point = fminf(gap.near + gap.near_value, gap.far);
+    for (int k = 0; k < MAX_COVER; k++) {
+        points[k] = point;
+        float value = fmaxf(gap.near_value - fall * (point - gap.near), gap.far_value);
+        if (point + value + gap.far_value >= gap.far) return k + 1;
+        point += 0.9f * 2.0f * value / (1.0f + fall);
+    }
+    return MAX_COVER;
+}
+
+// Set points to the next ones of a gap, and return their number; 0 if they are num_ahead evenly spaced ones.
+__device__ int next_points(const Gap &gap, bool secant, bool is_first, Int num_ahead, float *points) {
+    if (gap.walking) return num_ahead > 1 ? 0 : cover(gap, points);
+    float point = between(gap, is_first ? gap.reach : gap.far - gap.near, secant);
+    points[0] = point;
+    if (!secant || is_first) return 1;
+    float middle = 0.5f * (gap.near + gap.far);
+    points[0] = fminf(point, middle), points[1] = fmaxf(point, middle);
+    return 2;
+}
+
+// List the next points of the active gaps, and write their distances to ahead. A gap without room waits.
+KERNEL look_ahead(const Ray *rays, Gap *gaps, Int num_gaps, float *ahead, LIST, Int secant, Int is_first,
+                  Int num_ahead) {
+    EACH(num_gaps)
+    THE_LIST
+    Gap gap = gaps[i];
+    gap.count = 0;
+    if (gap.active && gap.walking) gap.active = gap.near_value + gap.far_value < gap.far - gap.near;
+    if (gap.active) {
+        float near_points[MAX_COVER], reached = fminf(gap.near + gap.near_value, gap.far);
+        const int few = next_points(gap, secant, is_first, num_ahead, near_points), wanted = few ? few : num_ahead;
+        gap.first = atomicAdd(list.count, wanted);
+        gap.count = gap.first + wanted <= room ? wanted : 0;
+        for (int k = 0; k < gap.count; k++) {
+            float t = few ? near_points[k] : reached + (gap.far - reached) * ((float)k / num_ahead);
+            ahead[gap.first + k] = t;
+            put(list, gap.first + k, i, rays[gap.ray], t);
+        }
+    }
+    gaps[i] = gap;
+}
+
+// Narrow the gaps by `values`, the sdf at the points that look_ahead has listed.
+KERNEL take_in(Gap *gaps, Int num_gaps, const float *ahead, const float *values, int *count,
+               float tolerance) {
+    EACH(num_gaps)
+    if (i == 0) *count = 0;
+    Gap gap = gaps[i];
+    if (!gap.count) return;
+    const int start = gap.first, end = start + gap.count;
+    int stop = start, last = start;
+    while (stop < end && !(values[stop] <= tolerance)) stop++;
+    while (last + 1 < end && (!gap.walking || values[last + 1] < -tolerance || values[last] + fmaxf(
+               values[last + 1], 2.0f * tolerance) >= ahead[last + 1] - ahead[last])) last++;
+    const bool arrives = stop <= last;
+    last = min(stop - 1, last);
+    if (start <= last) gap.near = ahead[last], gap.near_value = values[last];
+    if (stop < end) gap.far = ahead[stop], gap.far_value = values[stop];
+    for (int side = 0; side < 2; side++) {
+        int point = side ? stop : last;
+        if (start <= point && point < end && fabsf(values[point]) < gap.error)
+            gap.t = ahead[point], gap.error = fabsf(values[point]);
+    }
+    if (stop < end) {
+        gap.holds = true;
+        if (arrives) {
+            gap.walking = false;
+            if (fabsf(values[stop]) <= tolerance) gap.t = ahead[stop], gap.active = false;
+        }
+    }
+    gaps[i] = gap;
+}
+
+// Set found (R, 2) to the distance of each ray's first entry and 1, where one of its gaps holds one.
+KERNEL find_hits(const Gap *gaps, const int *ray_gaps, Int rays, float *found) {
+    EACH(rays)
+    for (int k = ray_gaps[2 * i]; k < ray_gaps[2 * i] + ray_gaps[2 * i + 1]; k++)
+        if (gaps[k].holds) {
+            found[2 * i] = gaps[k].t, found[2 * i + 1] = 1.0f;
+            return;
+        }
+}

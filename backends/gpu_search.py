@@ -1,0 +1,128 @@
+"""The search of a training step's rays on a GPU: samples in half precision, what they leave open exactly.
+
+A call for a few thousand points costs a GPU little, and each time that the host chooses the next ones, the GPU waits.
+So kernels choose (gpu_search.cu, which follows ray_tracer.py), and the host learns only how many points come next. No
+network is known here. Importing this file needs CuPy.
+"""
+from pathlib import Path
+from typing import Callable, Tuple
+
+import cupy
+import numpy as np
+
+from backends.gpu_kernels import Device, Pointer, compiled, copy, page_locked
+
+STRIDES = (16, 4, 1)        # of the samples in half precision, coarse to fine
+FIRST_ERROR, LEAST_ERROR = 4e-3, 1e-5       # of the sdf in half precision
+SPARE = 1.5     # the assumed error is at least this many times the largest one of the step before ...
+FORGET = 0.01   # ... and falls by this share with each step
+THREADS = 32    # of a block: few, so that a few thousand rays keep all of a GPU busy
+GAP_BYTES = 44
+SOURCE = Path(__file__).with_suffix(".cu")
+KERNELS = "list_every list_between list_rough take list_gaps look_ahead take_in find_hits".split()
+
+
+class Search:
+    """Finds hits and least samples of rays, as ray_tracer.hit_or_least_sdf without a grid does.
+
+    evaluate(x, out, count, half) starts the computation of the sdf at x (count, 3), in half precision or exactly; x and
+    out point to float32 on the GPU. evaluations: points so far, by kind.
+    """
+
+    def __init__(self, device: Device, evaluate: Callable[[Pointer, Pointer, int, bool], None]):
+        self.device, self.evaluate, self.room, self.kernels = device, evaluate, 0, None
+        self.error, self.evaluations = FIRST_ERROR, {"half": 0, "exact": 0, "refinement": 0}
+        with device.current():
+            self.count, self.num_gaps, self.worst = (cupy.zeros(1, np.int32) for _ in range(3))
+            self.number = page_locked((1,), np.int32)
+
+    def __call__(self, chords, fractions: np.ndarray, how, limits) -> Tuple[np.ndarray, np.ndarray]:
+        """Return t (R,) float32, each ray's hit if it is wanted and found, else its least sample; and hit (R,) bool.
+
+        fractions: (S,) float32, the samples' places on the chords, ascending. chords, how, limits: ray_tracer's Chords,
+        Refinement and Limits.
+        """
+        with self.device.current():
+            self.kernels = self.kernels or compiled(SOURCE, KERNELS, "-fmad=false", MAX_SLOPE=limits.max_slope,
+                                                    MAX_COVER=limits.max_cover)
+            num_rays = len(chords.near)
+            self.reserve(num_rays, len(fractions))
+            self.send(chords, fractions)
+            samples = (self.rays, num_rays, len(fractions), self.t, self.table, self.state, np.float32(how.tolerance),
+                       np.float32(self.error), *self.list)
+            self.fill_table(samples, num_rays)
+            self.start("list_gaps", num_rays, *samples, self.found, self.gaps, self.num_gaps, self.ray_gaps,
+                       np.float32(how.tolerance * 2.0 ** how.steps))
+            num_gaps = self.read(self.num_gaps)
+            if num_gaps:
+                self.refine(num_gaps, how, limits.max_ahead)
+                self.start("find_hits", num_rays, self.gaps, self.ray_gaps, num_rays, self.found)
+            copy(self.host_found.ctypes.data, self.found.data.ptr, 8 * num_rays)
+            worst = self.read(self.worst) / 2 ** 24
+            for number in (self.num_gaps, self.worst):
+                number.fill(0)
+        self.error = max(SPARE * worst, (1 - FORGET) * self.error, LEAST_ERROR)
+        found = self.host_found[:num_rays]
+        return found[:, 0].copy(), found[:, 1] > 0
+
+    def reserve(self, rays: int, samples: int) -> None:
+        """Make room for so many rays and samples."""
+        if rays * samples > self.room:
+            self.room = room = rays * samples
+            self.t, self.table, self.values, self.ahead = cupy.empty((4, room), np.float32)
+            self.points, self.places = cupy.empty((room, 3), np.float32), cupy.empty(room, np.int32)
+            self.state, self.gaps = cupy.empty(room, np.uint8), cupy.empty(room * GAP_BYTES, np.uint8)
+            self.list = self.count, self.places, self.points, room
+            self.rays, self.fractions = cupy.empty((room, 9), np.float32), cupy.empty(room, np.float32)
+            self.found, self.ray_gaps = cupy.empty((room, 2), np.float32), cupy.empty((room, 2), np.int32)
+            self.host_rays, self.host_fractions = page_locked((room, 9)), page_locked((room,))
+            self.host_found = page_locked((room, 2))
+
+    def send(self, chords, fractions: np.ndarray) -> None:
+        """Start copying chords, as rows of gpu_search.cu's Ray, and fractions to the GPU."""
+        rays, host_fractions = self.host_rays[:len(chords.near)], self.host_fractions[:len(fractions)]
+        rays[:, :3], rays[:, 3:6] = chords.origins, chords.directions
+        rays[:, 6], rays[:, 7], rays[:, 8] = chords.near, chords.length, chords.want_hit
+        host_fractions[:] = fractions
+        copy(self.rays.data.ptr, rays.ctypes.data, rays.nbytes)
+        copy(self.fractions.data.ptr, host_fractions.ctypes.data, host_fractions.nbytes)
+
+    def start(self, kernel: str, count: int, *arguments) -> None:
+        """Start a kernel with that many threads."""
+        self.kernels[kernel]((-(-count // THREADS),), (THREADS,), arguments)
+
+    def read(self, number: cupy.ndarray) -> int:
+        """Return a number that the GPU has computed, when it is there."""
+        copy(self.number.ctypes.data, number.data.ptr, 4)
+        cupy.cuda.runtime.streamSynchronize(0)
+        return int(self.number[0])
+
+    def listed(self, kind: str) -> int:
+        """Start the evaluation of the listed points, in half precision for the kind "half"; return their number."""
+        count = min(self.read(self.count), self.room)
+        self.evaluations[kind] += count
+        self.evaluate(self.points.data.ptr, self.values.data.ptr, count, kind == "half")
+        return count
+
+    def fill_table(self, samples: tuple, num_rays: int) -> None:
+        """Evaluate the samples that matter."""
+        listing = [("list_every", self.fractions, STRIDES[0])]
+        listing += [("list_between", *strides) for strides in zip(STRIDES, STRIDES[1:])] + [("list_rough",)]
+        for kernel, *arguments in listing:
+            kind = "exact" if kernel == "list_rough" else "half"
+            self.start(kernel, num_rays, *samples, *arguments)
+            count = self.listed(kind)
+            if count:
+                self.start("take", count, *self.list, count, self.values, self.table, self.state, int(kind == "exact"),
+                           np.float32(self.error), self.worst)
+
+    def refine(self, num_gaps: int, how, max_ahead: int) -> None:
+        """Narrow the gaps, as ray_tracer does."""
+        for step in range(how.steps):
+            num_ahead = min(8 ** max(step - 1, 0), max_ahead)
+            self.start("look_ahead", num_gaps, self.rays, self.gaps, num_gaps, self.ahead, *self.list, int(how.secant),
+                       int(step == 0), num_ahead)
+            if not self.listed("refinement"):
+                break
+            self.start("take_in", num_gaps, self.gaps, num_gaps, self.ahead, self.values, self.count,
+                       np.float32(how.tolerance))
