@@ -192,8 +192,8 @@ def write_config(folder, **changes):
     return write_demo_config(
         folder / "tiny.yaml", changes, data=dict(path="tiny", held_out_views=[8], cameras="cameras_linear_init.npz"),
         network=dict(width=64, feature=8, layers=6, without=["view"]), tracer=dict(samples=20),
-        train=dict(epochs=40, rays=256, learning_rate=1e-3, mask_weight=400, learning_rate_halved_after=[],
-                   alpha_doubled_after=[], save_every=20, validate_every=20, validation_view=0, validation_downscale=2,
+        train=dict(steps=320, rays=256, learning_rate=1e-3, mask_weight=400, learning_rate_halved_at=[],
+                   alpha_doubled_at=[], models=2, validations=2, validation_view=0, validation_downscale=2,
                    camera_learning_rate=5e-3)).name
 
 
@@ -273,10 +273,10 @@ def test_the_other_scripts_use_trained_cameras(folder):
 
 
 def test_a_resumed_run_with_cameras_is_the_one_that_was_not_interrupted(folder):
-    often = {"train__validate_every": 1, "train__save_every": 1}
-    train(folder, "--monitor-path", "whole", train__epochs=4, **often)
-    train(folder, "--monitor-path", "half", train__epochs=2, **often)
-    train(folder, "--monitor-path", "half", "--resume", train__epochs=4, **often)
+    often = {"train__validations": 9, "train__models": 9}
+    train(folder, "--monitor-path", "whole", train__steps=32, **often)
+    train(folder, "--monitor-path", "half", train__steps=16, **often)
+    train(folder, "--monitor-path", "half", "--resume", train__steps=32, **often)
     found, wanted = (checkpoints.read_arrays(folder / name / "state.h5")[0] for name in ("half_tiny", "whole_tiny"))
     assert set(found) == set(wanted) and "cameras/cameras/pose/m" in wanted
     for name in wanted:
@@ -286,9 +286,9 @@ def test_a_resumed_run_with_cameras_is_the_one_that_was_not_interrupted(folder):
 
 
 def test_what_resuming_refuses(folder):
-    train(folder, "--monitor-path", "exact", train__epochs=1, train__camera_learning_rate=0)
+    train(folder, "--monitor-path", "exact", train__steps=8, train__camera_learning_rate=0)
     assert not checkpoints.read_arrays(folder / "exact_tiny" / "state.h5")[0].get("parameters/cameras/pose")
-    write_config(folder, train__epochs=2)
+    write_config(folder, train__steps=16)
     said = refused("train.py", "--config", "tiny.yaml", "--monitor-path", "exact", "--resume", cwd=folder)
     assert "was begun without trained cameras" in said and "train.camera_learning_rate" in said
     assert "nowhere.npz: no such file" in refused(
@@ -308,7 +308,7 @@ def test_cameras_that_no_model_may_have(tmp_path, pose, word):
 
 
 def test_a_run_without_the_renderers_normal_and_view(folder):
-    without = {"network__without": ["normal", "view"], "train__camera_learning_rate": 0, "train__epochs": 1}
+    without = {"network__without": ["normal", "view"], "train__camera_learning_rate": 0, "train__steps": 8}
     train(folder, "--monitor-path", "less", **without)
     arrays = checkpoints.read_arrays(folder / "less_tiny" / "model_00000.h5")[0]
     assert arrays["rendering/0/v"].shape == (3 + 8, 64)

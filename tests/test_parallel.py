@@ -116,7 +116,7 @@ def start(home, name, *more, ranks=RANKS, fails=("0", ""), failing=None, config=
 
     fails: (step, event) of the process with rank `failing`; event: "nan", or the number of a signal, or "".
     """
-    config = config or [write_config(home)] * ranks
+    config = config or [write_config(home, train__steps=STEPS * EPOCHS)] * ranks
     started = [subprocess.Popen(
         [sys.executable, "-c", PROCESS, str(home / "socket"), *(fails if rank == failing else ("0", "")), "--config",
          str(config[rank]), "--monitor-path", str(home / name), *more], cwd=str(ROOT), env=environment(rank, ranks),

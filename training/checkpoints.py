@@ -44,7 +44,7 @@ def model_file(path):
     """Return the model that --model-load-path names: the file itself, or the newest model in a run's folder."""
     path = Path(path)
     if path.is_dir():
-        models = sorted(path.glob("model_*.h5"))
+        models = sorted(path.glob("model_*.h5"), key=lambda model: (len(model.name), model.name))  # by number
         if not models:
             raise helper.UserError(f"{path}: no model_*.h5 in this folder; train first, or name a model file")
         return models[-1]
@@ -71,7 +71,7 @@ def open_run(args):
     Returns (conf, folder for the results). Raises UserError if an argument or file is refused.
     """
     from backends import context  # imported here, as report.py and prepare.py run without nnabla
-    conf = settings.load_config(args.config)
+    conf = settings.load_config(args.config, args.changes)
     model = model_file(args.model_load_path)
     context.set_context(args.context, args.device_id)
     load_model(model, architecture.parameter_shapes(conf.network))
@@ -296,7 +296,7 @@ def checked_progress(path, progress):
 
 def is_setting(value):
     """Return whether a JSON value has a type that configuration keys have."""
-    return type(value) in (int, float, str) or type(value) is list and all(type(v) in (int, str) for v in value)
+    return type(value) in (int, float, str) or type(value) is list and all(type(v) in (int, float, str) for v in value)
 
 
 def damaged_progress(path, name, found):
