@@ -51,7 +51,7 @@ def main():
     if args.resume is not None:
         state = checkpoints.load_state(folder, network.parameter_shapes(conf.network))
         check_cameras(state, conf.train.camera_learning_rate, len(scene.images))
-        if is_complete(state, conf.train.steps, len(views), num_ranks):
+        if is_complete(state, conf.train, len(views), num_ranks):
             print(f"{folder} is trained: {state.progress['step']} steps, where {args.config} wants {conf.train.steps}; "
                   "raise train.steps there, or by --set, to train on")
             folders.remove_unfinished(folder)
@@ -113,7 +113,8 @@ class Training:
     def __init__(self, conf, scene, views, folder, world):
         """conf: the configuration; views: the scene's training views; folder: the run's; world: a parallel.World."""
         self.conf, self.scene, self.views, self.folder, self.world = conf, scene, views, folder, world
-        self.epochs = schedule.Epochs(conf.train.steps, datasets.epoch_steps(len(views), world.size))
+        self.epochs = schedule.Epochs(conf.train.steps, datasets.epoch_steps(
+            len(views), world.size * conf.train.views_per_step))
         self.solver, self.camera_solver = S.Adam(conf.train.learning_rate), None
         self.solvers = {"solver": self.solver}
         if conf.train.camera_learning_rate:
@@ -159,7 +160,7 @@ class Training:
         scene, train = self.scene, self.conf.train
         if self.camera_solver:      # a camera's pose is known only when its step begins
             scene = scene._replace(poses=np.tile(np.eye(4), (len(scene.poses), 1, 1)))
-        draw = datasets.Draw(train.rays, train.seed, train.outline_fraction)
+        draw = datasets.Draw(train.rays, train.seed, train.outline_fraction, train.views_per_step)
         return datasets.training_batches(scene, self.views, draw, self.first_step, self.world)
 
     def run(self, stop):
@@ -194,10 +195,9 @@ class Training:
         """
         batch, world = self.batch, self.world
         rng = helper.random_numbers(self.conf.train.seed, helper.SAMPLES, step * world.size + world.rank)
-        in_camera = batch.directions
+        drawn = batch
         if self.camera_solver:
-            origin, directions = cameras.rays(self.pose.d[batch.view], in_camera)
-            batch = batch._replace(origin=origin, directions=directions)
+            batch = cameras.placed_rays(self.pose.d, drawn)
         self.sdf.refresh()
         placed = place_points(self.sdf, batch, self.conf.tracer, rng, self.grid)
         losses = self.step.compute_gradients(self.solver, batch, placed, self.alpha, rng)
@@ -212,8 +212,7 @@ class Training:
         check_losses(means, step, epoch, self.folder)
         self.solver.update()
         if self.camera_solver:
-            gradient = cameras.grad_step(self.pose.d[batch.view], in_camera, placed.points, *self.step.grad_rays())
-            self.camera_solver.update(batch.view, gradient)
+            self.camera_solver.update(cameras.grad_steps(self.pose.d, drawn, placed.points, *self.step.grad_rays()))
         self.loss = means["loss"]
         self.log.add(step, **means, learning_rate=self.solver.learning_rate(), alpha=self.alpha)
         self.progress.set_postfix(epoch=epoch, loss=f"{self.loss:.4f}", refresh=False)
@@ -240,7 +239,8 @@ class Training:
         self.saved = time.monotonic()
         if self.world.writes:
             progress = {"step": step, "steps": self.epochs.length, "views": len(self.views), "ranks": self.world.size,
-                        "loss": self.loss, "config": settings.flat(self.conf), **self.log.times()}
+                        "views_per_step": self.conf.train.views_per_step, "loss": self.loss,
+                        "config": settings.flat(self.conf), **self.log.times()}
             checkpoints.save_state(self.folder, self.solvers, progress, self.log.buffers(), self.grid)
 
     def validate(self, epoch):
@@ -297,8 +297,11 @@ def model_name(epoch):
 
 # --- going on with a run ----------------------------------------------------------------------------------------------
 
-def is_complete(state, num_steps, num_views, num_ranks):
-    """Return whether a state's run has nothing left to do; UserError where it had other numbers of views or ranks."""
+def is_complete(state, conf, num_views, num_ranks):
+    """Return whether a state's run has nothing left to do; UserError where it had other numbers of views or ranks.
+
+    conf: the section "train" of the configuration
+    """
     trained = state.progress
     if trained["views"] != num_views:
         raise helper.UserError(f"{state.path}: was trained on {trained['views']} views, and now there are {num_views}; "
@@ -307,7 +310,11 @@ def is_complete(state, num_steps, num_views, num_ranks):
         raise helper.UserError(f"{state.path}: is of {trained['ranks']} process(es) at once, and now there would be "
                                f"{num_ranks}, with which an epoch has other steps; start as many (mpirun -n "
                                f"{trained['ranks']}), or start without --resume")
-    more, last = trained["step"] - num_steps, schedule.Epochs(num_steps, trained["steps"]).last
+    if trained["views_per_step"] != conf.views_per_step:
+        raise helper.UserError(f"{state.path}: was begun with train.views_per_step {trained['views_per_step']}, and "
+                               f"now it is {conf.views_per_step}, with which an epoch has other steps; restore it, or "
+                               "start without --resume")
+    more, last = trained["step"] - conf.steps, schedule.Epochs(conf.steps, trained["steps"]).last
     return more > 0 or more == 0 and (state.path.parent / model_name(last)).exists()
 
 

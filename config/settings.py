@@ -89,7 +89,8 @@ class Tracer:
 @dataclass(frozen=True)
 class Train:
     steps: int = key(98000, between(1, MOST_STEPS), "steps of the run; the paper's 2,000 epochs of 49 views")
-    rays: int = key(2048, between(2, 65536), "pixels per step, all from one view")
+    rays: int = key(2048, between(2, 65536), "pixels per step, divided evenly among its views")
+    views_per_step: int = key(1, between(1, 1024), "views that a step takes its pixels from; 1 is the paper's", True)
     outline_fraction: float = key(0.0, FRACTION, "fraction of rays near outlines; weights keep the loss unbiased", True)
     learning_rate: float = key(1e-4, above_zero(100), "learning rate of Adam")
     learning_rate_halved_at: List[float] = key([0.5, 0.75], MILESTONES, "fractions of the run at which it is halved")
@@ -321,7 +322,7 @@ def check_network(where, sizes) -> Network:
 
 
 def check_products(where, values):
-    """Raise UserError if a product of `values`, {"section.key": number}, exceeds MOST_TOGETHER.
+    """Raise UserError if a product of `values`, {"section.key": number}, exceeds MOST_TOGETHER, or views lack rays.
 
     Products with a key that is missing in `values` are not checked.
     """
@@ -329,6 +330,9 @@ def check_products(where, values):
         product = math.prod(values[name] for name in keys) if values.keys() >= set(keys) else 0
         if product > most:
             raise UserError(f"{where}: {' * '.join(keys)} must be at most {most:,}, not {product:,}; lower one of them")
+    if values.get("train.views_per_step", 0) > values.get("train.rays", 0):
+        raise UserError(f"{where}: train.views_per_step is {values['train.views_per_step']}, but a step has "
+                        f"{values['train.rays']} rays (train.rays); lower it to that number or less")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------

@@ -150,7 +150,7 @@ def test_sparse_adam_is_adam_on_one_row_with_the_count_of_all():
     for step in range(1, 30):
         view, gradient = step % 2, rng.normal(size=7)
         before = pose.d.copy()
-        solver.update(view, gradient)
+        solver.update({view: gradient})
         assert np.array_equal(np.delete(pose.d, view, 0), np.delete(before, view, 0))
         m[view] = 0.9 * m[view] + 0.1 * gradient
         v[view] = 0.999 * v[view] + 0.001 * gradient ** 2
@@ -158,6 +158,36 @@ def test_sparse_adam_is_adam_on_one_row_with_the_count_of_all():
         rows[view] = cameras.moved(rows[view], -by)
         np.testing.assert_allclose(pose.d, rows, atol=1e-5)
     assert np.array_equal(pose.d[2], start[2])
+
+
+def test_two_views_in_a_step_are_one_update_of_both():
+    start = np.random.default_rng(0).normal(size=(3, 7)).astype(np.float32)
+    solvers, poses = [cameras.SparseAdam(1e-2) for _ in range(3)], []
+    for solver in solvers:
+        poses.append(nn.Variable.from_numpy_array(start.copy()))
+        solver.set_parameters({checkpoints.POSE: poses[-1]})
+    for gradients in np.random.default_rng(1).normal(size=(5, 2, 7)):
+        solvers[0].update({0: gradients[0], 2: gradients[1]})
+        solvers[1].update({0: gradients[0]})
+        solvers[2].update({2: gradients[1]})
+    assert np.array_equal(poses[0].d[0], poses[1].d[0]) and np.array_equal(poses[0].d[2], poses[2].d[2])
+    assert np.array_equal(poses[0].d[1], start[1]) and solvers[0].t == 5
+
+
+def test_the_gradient_of_several_views_is_that_of_each():
+    """Check the rays and gradients of a Batch against those of its views; a view that comes twice has the sum."""
+    rng = np.random.default_rng(2)
+    vectors = cameras.pose_vectors(some_poses(4))
+    in_camera, points, by_points, by_directions = rng.normal(size=(4, 40, 3)).astype(np.float32)
+    drawn = datasets.Batch(np.array([2, 0, 2]), None, in_camera, None, None, None)
+    placed = cameras.placed_rays(vectors, drawn)
+    found = cameras.grad_steps(vectors, drawn, points, by_points, by_directions)
+    assert set(found) == {0, 2} and [part.stop for _, part in drawn.parts()] == [13, 26, 40]
+    for view, rays in ((0, np.arange(13, 26)), (2, np.r_[0:13, 26:40])):
+        origin, directions = cameras.rays(vectors[view], in_camera[rays])
+        assert np.array_equal(placed.directions[rays], directions) and (placed.origins[rays] == origin).all()
+        wanted = cameras.grad_step(vectors[view], in_camera[rays], points[rays], by_points[rays], by_directions[rays])
+        np.testing.assert_allclose(found[view], wanted, rtol=1e-4)
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
@@ -283,6 +313,21 @@ def test_a_resumed_run_with_cameras_is_the_one_that_was_not_interrupted(folder):
         assert np.array_equal(found[name], wanted[name]), name
     for name in ("camera_rotation", "camera_translation", "psnr"):
         assert np.array_equal(series(folder / "half_tiny", name), series(folder / "whole_tiny", name))
+
+
+def test_cameras_are_trained_by_the_rays_of_several_views_too(folder):
+    """Check that the errors fall, and that the run goes on bit for bit; 3 views per step do not divide the 8."""
+    several = {"train__views_per_step": 3, "train__steps": 150, "train__validations": 3}
+    train(folder, "--monitor-path", "several", **several)
+    errors = series(folder / "several_tiny", "camera_rotation")
+    assert errors[-1] < errors[0]
+    (folder / "several_tiny").rename(folder / "several_whole")
+    train(folder, "--monitor-path", "several", **{**several, "train__steps": 50})
+    train(folder, "--monitor-path", "several", "--resume", **several)
+    found, wanted = (checkpoints.read_arrays(folder / name / "state.h5")[0] for name in ("several_tiny",
+                                                                                         "several_whole"))
+    for name in wanted:
+        assert np.array_equal(found[name], wanted[name]), name
 
 
 def test_what_resuming_refuses(folder):

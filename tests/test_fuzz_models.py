@@ -252,7 +252,9 @@ def read_state(path):
     """Read a state as train.py --resume does before it computes."""
     state = checkpoints.load_state(path.parent, SHAPES)
     train.check_cameras(state, 0.0, 2)
-    train.is_complete(state, 5, state.progress.get("views", state.progress["steps"]), state.progress.get("ranks", 1))
+    progress = state.progress
+    train.is_complete(state, settings.Train(steps=5, views_per_step=progress["views_per_step"]), progress["views"],
+                      progress["ranks"])
     train.tell_resumed(state, settings.load_config(ROOT / "config" / "default.yaml"))
     checkpoints.restore_state(state, {"solver": S.Adam(1e-3)})
     first, steps = state.progress["step"], state.progress["steps"]

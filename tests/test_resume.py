@@ -567,6 +567,23 @@ def test_a_change_for_one_run(home, capfd):
         assert says in capfd.readouterr().err and not (home / "refused_tiny").exists()
 
 
+def test_a_run_of_several_views_per_step(home, monkeypatch, capfd):
+    """Check that it goes on bit for bit after a stop within an epoch, and not with another number."""
+    several = {"train__views_per_step": 3, "train__outline_fraction": 0.5}
+    assert start(home, "several", **several) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(home, "views", **several) == 143
+    capfd.readouterr()
+    assert start(home, "views", "--resume", **{**several, "train__views_per_step": 2}) == 2
+    assert "was begun with train.views_per_step 3, and now it is 2" in capfd.readouterr().err
+    assert start(home, "views", "--resume", **several) == 0
+    found, wanted = contents(home / "views_tiny"), contents(home / "several_tiny")
+    assert found == wanted and Path("model_00009.h5") in found      # epochs of 2 steps
+    assert start(home, "refused", train__views_per_step=65) == 2
+    assert "train.views_per_step is 65, but a step has 64 rays" in capfd.readouterr().err
+
+
 def test_a_run_that_a_newer_one_has_moved(home, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
