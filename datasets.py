@@ -356,13 +356,19 @@ def view_rays(scene: Scene, view: int, uv: np.ndarray) -> Tuple[np.ndarray, np.n
 
 
 class Batch(NamedTuple):
-    """R random rays of one view."""
-    view: int
-    origin: np.ndarray      # (3,) float32
+    """R random rays of one or more views."""
+    views: np.ndarray       # (V,) int64, in the order of their rays; one may come twice
+    origins: np.ndarray     # (R, 3) float32
     directions: np.ndarray  # (R, 3) float32, unit length
     rgb: np.ndarray         # (R, 3) float32 in [-1, 1]
     mask: np.ndarray        # (R,) bool, True on the object
     weights: np.ndarray     # (R,) float32, of the rays in the losses; 1 on average
+
+    def parts(self) -> Iterator[Tuple[int, slice]]:
+        """Yield each view and the slice of its rays."""
+        ends = ray_ends(len(self.directions), len(self.views))
+        for view, start, end in zip(self.views, [0, *ends], ends):
+            yield int(view), slice(start, end)
 
 
 class Draw(NamedTuple):
@@ -370,6 +376,7 @@ class Draw(NamedTuple):
     num_rays: int
     seed: int = 0
     outline_fraction: float = 0.0   # fraction of the rays near the mask's outline, in [0, 1)
+    views_per_step: int = 1
 
 
 class Process(NamedTuple):
@@ -378,39 +385,65 @@ class Process(NamedTuple):
     size: int = 1
 
 
-def epoch_steps(num_views: int, num_processes: int = 1) -> int:
-    """Return the number of steps in an epoch, which covers every view; each process takes one view per step."""
-    return -(-num_views // num_processes)
+def epoch_steps(num_views: int, views_per_step: int) -> int:
+    """Return the number of steps in an epoch, in which every view is due once; views_per_step: of all processes."""
+    return -(-num_views // views_per_step)
+
+
+def ray_ends(num_rays: int, num_views: int) -> List[int]:
+    """Divide the rays of a step among its views as evenly as can be; return where those of each view end."""
+    return [(number + 1) * num_rays // num_views for number in range(num_views)]
+
+
+def step_views(views: Sequence[int], draw: Draw, step: int, process: Process) -> np.ndarray:
+    """Return the views (views_per_step,) int64 that a step of a process takes.
+
+    All views stand in one endless row: every one of `views` once in a random order, then once in a new one, and so on.
+    Steps, and in them the processes, take one piece after the other. So after any step every view was taken as often as
+    any other, give or take once, also where the views of a step do not divide their number.
+    """
+    first = (step * process.size + process.rank) * draw.views_per_step
+    turns, places = np.divmod(np.arange(first, first + draw.views_per_step), len(views))
+    orders = {turn: random_numbers(draw.seed, ORDER, turn).permutation(views) for turn in np.unique(turns).tolist()}
+    return np.array([orders[turn][place] for turn, place in zip(turns.tolist(), places)])
 
 
 def training_batches(scene: Scene, views: Sequence[int], draw: Draw, first_step: int = 0,
                      process: Optional[Process] = None) -> Iterator[Batch]:
-    """Yield Batches without end, starting with the one of first_step: each is num_rays random pixels of one view.
+    """Yield Batches without end, from that of first_step on: random pixels of views_per_step views.
 
-    Each epoch takes every one of `views` once, in a new random order. Pixels are uniform over the whole image, on the
-    object or not, and distinct unless the image has fewer than num_rays. With an outline_fraction, draw_pixels draws
-    them.
-    process: None for a single one. Of several, each gets batches of its own, and an epoch has 1 / size as many steps;
-    if size does not divide the number of views, its last step repeats the epoch's first views.
+    step_views chooses the views, and ray_ends divides the rays among them. Pixels are uniform over the image, on the
+    object or not, and distinct unless the image has too few. With an outline_fraction, draw_pixels draws them.
+    process: None for a single one; of several, each gets batches of its own.
     A batch is a function of the seed, the step, the rank and the size.
     """
-    process = Process() if process is None else process
-    num_rays, (rank, size) = draw.num_rays, (process.rank, process.size)
-    height, width = scene.masks.shape[1:]
+    process = process or Process()
     regions = {}
     for step in itertools.count(first_step):
-        epoch, position = divmod(step, epoch_steps(len(views), size))
-        view = random_numbers(draw.seed, ORDER, epoch).permutation(views)[(position * size + rank) % len(views)]
-        # The order of the rays does not matter, so nothing is shuffled.
-        rng = random_numbers(draw.seed, PIXELS, step * size + rank)
-        if draw.outline_fraction:
-            if view not in regions:
-                regions[view] = mask_regions(scene.masks[view])
-            pixels, weights = draw_pixels(regions[view], num_rays, draw.outline_fraction, rng)
-        else:
-            pixels = rng.choice(height * width, num_rays, replace=num_rays > height * width, shuffle=False)
-            weights = np.ones(num_rays, np.float32)
-        yield Batch(int(view), *view_rays(scene, view, np.stack([pixels % width, pixels // width], axis=1)), weights)
+        chosen = step_views(views, draw, step, process)
+        ends = ray_ends(draw.num_rays, len(chosen))
+        rng = random_numbers(draw.seed, PIXELS, step * process.size + process.rank)
+        parts = [view_batch(scene, view, draw._replace(num_rays=end - start), rng, regions)
+                 for view, start, end in zip(chosen.tolist(), [0, *ends], ends)]
+        yield Batch(chosen, *(np.concatenate(columns) for columns in zip(*parts)))
+
+
+def view_batch(scene: Scene, view: int, draw: Draw, rng: np.random.Generator, regions: dict) -> Tuple[np.ndarray, ...]:
+    """Return the fields of a Batch, without its views, of num_rays random pixels of a view.
+
+    regions: {view: mask_regions}, which this fills as it goes.
+    """
+    height, width = scene.masks.shape[1:]
+    # The order of the rays does not matter, so nothing is shuffled.
+    if draw.outline_fraction:
+        if view not in regions:
+            regions[view] = mask_regions(scene.masks[view])
+        pixels, weights = draw_pixels(regions[view], draw.num_rays, draw.outline_fraction, rng)
+    else:
+        pixels = rng.choice(height * width, draw.num_rays, replace=draw.num_rays > height * width, shuffle=False)
+        weights = np.ones(draw.num_rays, np.float32)
+    origin, *rest = view_rays(scene, view, np.stack([pixels % width, pixels // width], axis=1))
+    return (np.broadcast_to(origin, (draw.num_rays, 3)), *rest, weights)
 
 
 def mask_regions(mask: np.ndarray) -> List[np.ndarray]:

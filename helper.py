@@ -103,11 +103,13 @@ def stop_signals():
 def argument_parser(description, config=True, model=False):
     """Return an argument parser with --context and --device-id.
 
-    config: add --config and --monitor-path; model: add --model-load-path.
+    config: add --config, --set and --monitor-path; model: add --model-load-path.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     if config:
         parser.add_argument("--config", required=True, help="configuration file, such as config/default.yaml")
+        parser.add_argument("--set", action="append", default=[], dest="changes", metavar="KEY=VALUE",
+                            help="change a key of the configuration, such as train.steps=4000; can be repeated")
         parser.add_argument("--monitor-path", default=None if model else "results",
                             help="write the results to the folder {monitor_path}_{scan}"
                                  + ("; by default beside the model" if model else ""))

@@ -114,7 +114,7 @@ class Run(NamedTuple):
     conf: settings.Configuration
     series: Dict[str, np.ndarray]       # {name: (N, 2)}, step or epoch, and value
     steps: int                          # per epoch; 1 while no epoch is done
-    epochs: int                         # number of epochs done
+    done: int                           # number of steps done
     laps: np.ndarray                    # (N, 2), last step and seconds of each epoch
     elapsed: float                      # seconds of all epochs
 
@@ -130,7 +130,7 @@ def read_run(folder):
     ends = series.get("loss", np.zeros((0, 2)))[:, 0] + 1       # steps done after each epoch
     steps = int(ends[0]) if len(ends) else 1
     return Run(folder, configs[-1], settings.load_config(configs[-1]), series, steps,
-               epochs=int(ends[-1]) // steps if len(ends) else 0, laps=timer[:, [0, 1]],
+               done=int(ends[-1]) if len(ends) else 0, laps=timer[:, [0, 1]],
                elapsed=timer[-1, 3] if len(timer) else 0.0)
 
 
@@ -243,7 +243,7 @@ def picture(image, words, width=LARGE):
 def page(run, running):
     """Return the page of a Run as HTML; running: whether its training is running now."""
     folder, conf = run.folder.resolve(), run.conf
-    done, wanted = run.epochs, conf.train.epochs
+    done, wanted = run.done, conf.train.steps
     state = "complete" if done >= wanted else "running" if running else "stopped"
     scene = Path(conf.data.path).name
     share = min(done / wanted, 1.0)
@@ -268,7 +268,7 @@ def page(run, running):
 <p class="muted">{html.escape(folder.name)}, {time.strftime("%d %B %Y, %H:%M:%S").lstrip("0")}{
     "; the page loads itself anew" if state == "running" else ""}</p>
 <div class="bar" role="progressbar" aria-valuenow="{share * 100:.0f}" aria-valuemin="0" aria-valuemax="100"
-aria-label="epochs done"><div style="width: {share:.2%}"></div></div>
+aria-label="steps done"><div style="width: {share:.2%}"></div></div>
 {tiles(run, state)}
 </header>
 <main>
@@ -291,9 +291,9 @@ def figures(items, kind):
 
 
 def tiles(run, state):
-    """Return the current numbers of the run, such as epoch, PSNR, loss and time."""
-    series, wanted = run.series, run.conf.train.epochs
-    items = [("epoch", f"{run.epochs:,} <small>of {wanted:,}</small>")]
+    """Return the current numbers of the run, such as step, PSNR, loss and time."""
+    series, wanted = run.series, run.conf.train.steps
+    items = [("step", f"{run.done:,} <small>of {wanted:,}</small>")]
     if "psnr" in series:
         items.append((f"PSNR, view {run.conf.train.validation_view}", f"{series['psnr'][-1, 1]:.2f} <small>dB</small>"))
     if "loss" in series:
@@ -303,7 +303,7 @@ def tiles(run, state):
         items.append(("training time", duration(run.elapsed)))
         items.append(("a step", f"{lap / run.steps * 1000:.0f} <small>ms</small>"))
         if state != "complete":
-            items.append(("left, about", duration(lap * (wanted - run.epochs))))
+            items.append(("left, about", duration(lap / run.steps * (wanted - run.done))))
     return '<dl class="tiles">' + "".join(f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in items) \
         + "</dl>"
 
@@ -334,8 +334,8 @@ def renders(run):
     """Return the latest validation: photograph, render, normals, depth."""
     found = validations(run.folder)
     if not found:
-        return '<p class="muted">None yet: a view is rendered every ' \
-            f'{run.conf.train.validate_every} epochs (train.validate_every).</p>'
+        return f'<p class="muted">None yet: a view is rendered {run.conf.train.validations} times in the run, at the ' \
+            'end of an epoch (train.validations).</p>'
     epoch, path = list(found.items())[-1]
     view, psnr = validation_view(run.conf), dict(run.series.get("psnr", []))
     captions = ("photograph", f"render, {psnr[epoch]:.2f} dB" if epoch in psnr else "render", "normals",
@@ -431,7 +431,7 @@ def commands(run, state):
     folder, config = shlex.quote(str(run.folder)), shlex.quote(str(run.config))
     resume = f"python train.py --config {config} --resume {folder}"
     model = f"--config {config} --model-load-path {folder}"
-    says = {"complete": "The run is complete. To train on, raise train.epochs in the configuration first.",
+    says = {"complete": "The run is complete. To train on, raise train.steps in the configuration first.",
             "running": "Where the run is interrupted, this goes on with it.",
             "stopped": "The run was stopped before its end. This goes on with it."}[state]
     content = f"<p>{says}</p><pre>{html.escape(resume)}</pre>" if (run.folder / checkpoints.STATE_FILE).exists() else ""

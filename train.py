@@ -27,7 +27,7 @@ from config import settings
 from files import folders, writing
 from metrics import images
 from tracing.sdf_grid import SdfGrid
-from training import cameras, checkpoints, parallel
+from training import cameras, checkpoints, parallel, schedule
 from training.log import EpochLog
 from training.step import LOSSES, LossWeights, TrainingStep, place_points
 
@@ -39,7 +39,7 @@ def main():
     parser.add_argument("--resume", nargs="?", const="", metavar="FOLDER",
                         help="go on with an interrupted run: that in {monitor_path}_{scan}, or in another FOLDER")
     args = parser.parse_args()
-    conf = settings.load_config(args.config)
+    conf = settings.load_config(args.config, args.changes)
     scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
     views = training_views(args.config, conf, scene)
     num_ranks, state = parallel.launched().size, None
@@ -51,9 +51,9 @@ def main():
     if args.resume is not None:
         state = checkpoints.load_state(folder, network.parameter_shapes(conf.network))
         check_cameras(state, conf.train.camera_learning_rate, len(scene.images))
-        if is_complete(state, conf.train.epochs, len(views), num_ranks):
-            print(f"{folder} is trained: {state.progress['step'] // state.progress['steps']} epochs, where "
-                  f"{args.config} wants {conf.train.epochs}; raise train.epochs there to train on")
+        if is_complete(state, conf.train, len(views), num_ranks):
+            print(f"{folder} is trained: {state.progress['step']} steps, where {args.config} wants {conf.train.steps}; "
+                  "raise train.steps there, or by --set, to train on")
             folders.remove_unfinished(folder)
             return
     world = parallel.connect(args.context, args.device_id)
@@ -64,7 +64,7 @@ def main():
             training.begin(state)
             finished = training.run(stop)
         if finished:
-            print(f"trained: {folder / model_name(conf.train.epochs - 1)}")
+            print(f"trained: {folder / model_name(training.epochs.last)}")
         else:
             print(f"stopped; the same command with --resume{' ' + str(folder) if args.resume else ''} goes on",
                   flush=True)
@@ -95,7 +95,12 @@ def open_folder(args, conf, folder, state, world):
         if state:
             tell_resumed(state, conf)
             folders.remove_unfinished(folder)
-        writing.copy_config(args.config, folder)
+        if args.changes:
+            names = ", ".join(settings.read_changes(args.changes))
+            text = settings.as_yaml(conf, f"# Every key as the run used it. Changed by --set: {names}.\n")
+            writing.write_bytes(folder / Path(args.config).name, text.encode())
+        else:
+            writing.copy_config(args.config, folder)
         yield folder
 
 
@@ -108,7 +113,8 @@ class Training:
     def __init__(self, conf, scene, views, folder, world):
         """conf: the configuration; views: the scene's training views; folder: the run's; world: a parallel.World."""
         self.conf, self.scene, self.views, self.folder, self.world = conf, scene, views, folder, world
-        self.steps_per_epoch = datasets.epoch_steps(len(views), world.size)
+        self.epochs = schedule.Epochs(conf.train.steps, datasets.epoch_steps(
+            len(views), world.size * conf.train.views_per_step))
         self.solver, self.camera_solver = S.Adam(conf.train.learning_rate), None
         self.solvers = {"solver": self.solver}
         if conf.train.camera_learning_rate:
@@ -139,9 +145,9 @@ class Training:
         self.step = TrainingStep(conf.network.without, LossWeights(conf.train.mask_weight, conf.train.eikonal_weight),
                                  conf.train.rays, want_grad_rays=self.camera_solver is not None)
         # After an epoch's last step its render and its model may still be missing, so the epoch is finished once more.
-        self.first_epoch = max(self.first_step - 1, 0) // self.steps_per_epoch
-        due = is_due(self.first_epoch, conf.train.validate_every, conf.train.epochs)
-        self.log = EpochLog(self.folder if self.world.writes else None, self.steps_per_epoch, state, self.first_step,
+        self.first_epoch = max(self.first_step - 1, 0) // self.epochs.length
+        due = self.epochs.is_due(self.first_epoch, conf.train.validations)
+        self.log = EpochLog(self.folder if self.world.writes else None, self.epochs, state, self.first_step,
                             validated_until=self.first_epoch if due else self.first_epoch + 1)
         self.saved = time.monotonic()
         if state is None:
@@ -154,17 +160,16 @@ class Training:
         scene, train = self.scene, self.conf.train
         if self.camera_solver:      # a camera's pose is known only when its step begins
             scene = scene._replace(poses=np.tile(np.eye(4), (len(scene.poses), 1, 1)))
-        draw = datasets.Draw(train.rays, train.seed, train.outline_fraction)
+        draw = datasets.Draw(train.rays, train.seed, train.outline_fraction, train.views_per_step)
         return datasets.training_batches(scene, self.views, draw, self.first_step, self.world)
 
     def run(self, stop):
         """Train to the end, or until `stop` is not empty; return whether it came to the end."""
-        conf, steps = self.conf.train, self.steps_per_epoch
-        with tqdm(initial=self.first_step, total=conf.epochs * steps, unit="step", dynamic_ncols=True, smoothing=0.05,
+        with tqdm(initial=self.first_step, total=self.epochs.steps, unit="step", dynamic_ncols=True, smoothing=0.05,
                   disable=not self.world.writes) as self.progress:
-            for epoch in range(self.first_epoch, conf.epochs):
-                self.set_schedules(epoch)
-                for step in range(max(self.first_step, epoch * steps), (epoch + 1) * steps):
+            for epoch in range(self.first_epoch, self.epochs.last + 1):
+                for step in range(max(self.first_step, self.epochs.end(epoch - 1)), self.epochs.end(epoch)):
+                    self.set_schedules(step)
                     stopping = self.take_step(step, epoch, stop)
                     if stopping or time.monotonic() - self.saved > STATE_EVERY:
                         self.save(step + 1)
@@ -174,14 +179,14 @@ class Training:
                     self.end_epoch(epoch)
         return True
 
-    def set_schedules(self, epoch):
-        """Set the learning rates and alpha of an epoch."""
+    def set_schedules(self, step):
+        """Set the learning rates and alpha of a step."""
         conf = self.conf.train
-        factor = scheduled(1.0, 0.5, conf.learning_rate_halved_after, epoch)
+        factor = schedule.learning_rate_factor(conf, step)
         self.solver.set_learning_rate(conf.learning_rate * factor)
         if self.camera_solver:
             self.camera_solver.learning_rate = conf.camera_learning_rate * factor
-        self.alpha = scheduled(conf.alpha, 2.0, conf.alpha_doubled_after, epoch)
+        self.alpha = schedule.alpha(conf, step)
 
     def take_step(self, step, epoch, stop):
         """Take one step: draw rays, search their points, compute the gradients, update, log.
@@ -190,10 +195,9 @@ class Training:
         """
         batch, world = self.batch, self.world
         rng = helper.random_numbers(self.conf.train.seed, helper.SAMPLES, step * world.size + world.rank)
-        in_camera = batch.directions
+        drawn = batch
         if self.camera_solver:
-            origin, directions = cameras.rays(self.pose.d[batch.view], in_camera)
-            batch = batch._replace(origin=origin, directions=directions)
+            batch = cameras.placed_rays(self.pose.d, drawn)
         self.sdf.refresh()
         placed = place_points(self.sdf, batch, self.conf.tracer, rng, self.grid)
         losses = self.step.compute_gradients(self.solver, batch, placed, self.alpha, rng)
@@ -208,8 +212,7 @@ class Training:
         check_losses(means, step, epoch, self.folder)
         self.solver.update()
         if self.camera_solver:
-            gradient = cameras.grad_step(self.pose.d[batch.view], in_camera, placed.points, *self.step.grad_rays())
-            self.camera_solver.update(batch.view, gradient)
+            self.camera_solver.update(cameras.grad_steps(self.pose.d, drawn, placed.points, *self.step.grad_rays()))
         self.loss = means["loss"]
         self.log.add(step, **means, learning_rate=self.solver.learning_rate(), alpha=self.alpha)
         self.progress.set_postfix(epoch=epoch, loss=f"{self.loss:.4f}", refresh=False)
@@ -221,10 +224,10 @@ class Training:
         conf = self.conf.train
         if self.log.lost_the_surface():
             self.progress.write(f"epoch {epoch}: " + LOST)
-        validation_is_due = is_due(epoch, conf.validate_every, conf.epochs)
-        model_is_due = is_due(epoch, conf.save_every, conf.epochs)
+        validation_is_due = self.epochs.is_due(epoch, conf.validations)
+        model_is_due = self.epochs.is_due(epoch, conf.models)
         if validation_is_due or model_is_due:
-            self.save((epoch + 1) * self.steps_per_epoch)
+            self.save(self.epochs.end(epoch))
         if validation_is_due:
             self.validate(epoch)
         if model_is_due:
@@ -235,8 +238,9 @@ class Training:
         """Write the state after so many steps; other processes than the first have nothing to write."""
         self.saved = time.monotonic()
         if self.world.writes:
-            progress = {"step": step, "steps": self.steps_per_epoch, "views": len(self.views), "ranks": self.world.size,
-                        "loss": self.loss, "config": settings.flat(self.conf), **self.log.times()}
+            progress = {"step": step, "steps": self.epochs.length, "views": len(self.views), "ranks": self.world.size,
+                        "views_per_step": self.conf.train.views_per_step, "loss": self.loss,
+                        "config": settings.flat(self.conf), **self.log.times()}
             checkpoints.save_state(self.folder, self.solvers, progress, self.log.buffers(), self.grid)
 
     def validate(self, epoch):
@@ -278,16 +282,6 @@ LOST = ("no ray has met the surface within its mask; the surface has shrunk to n
         "(prepare.py SCENE --check tells), or a train.learning_rate that is too high")
 
 
-def scheduled(start, factor, milestones, epoch):
-    """Return the value of a schedule that multiplies `start` by `factor` after each of the milestone epochs."""
-    return start * factor ** sum(epoch >= milestone for milestone in milestones)
-
-
-def is_due(epoch, every, num_epochs):
-    """Return whether an action that is due every `every` epochs, and after the last one, is due after this epoch."""
-    return (epoch + 1) % every == 0 or epoch + 1 == num_epochs
-
-
 def remembered(sdf, num_rays):
     """Return the SdfGrid with which a training of so many rays per step begins, None on a GPU.
 
@@ -303,8 +297,11 @@ def model_name(epoch):
 
 # --- going on with a run ----------------------------------------------------------------------------------------------
 
-def is_complete(state, num_epochs, num_views, num_ranks):
-    """Return whether a state's run has nothing left to do; UserError where it had other numbers of views or ranks."""
+def is_complete(state, conf, num_views, num_ranks):
+    """Return whether a state's run has nothing left to do; UserError where it had other numbers of views or ranks.
+
+    conf: the section "train" of the configuration
+    """
     trained = state.progress
     if trained["views"] != num_views:
         raise helper.UserError(f"{state.path}: was trained on {trained['views']} views, and now there are {num_views}; "
@@ -313,8 +310,12 @@ def is_complete(state, num_epochs, num_views, num_ranks):
         raise helper.UserError(f"{state.path}: is of {trained['ranks']} process(es) at once, and now there would be "
                                f"{num_ranks}, with which an epoch has other steps; start as many (mpirun -n "
                                f"{trained['ranks']}), or start without --resume")
-    more = trained["step"] - num_epochs * trained["steps"]
-    return more > 0 or more == 0 and (state.path.parent / model_name(num_epochs - 1)).exists()
+    if trained["views_per_step"] != conf.views_per_step:
+        raise helper.UserError(f"{state.path}: was begun with train.views_per_step {trained['views_per_step']}, and "
+                               f"now it is {conf.views_per_step}, with which an epoch has other steps; restore it, or "
+                               "start without --resume")
+    more, last = trained["step"] - conf.steps, schedule.Epochs(conf.steps, trained["steps"]).last
+    return more > 0 or more == 0 and (state.path.parent / model_name(last)).exists()
 
 
 def check_cameras(state, learning_rate, num_views):
@@ -332,11 +333,14 @@ def tell_resumed(state, conf):
     """Print where a run goes on, and every setting that has changed since its start."""
     step, steps = state.progress["step"], state.progress["steps"]
     print(f"going on with {state.path.parent} after step {step} (epoch {step // steps})")
-    kept = {settings.OLD_NAMES.get(name, name): value for name, value in state.progress["config"].items()}
-    before = {**settings.optional_defaults(), **kept}
-    for name, value in settings.flat(conf).items():
+    before, now = settings.earlier(state.progress["config"], steps), settings.flat(conf)
+    for name, value in now.items():
         if before.get(name) != value:
             print(f"notice: {name} was {before.get(name)!r}, is now {value!r}")
+    if before.get("train.steps") != conf.train.steps:
+        print("notice: what is given in fractions of the run moves with train.steps; from here on the learning rate is "
+              f"{conf.train.learning_rate * schedule.learning_rate_factor(conf.train, step):.3g} and alpha "
+              f"{schedule.alpha(conf.train, step):g}")
 
 
 def check_losses(losses, step, epoch, folder):

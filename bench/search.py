@@ -21,8 +21,8 @@ import helper  # noqa: E402
 import network  # noqa: E402
 from backends import architecture, context  # noqa: E402
 from config import settings  # noqa: E402
-from train import remembered, scheduled  # noqa: E402
-from training import checkpoints  # noqa: E402
+from train import remembered  # noqa: E402
+from training import checkpoints, schedule  # noqa: E402
 from training.step import LossWeights, Placed, TrainingStep, place_points  # noqa: E402
 
 EVERY, LINES = 100, 10      # steps between comparisons; lines of the table
@@ -41,7 +41,7 @@ def main():
     parser.add_argument("--model-load-path", help="a trained model to go on from, instead of the initial sphere")
     parser.add_argument("--steps", type=int, help="instead of those of the configuration")
     args = parser.parse_args()
-    conf = settings.load_config(args.config)
+    conf = settings.load_config(args.config, args.changes)
     if context.set_context(args.context, args.device_id) != "cpu":
         raise helper.UserError("only a training on the CPU remembers the sdf; add --context cpu")
     network.initialize(conf.network, np.random.default_rng(conf.train.seed))
@@ -49,7 +49,7 @@ def main():
         checkpoints.load_model(args.model_load_path, architecture.parameter_shapes(conf.network))
     scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
     views = datasets.training_views(conf.data.held_out_views, len(scene.images), args.config)
-    num_steps = args.steps or conf.train.epochs * len(views)
+    num_steps = args.steps or conf.train.steps
     print(f"{'step':>7}{'hits':>9}{'apart':>9}{'least':>9}{'mask loss':>11}{'evaluations':>13}{'of':>8}")
     found = []
     for step, compared in enumerate(compare(conf, scene, views, num_steps)):
@@ -69,12 +69,11 @@ def compare(conf, scene, views, num_steps):
     sdf = counting(network.sdf_evaluator(), counted)
     grid = remembered(sdf, train.rays)
     taken = TrainingStep(conf.network.without, LossWeights(train.mask_weight, train.eikonal_weight), train.rays)
-    draw = datasets.Draw(train.rays, train.seed, train.outline_fraction)
+    draw = datasets.Draw(train.rays, train.seed, train.outline_fraction, train.views_per_step)
     batches = datasets.training_batches(scene, views, draw)
     for step in tqdm(range(num_steps), unit="step", dynamic_ncols=True, smoothing=0.05):
-        epoch, batch = step // len(views), next(batches)
-        solver.set_learning_rate(scheduled(train.learning_rate, 0.5, train.learning_rate_halved_after, epoch))
-        alpha = scheduled(train.alpha, 2.0, train.alpha_doubled_after, epoch)
+        batch, alpha = next(batches), schedule.alpha(train, step)
+        solver.set_learning_rate(train.learning_rate * schedule.learning_rate_factor(train, step))
         sdf.refresh()
         counted.clear()
         compared, seed = None, (0, helper.SAMPLES, step)

@@ -11,10 +11,11 @@ from typing import List
 
 import yaml
 
+from config import old_form
 from helper import SHORT, UserError, check_is_file
 
 MOST_TEXT = 1 << 16     # bytes per configuration file; default.yaml has 3,000
-MOST_EPOCHS = 100000    # model_*.h5 has five digits
+MOST_STEPS = 10 ** 8
 MOST_VIEWS = 100000
 OLD_NAMES = {"train.outline_rays": "train.outline_fraction"}    # {old: new}; old names still work, with a notice
 
@@ -44,8 +45,8 @@ def path_of(what):
 
 
 VIEWS = (lambda v: all(0 <= i < MOST_VIEWS for i in v), "indices of views, from 0")
-MILESTONES = (lambda v: len(v) <= 64 and all(0 <= e <= MOST_EPOCHS for e in v) and v == sorted(v),
-              f"at most 64 epochs in ascending order, from 0 to {MOST_EPOCHS}")
+MILESTONES = (lambda v: len(v) <= 64 and all(0 <= f <= 1 for f in v) and v == sorted(v),
+              "at most 64 fractions of the run in ascending order, from 0 to 1")
 FRACTION = (lambda v: 0 <= v < 1, "0 or more and less than 1")
 INSIDE = (lambda v: 0 < v < 1, "between 0 and 1")
 
@@ -87,19 +88,24 @@ class Tracer:
 
 @dataclass(frozen=True)
 class Train:
-    epochs: int = key(2000, between(1, MOST_EPOCHS), "an epoch is one step per training view")
-    rays: int = key(2048, between(2, 65536), "pixels per step, all from one view")
+    steps: int = key(98000, between(1, MOST_STEPS), "steps of the run; the paper's 2,000 epochs of 49 views")
+    rays: int = key(2048, between(2, 65536), "pixels per step, divided evenly among its views")
+    views_per_step: int = key(1, between(1, 1024), "views that a step takes its pixels from; 1 is the paper's", True)
     outline_fraction: float = key(0.0, FRACTION, "fraction of rays near outlines; weights keep the loss unbiased", True)
     learning_rate: float = key(1e-4, above_zero(100), "learning rate of Adam")
-    learning_rate_halved_after: List[int] = key([1000, 1500], MILESTONES, "epochs after which it is halved")
+    learning_rate_halved_at: List[float] = key([0.5, 0.75], MILESTONES, "fractions of the run at which it is halved")
+    learning_rate_annealing: str = key("none", one_of("none", "cosine", "exponential"),
+                                       "smooth fall over the run: none, cosine or exponential", True)
+    learning_rate_end: float = key(0.05, above_zero(1), "fraction of the learning rate that annealing ends at", True)
     camera_learning_rate: float = key(0.0, between(0, 100), "learning rate of the cameras; 0: they are exact", True)
     alpha: float = key(50.0, above_zero(1000000), "sharpness of the soft mask, sigmoid(-alpha * sdf)")
-    alpha_doubled_after: List[int] = key([250, 500, 750, 1000, 1250], MILESTONES, "epochs after which it is doubled")
+    alpha_doubled_at: List[float] = key([0.125, 0.25, 0.375, 0.5, 0.625], MILESTONES,
+                                        "fractions of the run at which it is doubled")
     mask_weight: float = key(100.0, between(0, 1000000), "weight of the mask loss")
     eikonal_weight: float = key(0.1, between(0, 1000000), "weight of the eikonal loss")
     seed: int = key(0, between(0, 2 ** 32 - 1), "seed of the initial weights, the order of views and the pixels")
-    save_every: int = key(100, between(1, MOST_EPOCHS), "epochs between models; one is also saved after the last")
-    validate_every: int = key(50, between(1, MOST_EPOCHS), "epochs between renders; one is also made after the last")
+    models: int = key(20, between(1, 100000), "models to save, evenly over the run; the last after the last step")
+    validations: int = key(40, between(1, 100000), "renders of a view to make, evenly over the run, to judge it by")
     validation_view: int = key(0, between(0, MOST_VIEWS - 1), "index of the view to render")
     validation_downscale: int = key(4, between(1, 1000), "integer factor by which the render is shrunk, to save time")
 
@@ -146,6 +152,17 @@ def optional_defaults() -> dict:
             for item in fields(section.type) if item.metadata["optional"]}
 
 
+def earlier(values, num_views) -> dict:
+    """Return {"section.key": value} of an earlier run, as flat gives it, in today's keys.
+
+    num_views: the steps per epoch of a run that counted in epochs.
+    """
+    train = {name.split(".")[1]: value for name, value in values.items() if name.startswith("train.")}
+    new = {f"train.{name}": value for name, value in old_form.converted(train, num_views).items()}
+    kept = {OLD_NAMES.get(name, name): value for name, value in values.items()}
+    return {**optional_defaults(), **new, **kept}
+
+
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 class ConfigLoader(yaml.SafeLoader):
@@ -175,23 +192,50 @@ ConfigLoader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"^[-+]
                                    list("-+0123456789"))
 
 
-def load_config(path) -> Configuration:
+def load_config(path, changes=()) -> Configuration:
     """Read and check a configuration file.
 
+    changes: words of the command line's --set, such as "train.steps=4000", which replace what the file says.
     Raises UserError if the file cannot be read, or if a key is unknown, missing, of the wrong type or out of range.
     """
+    changed = read_changes(changes)
     tree = read_yaml(path)
     check_keys(path, "", tree, {section.name: None for section in fields(Configuration)})
+    old_form.check(path, tree)
     sections = {}
     for section in fields(Configuration):
         found = renamed(path, section.name, tree[section.name])
+        new = {name.split(".")[1]: value for name, value in changed.items() if name.startswith(f"{section.name}.")}
         items = keys_of(section.type)
-        check_keys(path, section.name, found, items)
+        check_keys(path, section.name, {**found, **new} if isinstance(found, dict) else found, items)
         sections[section.name] = section.type(**{
-            name: check_value(f"{path}: {section.name}.{name}", value, items[name]) for name, value in found.items()})
+            name: check_value(f"{'--set' if name in new else f'{path}:'} {section.name}.{name}", value, items[name])
+            for name, value in {**found, **new}.items()})
     conf = Configuration(**sections)
     check_products(path, flat(conf))
     return conf
+
+
+def read_changes(changes) -> dict:
+    """Return the words of --set, such as "train.steps=4000", as {"section.key": value as YAML}; the last one counts.
+
+    The value of a key that is a text is taken as it is. Raises UserError for an unknown key, and if YAML fails.
+    """
+    items = {f"{section.name}.{name}": item for section in fields(Configuration)
+             for name, item in keys_of(section.type).items()}
+    found = {}
+    for word in changes:
+        name, equals, text = word.partition("=")
+        name = OLD_NAMES.get(name.strip(), name.strip())
+        if not equals or name not in items:
+            raise UserError(f"--set {SHORT.repr(word)}: write section.key=value, such as train.steps=4000; "
+                            "config/default.yaml has the keys")
+        try:
+            found[name] = text.strip() if items[name].type is str else yaml.load(text, Loader=ConfigLoader)
+        except Exception as error:
+            raise UserError(f"--set {name}: {SHORT.repr(text)} is not valid YAML; write it as in a configuration, "
+                            "lists as [0.5, 0.75]") from error
+    return found
 
 
 def read_yaml(path):
@@ -249,20 +293,23 @@ def check_keys(path, section, found, items):
 def check_value(where, value, item):
     """Return `value` in the type of the dataclass field `item`. Raises UserError for a wrong type or value."""
     kinds = {int: "a whole number", float: "a number", str: "a text", List[int]: "a list of whole numbers",
-             List[str]: "a list of texts"}
+             List[float]: "a list of numbers", List[str]: "a list of texts"}
     if item.type in (List[int], List[str]):
         fits = isinstance(value, list) and all(type(v) is item.type.__args__[0] for v in value)
+    elif item.type is List[float]:
+        fits = isinstance(value, list) and all(type(v) in (int, float) and abs(v) < 1e300 for v in value)
     elif item.type is float:
         fits = type(value) in (int, float) and abs(value) < 1e300       # neither infinite nor NaN
     else:
         fits = type(value) is item.type
     if not fits:
         raise UserError(f"{where} must be {kinds[item.type]}, not {SHORT.repr(value)}")
-    value = float(value) if item.type is float else value
     allowed, says = item.metadata["allowed"]
     if not allowed(value):
         raise UserError(f"{where} must be {says}, not {SHORT.repr(value)}")
-    return value
+    if item.type is float:
+        return float(value)
+    return [float(v) for v in value] if item.type is List[float] else value
 
 
 def check_network(where, sizes) -> Network:
@@ -275,7 +322,7 @@ def check_network(where, sizes) -> Network:
 
 
 def check_products(where, values):
-    """Raise UserError if a product of `values`, {"section.key": number}, exceeds MOST_TOGETHER.
+    """Raise UserError if a product of `values`, {"section.key": number}, exceeds MOST_TOGETHER, or views lack rays.
 
     Products with a key that is missing in `values` are not checked.
     """
@@ -283,6 +330,9 @@ def check_products(where, values):
         product = math.prod(values[name] for name in keys) if values.keys() >= set(keys) else 0
         if product > most:
             raise UserError(f"{where}: {' * '.join(keys)} must be at most {most:,}, not {product:,}; lower one of them")
+    if values.get("train.views_per_step", 0) > values.get("train.rays", 0):
+        raise UserError(f"{where}: train.views_per_step is {values['train.views_per_step']}, but a step has "
+                        f"{values['train.rays']} rays (train.rays); lower it to that number or less")
 
 
 # --- writing ----------------------------------------------------------------------------------------------------------
@@ -293,19 +343,29 @@ INTRODUCTION = """\
 """
 
 
-def as_yaml() -> str:
-    """Return the text of config/default.yaml: every key with its default and meaning."""
-    text = INTRODUCTION
+def as_yaml(conf=None, introduction=INTRODUCTION) -> str:
+    """Return a Configuration as a file with the meaning of every key; without one, the text of config/default.yaml."""
+    text = introduction
     for section in fields(Configuration):
         text += f"\n{section.name}:\n"
         for item in fields(section.type):
-            value = default_of(item)
-            shown = str(value).replace("'", "")
-            if isinstance(value, float):    # YAML 1.1 requires the decimal point in 5.0e-05
-                shown = f"{value:g}" if value == 0 or value >= 0.01 else f"{value:.1e}"
+            value = default_of(item) if conf is None else getattr(getattr(conf, section.name), item.name)
             optional = " (optional)" if item.metadata["optional"] else ""
-            text += f"  {item.name + ': ' + shown:<24}  # {item.metadata['says']}{optional}\n"
+            text += f"  {item.name + ': ' + shown(value):<24}  # {item.metadata['says']}{optional}\n"
     return text
+
+
+def shown(value) -> str:
+    """Return a value of a configuration as YAML on one line, which load_config reads as the same value."""
+    if isinstance(value, list):
+        return f"[{', '.join(map(shown, value))}]"
+    if isinstance(value, float):    # YAML 1.1 requires the decimal point in 5.0e-05
+        short = f"{value:g}" if value == 0 or 0.01 <= value < 1e6 else f"{value:.1e}"
+        return short if float(short) == value else repr(value)
+    if isinstance(value, str):
+        plain = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=1 << 16).strip()
+        return plain[1:-1]
+    return str(value)
 
 
 if __name__ == "__main__":

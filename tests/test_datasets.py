@@ -1,6 +1,7 @@
 """Test scenes on disk (what is read, what is refused), cameras against pixels, and training batches."""
 
 import io
+import itertools
 import os
 import shutil
 import socket
@@ -608,7 +609,7 @@ def take(count, scene, views, rays, seed, first_step=0, outline_fraction=0.0):
 
 def test_every_view_once_in_each_epoch():
     views = [0, 2, 3, 5, 6, 7]
-    order = [batch.view for batch in take(60, numbered_scene(4, 5, 8), views, 4, 0)]
+    order = [int(batch.views[0]) for batch in take(60, numbered_scene(4, 5, 8), views, 4, 0)]
     epochs = [order[i:i + 6] for i in range(0, 60, 6)]
     assert all(sorted(epoch) == views for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 3  # a new order in each epoch
@@ -621,16 +622,53 @@ def test_a_batch_is_of_one_view_and_its_pixels():
         numbers = pixel_numbers(batch)
         assert len(set(numbers)) == 50
         uv = np.stack([numbers % 24, numbers // 24], axis=1)
-        for got, expected in zip(batch[1:], datasets.view_rays(scene, batch.view, uv)):
+        origin, *rest = datasets.view_rays(scene, batch.views[0], uv)
+        for got, expected in zip(batch[1:], (np.tile(origin, (50, 1)), *rest)):
             np.testing.assert_array_equal(got, expected)
             assert got.dtype == expected.dtype and got.shape == expected.shape
+
+
+@pytest.mark.parametrize("per_step, ranks, rays", [(1, 1, 7), (2, 1, 9), (4, 1, 8), (3, 2, 10), (16, 1, 16), (2, 4, 5)])
+def test_every_view_is_taken_as_often_as_any_other(per_step, ranks, rays):
+    scene, views = numbered_scene(9, 11, 7), [0, 1, 2, 4, 6]
+    draw = datasets.Draw(rays, 3, views_per_step=per_step)
+    rows = [datasets.training_batches(scene, views, draw, 0, datasets.Process(rank, ranks)) for rank in range(ranks)]
+    seen = np.zeros(7, int)
+    for step in range(40):
+        for row in rows:
+            batch = next(row)
+            seen += np.bincount(batch.views, minlength=7)
+            counts = [part.stop - part.start for _, part in batch.parts()]
+            assert sum(counts) == len(batch.rgb) == rays and max(counts) - min(counts) <= 1
+        assert seen[[3, 5]].sum() == 0 and np.ptp(seen[views]) <= 1, step
+    again = next(datasets.training_batches(scene, views, draw, 7, datasets.Process(ranks - 1, ranks)))
+    row = datasets.training_batches(scene, views, draw, 0, datasets.Process(ranks - 1, ranks))
+    for got, expected in zip([next(row) for _ in range(8)][-1], again):
+        assert np.array_equal(got, expected)
+
+
+@pytest.mark.parametrize("outline_fraction", [0.0, 0.5])
+def test_the_rays_of_several_views_are_those_of_their_views(outline_fraction):
+    scene = numbered_scene(18, 24, 4)
+    scene.images[..., 2] = np.arange(4)[:, None, None]
+    scene.poses[:, 0, 3] = 0.1 * np.arange(4)
+    draw = datasets.Draw(40, 1, outline_fraction, views_per_step=2)
+    for batch in itertools.islice(datasets.training_batches(scene, [0, 1, 3], draw), 9):
+        assert [array.shape[0] for array in batch[1:]] == [40] * 5
+        for view, part in batch.parts():
+            numbers = pixel_numbers(batch)[part]
+            assert (np.rint((batch.rgb[part, 2] + 1) * 127.5) == view).all() and len(set(numbers)) == 20
+            origin, directions, _, mask = datasets.view_rays(scene, view, np.stack([numbers % 24, numbers // 24], 1))
+            assert np.array_equal(batch.directions[part], directions) and np.array_equal(batch.mask[part], mask)
+            assert (batch.origins[part] == origin).all()
+        assert batch.weights.mean() == pytest.approx(1, abs=0 if outline_fraction == 0 else 0.5)
 
 
 def test_the_same_seed_gives_the_same_batches():
     scene = numbered_scene(18, 24)
 
     def numbers(seed):
-        return [(batch.view, pixel_numbers(batch).tolist()) for batch in take(9, scene, [0, 1, 2], 20, seed)]
+        return [(batch.views.tolist(), pixel_numbers(batch).tolist()) for batch in take(9, scene, [0, 1, 2], 20, seed)]
 
     assert numbers(5) == numbers(5)
     assert numbers(5) != numbers(6)
@@ -638,9 +676,10 @@ def test_the_same_seed_gives_the_same_batches():
 
 def test_batches_from_a_step_on_are_those_of_a_whole_run():
     scene, views = numbered_scene(18, 24), [0, 1, 2]
-    whole = [(batch.view, pixel_numbers(batch).tolist()) for batch in take(12, scene, views, 20, 5)]
+    whole = [(batch.views.tolist(), pixel_numbers(batch).tolist()) for batch in take(12, scene, views, 20, 5)]
     for start in (1, 3, 8):
-        rest = [(batch.view, pixel_numbers(batch).tolist()) for batch in take(12 - start, scene, views, 20, 5, start)]
+        rest = [(batch.views.tolist(), pixel_numbers(batch).tolist())
+                for batch in take(12 - start, scene, views, 20, 5, start)]
         assert rest == whole[start:]
     assert len({numbers[0] for _, numbers in whole}) > 6      # new pixels in each step
 

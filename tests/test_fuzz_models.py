@@ -30,7 +30,7 @@ from backends import architecture
 from config import settings
 from conftest import ROOT
 from fuzzing import TELLING_BYTES, damaged, keeps_its_promise
-from training import checkpoints, log
+from training import checkpoints, log, schedule
 
 SIZES = (64, 2, 3)      # width, feature and layers of the damaged models
 SHAPES = architecture.parameter_shapes(settings.Network(*SIZES))
@@ -108,8 +108,8 @@ def test_configurations_with_other_values(folder, changes, spelt):
         net = conf.network
         shapes = architecture.parameter_shapes(net)
         assert sum(map(np.prod, shapes.values())) < 10 ** 8 and conf.train.rays * conf.tracer.samples < 10 ** 8
-        for milestones in (conf.train.alpha_doubled_after, conf.train.learning_rate_halved_after):
-            assert np.isfinite(np.float32(train.scheduled(conf.train.alpha, 2.0, milestones, 10 ** 6)))
+        assert np.isfinite(np.float32(schedule.alpha(conf.train, conf.train.steps - 1)))
+        assert 0 < schedule.learning_rate_factor(conf.train, conf.train.steps - 1) <= 1
 
 
 @given(YAML_WORDS, st.one_of(st.integers(1, 100), st.integers(1, 5000)), one_of(" ", "\n", ", ", "\n- ", ": ", "\n? "))
@@ -252,11 +252,13 @@ def read_state(path):
     """Read a state as train.py --resume does before it computes."""
     state = checkpoints.load_state(path.parent, SHAPES)
     train.check_cameras(state, 0.0, 2)
-    train.is_complete(state, 5, state.progress.get("views", state.progress["steps"]), state.progress.get("ranks", 1))
+    progress = state.progress
+    train.is_complete(state, settings.Train(steps=5, views_per_step=progress["views_per_step"]), progress["views"],
+                      progress["ranks"])
     train.tell_resumed(state, settings.load_config(ROOT / "config" / "default.yaml"))
     checkpoints.restore_state(state, {"solver": S.Adam(1e-3)})
     first, steps = state.progress["step"], state.progress["steps"]
-    series = log.EpochLog(None, steps, state, first, max(first - 1, 0) // steps)
+    series = log.EpochLog(None, schedule.Epochs(1 << 40, steps), state, first, max(first - 1, 0) // steps)
     series.add(first, **dict.fromkeys(log.STEP_SERIES, 1.0))
     json.dumps(series.times())
 

@@ -17,9 +17,10 @@ import yaml
 
 import helper
 from backends import context
-from config import settings
+from config import old_form, settings
 from conftest import ROOT
 from files import writing
+from training import schedule
 
 DEFAULT = ROOT / "config" / "default.yaml"
 SECTIONS = {section.name: {item.name: item for item in dataclasses.fields(section.type)}
@@ -38,8 +39,7 @@ def tree():
 @pytest.mark.parametrize("path", sorted(DEFAULT.parent.glob("*.yaml")), ids=lambda path: path.stem)
 def test_each_configuration_here_is_a_right_one(path):
     conf = settings.load_config(path)
-    steps = conf.train.learning_rate_halved_after + conf.train.alpha_doubled_after
-    assert max(steps) < conf.train.epochs and conf.train.save_every <= conf.train.epochs
+    assert max(conf.train.learning_rate_halved_at + conf.train.alpha_doubled_at) < 1 < conf.train.models
 
 
 def test_the_default_configuration_is_written_from_the_keys():
@@ -53,6 +53,66 @@ def test_a_key_of_another_name_is_still_read(tmp_path, tree, capsys):
     assert "train.outline_rays is called train.outline_fraction now" in capsys.readouterr().out
     tree["train"]["outline_fraction"] = 0.5
     assert "unknown key train.outline_rays" in refusal(tmp_path, tree)
+
+
+def test_a_configuration_that_counts_in_epochs_is_told_its_numbers_in_steps(tmp_path, tree):
+    for name in old_form.NEW_KEYS.values():
+        del tree["train"][name]
+    old = dict(epochs=440, learning_rate_halved_after=[157, 251, 440], alpha_doubled_after=[57, 220], save_every=40,
+               validate_every=50)
+    tree["train"].update(old)
+    tree["data"].update(path=str(tmp_path / "scene"), held_out_views=[1, 7])
+    says = "learning_rate_halved_at: {}, alpha_doubled_at: {}, models: 11, validations: 9"
+    assert "write steps: (440 times the number of training views), " + says.format(
+        "[0.357, 0.57]", "[0.13, 0.5]") in refusal(tmp_path, tree)
+    (tmp_path / "scene" / "image").mkdir(parents=True)
+    for view in range(51):
+        (tmp_path / "scene" / "image" / f"{view:03d}.png").touch()
+    said = refusal(tmp_path, tree)
+    assert "write steps: 21560, " + says.format("[0.35682, 0.57045]", "[0.12955, 0.5]") in said
+    for old in old_form.NEW_KEYS:       # and these numbers are accepted
+        del tree["train"][old]
+    tree["train"].update(yaml.safe_load("{" + said.split(" write ")[1] + "}"))
+    (tmp_path / "new.yaml").write_text(yaml.safe_dump(tree))
+    conf = settings.load_config(tmp_path / "new.yaml").train
+    halved = [step for step in range(conf.steps) if schedule.learning_rate_factor(conf, step) in (1, 0.5)]
+    assert halved[-1] == 251 * 49 - 1 and schedule.alpha(conf, 57 * 49) == 2 * schedule.alpha(conf, 57 * 49 - 1)
+    for spoilt in ("many", None, [3], -1, 1e3, True):
+        tree["train"]["epochs"] = spoilt
+        assert "in place of epochs write steps, as in config/default.yaml" in refusal(tmp_path, tree)
+
+
+def test_a_configuration_is_written_and_read_again(tmp_path, tree):
+    tree["data"].update(path="my: 'scene' # 1", cameras="[\u00e4]", held_out_views=[3, 5])
+    tree["train"].update(learning_rate=1.23456789e-5, learning_rate_halved_at=[1 / 3, 1e-7, 1][1::-1], alpha=1e5 + 0.1)
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(tree))
+    conf = settings.load_config(tmp_path / "first.yaml")
+    (tmp_path / "second.yaml").write_text(settings.as_yaml(conf), encoding="utf-8")
+    assert settings.load_config(tmp_path / "second.yaml") == conf
+
+
+def test_learning_rate_and_alpha_over_a_run():
+    train = settings.Train(steps=1000)
+    factors = [schedule.learning_rate_factor(train, step) for step in (0, 499, 500, 749, 750, 999)]
+    assert factors == [1, 1, 0.5, 0.5, 0.25, 0.25]
+    assert [schedule.alpha(train, step) for step in (0, 124, 125, 624, 625)] == [50, 50, 100, 800, 1600]
+    for kind, middle in (("cosine", 0.505), ("exponential", 0.1)):
+        smooth = dataclasses.replace(train, learning_rate_halved_at=[], learning_rate_annealing=kind,
+                                     learning_rate_end=0.01)
+        factors = [schedule.learning_rate_factor(smooth, step) for step in range(1001)]
+        assert factors[0] == 1 and factors[500] == pytest.approx(middle) and factors[1000] == pytest.approx(0.01)
+        assert all(a > b for a, b in zip(factors, factors[1:]))
+
+
+@pytest.mark.parametrize("steps, length, times", [(20, 4, 3), (22, 4, 50), (3, 7, 2), (1000, 3, 1), (98000, 49, 20)])
+def test_what_is_due_evenly_over_a_run(steps, length, times):
+    epochs = schedule.Epochs(steps, length)
+    ends = [epochs.end(epoch) for epoch in range(epochs.last + 1)]
+    assert ends[-1] == steps and epochs.end(-1) == 0
+    due = [end for epoch, end in enumerate(ends) if epochs.is_due(epoch, times)]
+    assert due[-1] == steps and len(due) == min(times, len(ends))
+    for number in range(1, times + 1):      # the first end at or after each point
+        assert min(end for end in ends if end * times >= number * steps) in due
 
 
 def refusal_of_text(tmp_path, text):
@@ -77,13 +137,13 @@ def test_our_configurations_are_accepted(path):
 
 
 def test_values_arrive_as_written(tmp_path, tree):
-    tree["train"].update(alpha=7, learning_rate_halved_after=[], seed=12)
+    tree["train"].update(alpha=7, learning_rate_halved_at=[], seed=12)
     tree["data"]["path"] = "a scene"
     path = tmp_path / "fine.yaml"
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     conf = settings.load_config(path)
     assert conf.train.alpha == 7.0 and type(conf.train.alpha) is float
-    assert conf.train.learning_rate_halved_after == [] and conf.train.seed == 12
+    assert conf.train.learning_rate_halved_at == [] and conf.train.seed == 12
     assert conf.data.path == "a scene"
 
 
@@ -133,8 +193,8 @@ def test_refuses_wrong_types(tmp_path, tree, section, key):
     wrong = [None, True, {"a": 1}]
     if kind is str:
         wrong += [5, ["text"]]
-    elif kind in (List[int], List[str]):
-        wrong += [3, ["1"], [1.5], [True], "1, 2"]
+    elif kind in (List[int], List[float], List[str]):
+        wrong += [3, ["1"], [float("nan") if kind == List[float] else 1.5], [True], "1, 2"]
     else:
         wrong += ["text", "3", [3]] + ([2.5, 1e3] if kind is int else [float("nan"), float("inf")])
     for value in wrong:
@@ -155,17 +215,19 @@ def test_refuses_wrong_types(tmp_path, tree, section, key):
     ("tracer.samples", [1]),
     ("tracer.refinement", ["Secant", "newton"]),
     ("tracer.refinement_steps", [-1]),
-    ("train.epochs", [0]),
+    ("train.steps", [0]),
     ("train.rays", [1]),
     ("train.learning_rate", [0, -1e-4]),
-    ("train.learning_rate_halved_after", [[5, 3], [-1, 2]]),
+    ("train.learning_rate_halved_at", [[0.5, 0.25], [-1, 0.5], [0.5, 1.5]]),
+    ("train.learning_rate_annealing", ["linear"]),
+    ("train.learning_rate_end", [0, 2]),
     ("train.alpha", [0]),
-    ("train.alpha_doubled_after", [[5, 3]]),
+    ("train.alpha_doubled_at", [[0.5, 0.25]]),
     ("train.mask_weight", [-1]),
     ("train.eikonal_weight", [-0.1]),
     ("train.seed", [-1]),
-    ("train.save_every", [0]),
-    ("train.validate_every", [0]),
+    ("train.models", [0]),
+    ("train.validations", [0]),
     ("train.validation_view", [-1]),
     ("train.validation_downscale", [0]),
     ("extract.coarse_resolution", [8]),
@@ -222,9 +284,9 @@ def test_numbers_beyond_any_use(tmp_path, tree, number):
     """Check that every number of a configuration is bounded."""
     for section, key in KEYS:
         kind = SECTIONS[section][key].type
-        if kind in (int, float, List[int]):
+        if kind in (int, float, List[int], List[float]):
             spoilt = copy.deepcopy(tree)
-            spoilt[section][key] = ["NUMBER"] if kind == List[int] else "NUMBER"
+            spoilt[section][key] = ["NUMBER"] if kind in (List[int], List[float]) else "NUMBER"
             said = refusal_of_text(tmp_path, yaml.safe_dump(spoilt).replace("NUMBER", number))
             assert f"{section}.{key} must be" in said or "not valid YAML" in said and len(number) > 4300
             assert len(said) < 300
@@ -241,11 +303,11 @@ def test_bounds_are_told_and_allowed(tmp_path, tree, section, key):
     assert f"{section}.{key} must be {says}, not {tree[section][key]}" in refusal(tmp_path, tree)
 
 
-@pytest.mark.parametrize("name", ["alpha_doubled_after", "learning_rate_halved_after"])
+@pytest.mark.parametrize("name", ["alpha_doubled_at", "learning_rate_halved_at"])
 def test_schedules_without_end(tmp_path, tree, name):
-    for epochs in (65 * [1], [100001]):
-        tree["train"][name] = epochs
-        assert f"train.{name} must be at most 64 epochs in ascending order" in refusal(tmp_path, tree)
+    for fractions in (65 * [1], [1.01]):
+        tree["train"][name] = fractions
+        assert f"train.{name} must be at most 64 fractions of the run in ascending order" in refusal(tmp_path, tree)
 
 
 @pytest.mark.parametrize("changes, says", [
@@ -264,7 +326,7 @@ def test_numbers_that_are_together_beyond_any_use(tmp_path, tree, changes, says)
 
 def test_large_numbers_that_a_machine_of_today_can_do(tmp_path, tree):
     tree["network"].update(width=2048, feature=1024)
-    tree["train"].update(epochs=100000, rays=16384, seed=2 ** 32 - 1, save_every=100000)
+    tree["train"].update(steps=10 ** 8, rays=16384, seed=2 ** 32 - 1, models=100000)
     tree["tracer"].update(samples=512)
     tree["extract"].update(resolution=1024)
     (tmp_path / "large.yaml").write_text(yaml.safe_dump(tree))

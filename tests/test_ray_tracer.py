@@ -656,7 +656,7 @@ def test_every_ray_without_a_colour_carries_its_true_least_sample(reference_netw
     network = pytest.importorskip("network")
     r, sdf = reference_network, network.sdf_evaluator()
     origin, directions = r["camera_location"], r["ray_directions"]
-    batch = datasets.Batch(0, origin, directions, r["rgb_gt"], r["object_mask"], np.ones(len(directions)))
+    batch = datasets.Batch(np.zeros(1), origin, directions, r["rgb_gt"], r["object_mask"], np.ones(len(directions)))
     points, hit = step.place_points(sdf, batch, Tracer(samples=100), np.random.default_rng(0))
     near, far, meets = ray_tracer.intersect_unit_sphere(origin, directions)
     fractions = ((np.arange(100) + np.random.default_rng(0).random(100)) / 100).astype(np.float32)

@@ -24,7 +24,7 @@ def run(tmp_path):
     """Return the folder of a run as written by train.py after 105 of 140 epochs, with three validations."""
     folder = tmp_path / "results_a & b"
     (folder / "validation").mkdir(parents=True)
-    write_demo_config(folder / "demo.yaml", {}, train={"epochs": 140, "mask_weight": 400.0})
+    write_demo_config(folder / "demo.yaml", {}, train={"steps": 140 * STEPS, "mask_weight": 400.0})
     ends = np.arange(105) * STEPS + STEPS - 1
     for name, values in (("loss", 3 / (1 + ends)), ("color", 1 / (1 + ends)), ("mask", 0 * ends),
                          ("eikonal", 1 / (2 + ends)), ("hits", 50 + ends / 20), ("alpha", 50 + 0 * ends),
@@ -59,7 +59,7 @@ def text_of(page):
 
 def test_it_tells_how_far_the_run_is_and_how_to_go_on(run):
     text = text_of(page_of(run))
-    assert "stopped" in text and "epoch 105 of 140" in text and "22.25 dB" in text
+    assert "stopped" in text and "step 420 of 560" in text and "22.25 dB" in text
     assert "training time 3 min 30 s" in text and "a step 500 ms" in text and "left, about 1 min 10 s" in text
     folder = shlex.quote(str(run))
     assert f"python train.py --config {shlex.quote(str(run / 'demo.yaml'))} --resume {folder}" in text
@@ -98,11 +98,11 @@ def test_measures_are_shown_unless_they_are_of_an_earlier_model(run):
 def test_a_run_without_an_epoch_and_a_line_that_is_being_written(run):
     with (run / "loss.series.txt").open("a") as file:
         file.write("423 0.0")
-    assert "epoch 105 of 140" in text_of(page_of(run))
+    assert "step 420 of 560" in text_of(page_of(run))
     for path in (*run.glob("*.txt"), *run.glob("validation/*")):
         path.unlink()
     text = text_of(page_of(run))
-    assert "epoch 0 of 140" in text and "No epoch is done yet" in text and "None yet" in text
+    assert "step 0 of 560" in text and "No epoch is done yet" in text and "None yet" in text
 
 
 def test_a_failure_is_one_line_once_and_ends_nothing(run, monkeypatch):
@@ -143,7 +143,7 @@ def test_a_strange_name_is_a_text_and_nothing_else(run, name):
 
 def test_a_scenes_name_is_a_text_and_nothing_else(run):
     path = "data/<img src=x onerror=alert(1)>$\\frac{$&"
-    write_demo_config(run / "demo.yaml", {}, data={"path": path}, train={"epochs": 140})
+    write_demo_config(run / "demo.yaml", {}, data={"path": path}, train={"steps": 140 * STEPS})
     page = page_of(run)
     assert "<img src=x" not in page and "<img src=x onerror=alert(1)>$\\frac{$&" in text_of(page)
     assert "<title>75% &lt;img" in page

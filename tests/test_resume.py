@@ -1,4 +1,5 @@
 """Test --resume: an interrupted run gives bit for bit the same results, and failures never damage saved files."""
+import json
 import os
 import resource
 import shutil
@@ -18,9 +19,10 @@ import helper
 import make_scene
 import report
 import train
+from config import old_form, settings
 from conftest import ROOT, write_demo_config
 from files import folders, writing
-from training import checkpoints, log, step
+from training import checkpoints, log, schedule, step
 
 VIEWS, EPOCHS = 4, 5
 
@@ -50,8 +52,8 @@ def write_config(folder, **changes):
     return write_demo_config(
         folder / "tiny.yaml", changes, data=dict(path=str(folder / "tiny"), held_out_views=[VIEWS]),
         network=dict(width=64, feature=8, layers=4), tracer=dict(samples=20),
-        train=dict(epochs=EPOCHS, rays=64, mask_weight=400.0, learning_rate_halved_after=[3], alpha_doubled_after=[2],
-                   save_every=2, validate_every=2, validation_view=VIEWS, validation_downscale=2))
+        train=dict(steps=EPOCHS * VIEWS, rays=64, mask_weight=400.0, learning_rate_halved_at=[0.6],
+                   alpha_doubled_at=[0.4], models=3, validations=3, validation_view=VIEWS, validation_downscale=2))
 
 
 @pytest.fixture(scope="module")
@@ -184,12 +186,12 @@ def test_a_run_that_is_killed_while_it_writes(home, capfd, write, step, models):
 
 
 def test_a_complete_run_that_is_killed_in_its_last_page(home, capfd):
-    config, folder = write_config(home, train__epochs=1), home / "page_tiny"
+    config, folder = write_config(home, train__steps=VIEWS), home / "page_tiny"
     done = subprocess.run([sys.executable, "-c", KILLED, "8", "--context", "cpu", "--config", config, "--monitor-path",
                            home / "page"], cwd=str(ROOT), stderr=subprocess.DEVNULL)
     assert done.returncode == -signal.SIGKILL and (folder / "model_00000.h5").exists()
     assert [path.suffix for path in folder.glob(folders.UNFINISHED + "*")] == [".html"]
-    assert start(home, "page", "--resume", train__epochs=1) == 0 and "is trained" in capfd.readouterr().out
+    assert start(home, "page", "--resume", train__steps=VIEWS) == 0 and "is trained" in capfd.readouterr().out
     assert not list(folder.glob(".*"))
 
 
@@ -219,7 +221,7 @@ def test_what_a_killed_process_leaves_goes_and_nothing_else(tmp_path):
 
 
 def test_the_scripts_that_write_to_a_run_remove_what_is_left_there(home, capfd):
-    assert start(home, "left", train__epochs=1) == 0
+    assert start(home, "left", train__steps=VIEWS) == 0
     folder = home / "left_tiny"
     for script in (extract, evaluate, report):
         left = [folder / f"{folders.UNFINISHED}abcdefg{digit}.ply" for digit in range(3)]
@@ -349,7 +351,7 @@ def test_a_folder_that_cannot_be_a_runs(home, capfd, tmp_path):
     (tmp_path / "file_tiny").write_text("a user's")
     (tmp_path / "link_tiny").symlink_to(tmp_path / "nowhere")
     os.mkfifo(str(tmp_path / "pipe_tiny"))
-    config = write_config(home, train__epochs=1)
+    config = write_config(home, train__steps=VIEWS)
 
     def begin(name):
         return call(train.main, "--context", "cpu", "--config", config, "--monitor-path", tmp_path / name)
@@ -365,7 +367,7 @@ def test_a_folder_that_cannot_be_a_runs(home, capfd, tmp_path):
 
 
 def test_a_series_that_cannot_be_written(tmp_path):
-    series = log.EpochLog(tmp_path, 1)
+    series = log.EpochLog(tmp_path, schedule.Epochs(100, 1))
     (tmp_path / "mask.series.txt").mkdir()
     with pytest.raises(helper.UserError, match="series.txt: cannot be written"):
         series.add(0, loss=1.0, mask=2.0, hits=1)
@@ -490,29 +492,103 @@ def test_what_a_state_remembers_of_the_sdf(home):
 
 def test_a_run_that_is_complete_and_one_that_is_to_be_longer(home, capfd):
     whole = contents(home / "straight_tiny")
-    for epochs in (EPOCHS, 3):
-        assert start(home, "straight", "--resume", train__epochs=epochs) == 0
-        assert f"straight_tiny is trained: {EPOCHS} epochs" in capfd.readouterr().out
+    for steps in (EPOCHS * VIEWS, 3 * VIEWS):
+        assert start(home, "straight", "--resume", train__steps=steps) == 0
+        assert f"straight_tiny is trained: {EPOCHS * VIEWS} steps" in capfd.readouterr().out
         assert contents(home / "straight_tiny") == whole
-    assert start(home, "longer") == start(home, "longer", "--resume", train__epochs=7, train__mask_weight=300.0) == 0
+    assert start(home, "longer") == start(home, "longer", "--resume", train__steps=28, train__mask_weight=300.0) == 0
     said = capfd.readouterr().out
-    assert "notice: train.epochs was 5, is now 7" in said and "train.mask_weight was 400.0, is now 300.0" in said
-    assert said.count("notice:") == 2
-    assert "epochs: 7" in (home / "longer_tiny" / "tiny.yaml").read_text()
+    assert "notice: train.steps was 20, is now 28" in said and "train.mask_weight was 400.0, is now 300.0" in said
+    assert "from here on the learning rate is 0.001 and alpha 100" in said      # of the new run, 5/7 are done
+    assert said.count("notice:") == 3
+    assert "steps: 28" in (home / "longer_tiny" / "tiny.yaml").read_text()
     for name in ("loss.series.txt", "time.timer.txt"):
         lines = (home / "longer_tiny" / name).read_text().splitlines()
         assert [int(line.split()[0]) for line in lines] == [VIEWS * epoch + VIEWS - 1 for epoch in range(7)]
-    assert start(home, "longer") == start(home, "longer", "--resume", train__epochs=7) == 0
-    assert start(home, "seven", train__epochs=7) == 0
+    same = {"train__steps": 28, "train__learning_rate_halved_at": [3 / 7], "train__alpha_doubled_at": [2 / 7]}
+    assert start(home, "longer") == start(home, "longer", "--resume", **same) == 0
+    assert start(home, "seven", **same) == 0
     seven, longer = (numbers(home / f"{name}_tiny" / "model_00006.h5") for name in ("seven", "longer"))
     assert seven == longer
+
+
+def test_a_run_that_ends_within_an_epoch(home):
+    """Check the last files of 22 steps, of which 2 are of a sixth epoch, and that the run can become longer."""
+    often = {"train__models": 50, "train__validations": 1}
+    assert start(home, "part", train__steps=22, **often) == 0
+    folder = home / "part_tiny"
+    assert [path.name for path in sorted(folder.glob("model_*"))] == [f"model_{e:05d}.h5" for e in range(6)]
+    assert [path.name for path in folder.glob("validation/*[0-9].png")] == ["epoch_00005.png"]
+    lines = {name: (folder / name).read_text().splitlines() for name in ("loss.series.txt", "time.timer.txt")}
+    for found in lines.values():
+        assert [int(line.split()[0]) for line in found] == [3, 7, 11, 15, 19, 21]
+    assert start(home, "part", "--resume", train__steps=25, **often) == 0
+    assert (folder / "model_00006.h5").exists()
+    kept = (folder / "loss.series.txt").read_text().splitlines()
+    assert kept[:6] == lines["loss.series.txt"] and [line.split()[0] for line in kept[6:]] == ["23", "24"]
+
+
+def test_a_state_of_a_run_that_counted_in_epochs(home, capfd):
+    """Check that such a run goes on bit for bit, without a notice where the schedule is the same."""
+    assert start(home, "early") == 0
+    state = home / "early_tiny" / "state.h5"
+    arrays, about = checkpoints.read_arrays(state)
+    progress, names = json.loads(about), {new: old for old, new in old_form.NEW_KEYS.items()}
+    for new, old in (("steps", EPOCHS), ("learning_rate_halved_at", [3]), ("alpha_doubled_at", [2]),
+                     ("models", 2), ("validations", 2)):
+        del progress["config"][f"train.{new}"]
+        progress["config"][f"train.{names[new]}"] = old
+    with h5py.File(str(state), "r+") as file:
+        file.attrs["about"] = json.dumps(progress)
+    (home / "early_tiny" / "model_00004.h5").unlink()
+    capfd.readouterr()
+    assert start(home, "early", "--resume") == 0
+    said = capfd.readouterr().out
+    assert "after step 20" in said and "train.steps was" not in said and "halved_at was" not in said
+    same_as_straight(home, "early")
+
+
+def test_a_change_for_one_run(home, capfd):
+    """Check that --set is used, is in the run's copy, and stays there when the run goes on from that copy."""
+    words = ["--set", "train.steps=4", "--set", "train.rays=32", "--set", "train.rays=48"]
+    assert start(home, "changed", *words) == 0
+    folder = home / "changed_tiny"
+    copy, given = settings.load_config(folder / "tiny.yaml"), settings.load_config(write_config(home))
+    assert settings.flat(copy) == {**settings.flat(given), "train.steps": 4, "train.rays": 48}
+    assert "Changed by --set: train.steps, train.rays" in (folder / "tiny.yaml").read_text()
+    assert (folder / "model_00000.h5").exists()
+    assert call(train.main, "--context", "cpu", "--config", folder / "tiny.yaml", "--resume", folder, "--set",
+                "train.steps=8") == 0
+    assert settings.load_config(folder / "tiny.yaml").train.steps == 8 and (folder / "model_00001.h5").exists()
+    for word, says in (("train.steps=0", "error: --set train.steps must be between 1 and"),
+                       ("train.stepps=5", "error: --set 'train.stepps=5': write section.key=value"),
+                       ("train.steps", "write section.key=value"), ("train.steps=[", "is not valid YAML")):
+        assert start(home, "refused", "--set", word) == 2
+        assert says in capfd.readouterr().err and not (home / "refused_tiny").exists()
+
+
+def test_a_run_of_several_views_per_step(home, monkeypatch, capfd):
+    """Check that it goes on bit for bit after a stop within an epoch, and not with another number."""
+    several = {"train__views_per_step": 3, "train__outline_fraction": 0.5}
+    assert start(home, "several", **several) == 0
+    with monkeypatch.context() as patch:
+        at_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert start(home, "views", **several) == 143
+    capfd.readouterr()
+    assert start(home, "views", "--resume", **{**several, "train__views_per_step": 2}) == 2
+    assert "was begun with train.views_per_step 3, and now it is 2" in capfd.readouterr().err
+    assert start(home, "views", "--resume", **several) == 0
+    found, wanted = contents(home / "views_tiny"), contents(home / "several_tiny")
+    assert found == wanted and Path("model_00009.h5") in found      # epochs of 2 steps
+    assert start(home, "refused", train__views_per_step=65) == 2
+    assert "train.views_per_step is 65, but a step has 64 rays" in capfd.readouterr().err
 
 
 def test_a_run_that_a_newer_one_has_moved(home, monkeypatch):
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert start(home, "moved") == 143
-    assert start(home, "moved", train__epochs=1) == 0
+    assert start(home, "moved", train__steps=VIEWS) == 0
     assert start(home, "moved", "--resume", home / "moved_tiny.1") == 0
     (home / "moved_tiny").rename(home / "newer")
     (home / "moved_tiny.1").rename(home / "moved_tiny")
@@ -522,7 +598,7 @@ def test_a_run_that_a_newer_one_has_moved(home, monkeypatch):
 def test_a_folder_in_which_another_training_writes(home, capfd):
     with folders.held(home / "straight_tiny"):
         for more in ([], ["--resume"]):
-            assert start(home, "straight", *more, train__epochs=9) == 2
+            assert start(home, "straight", *more, train__steps=36) == 2
             assert "straight_tiny: another training writes there" in capfd.readouterr().err
     assert not (home / "straight_tiny.1").exists()
 

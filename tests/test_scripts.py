@@ -39,8 +39,8 @@ def write_config(folder, **changes):
     return write_demo_config(
         folder / "tiny.yaml", changes, data=dict(path="scenes/tiny", held_out_views=[9]),
         network=dict(width=64, feature=16),
-        train=dict(epochs=12, rays=256, learning_rate=1e-3, learning_rate_halved_after=[8], save_every=6,
-                   validate_every=12, validation_view=9, alpha_doubled_after=[6]),
+        train=dict(steps=12 * 9, rays=256, learning_rate=1e-3, learning_rate_halved_at=[0.667], models=2,
+                   validations=1, validation_view=9, alpha_doubled_at=[0.5]),
         extract=dict(coarse_resolution=32, resolution=48))
 
 
@@ -81,7 +81,7 @@ def test_training_lowers_the_loss_and_writes_what_it_says(folder):
 
 
 def test_training_again_keeps_the_earlier_run(folder):
-    write_config(folder, train__epochs=1)
+    write_config(folder, train__steps=9)
     before = (folder / "results_tiny" / "model_00011.h5").read_bytes()
     said = run("train.py", "--config", "tiny.yaml", "--monitor-path", "results", cwd=folder)
     assert "results_tiny.1" in said
@@ -238,7 +238,7 @@ def test_a_name_that_is_too_long_is_refused_in_one_line(folder, command):
 
 
 def test_a_strange_name_is_as_good_as_another(folder):
-    write_config(folder, train__epochs=1)
+    write_config(folder, train__steps=9)
     name = "o$\\frac{$<b>&'\"".ljust(250, "n")
     said = run("train.py", "--config", "tiny.yaml", "--monitor-path", name, "--context", "cpu", cwd=folder)
     assert "not made" not in said and (folder / f"{name}_tiny" / "report.html").exists()

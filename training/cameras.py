@@ -77,6 +77,14 @@ def rays(vector, in_camera):
     return vector[4:].astype(np.float32), (in_camera @ rotation(vector[:4]).T).astype(np.float32)
 
 
+def placed_rays(vectors, drawn):
+    """Return a Batch whose rays are in unit sphere coordinates; vectors: (N, 7), drawn: a Batch in camera axes."""
+    origins, directions = np.empty_like(drawn.directions), np.empty_like(drawn.directions)
+    for view, part in drawn.parts():
+        origins[part], directions[part] = rays(vectors[view], drawn.directions[part])
+    return drawn._replace(origins=origins, directions=directions)
+
+
 def moved(vector, step):
     """Return a pose vector (7,) after a step (7,), of the quaternion and of the centre.
 
@@ -112,6 +120,19 @@ def grad_step(vector, in_camera, points, grad_points, grad_directions):
     return np.concatenate([grad_quaternion, grad_centre])
 
 
+def grad_steps(vectors, drawn, points, grad_points, grad_directions):
+    """Return {view: gradient (7,)} of a loss over all rays of a Batch, as grad_step gives it for the rays of one view.
+
+    vectors: (N, 7); drawn: a Batch in camera axes; points and the gradients: (R, 3)
+    """
+    found = {}
+    for view, part in drawn.parts():
+        gradient = grad_step(vectors[view], drawn.directions[part], points[part], grad_points[part],
+                             grad_directions[part])
+        found[view] = found[view] + gradient if view in found else gradient
+    return found
+
+
 # --- nnabla's parameters ----------------------------------------------------------------------------------------------
 
 def parameter():
@@ -134,9 +155,9 @@ def trained_poses(poses, source):
 
 
 class SparseAdam:
-    """Adam on cameras/pose, where an update changes the row and the moments of one view only.
+    """Adam on cameras/pose, where an update changes the rows and the moments of its views only.
 
-    The step count of the bias corrections is that of all views, as in torch.optim.SparseAdam, which the authors use.
+    The bias corrections count all updates, of whichever views, as in torch.optim.SparseAdam, which the authors use.
     Steps are applied by `moved`. States have the interface of nnabla's solvers.
     """
 
@@ -147,14 +168,15 @@ class SparseAdam:
         (self.name, self.pose), = parameters.items()
         self.t, self.m, self.v = 0, np.zeros(self.pose.shape, np.float32), np.zeros(self.pose.shape, np.float32)
 
-    def update(self, view, gradient):
-        """Update the pose of one view by its gradient (7,) with respect to the step of `moved`."""
+    def update(self, gradients):
+        """Update poses; gradients: {view: gradient (7,) with respect to the step of `moved`}."""
         self.t += 1
-        self.m[view] += (1 - self.beta1) * (gradient - self.m[view])
-        self.v[view] += (1 - self.beta2) * (gradient ** 2 - self.v[view])
         rate = self.learning_rate * np.sqrt(1 - self.beta2 ** self.t) / (1 - self.beta1 ** self.t)
-        step = -rate * self.m[view] / (np.sqrt(self.v[view]) + self.eps)
-        self.pose.d[view] = moved(self.pose.d[view], step)
+        for view, gradient in gradients.items():
+            self.m[view] += (1 - self.beta1) * (gradient - self.m[view])
+            self.v[view] += (1 - self.beta2) * (gradient ** 2 - self.v[view])
+            step = -rate * self.m[view] / (np.sqrt(self.v[view]) + self.eps)
+            self.pose.d[view] = moved(self.pose.d[view], step)
 
     def get_states(self):
         kept = {part: nn.Variable.from_numpy_array(array) for part, array in (("m", self.m), ("v", self.v))}

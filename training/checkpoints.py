@@ -44,7 +44,7 @@ def model_file(path):
     """Return the model that --model-load-path names: the file itself, or the newest model in a run's folder."""
     path = Path(path)
     if path.is_dir():
-        models = sorted(path.glob("model_*.h5"))
+        models = sorted(path.glob("model_*.h5"), key=lambda model: (len(model.name), model.name))  # by number
         if not models:
             raise helper.UserError(f"{path}: no model_*.h5 in this folder; train first, or name a model file")
         return models[-1]
@@ -71,7 +71,7 @@ def open_run(args):
     Returns (conf, folder for the results). Raises UserError if an argument or file is refused.
     """
     from backends import context  # imported here, as report.py and prepare.py run without nnabla
-    conf = settings.load_config(args.config)
+    conf = settings.load_config(args.config, args.changes)
     model = model_file(args.model_load_path)
     context.set_context(args.context, args.device_id)
     load_model(model, architecture.parameter_shapes(conf.network))
@@ -188,8 +188,9 @@ def save_state(folder, solvers, progress, series, grid=None):
     """Write all that --resume needs, nnabla's parameters included, to `folder`/state.h5 atomically.
 
     solvers: {name: nnabla solver}
-    progress: JSON values: "step" (steps done), "steps" (per epoch), "views", "ranks" (processes), "loss" (the last
-        one), "elapsed" and "lap" (seconds since the start and in this epoch), "config" ({"section.key": value})
+    progress: JSON values: "step" (steps done), "steps" (per epoch), "views", "ranks" (processes), "views_per_step",
+        "loss" (the last one), "elapsed" and "lap" (seconds since the start and in this epoch), "config"
+        ({"section.key": value})
     series: {name: values of the unfinished epoch}
     grid: the SdfGrid that the search remembers the sdf by, if any
 
@@ -273,20 +274,20 @@ def load_state(folder, shapes):
 
 
 def checked_progress(path, progress):
-    """Return the progress of the state at `path` with what early states lack, "views" and "ranks".
+    """Return the progress of the state at `path` with what early states lack: "views", "ranks", "views_per_step".
 
     Raises UserError unless all values are valid and consistent.
     """
     whole = {"step": (0, MOST_STEPS), "steps": (1, settings.MOST_VIEWS), "views": (1, settings.MOST_VIEWS),
-             "ranks": (1, settings.MOST_VIEWS)}
-    found = {"views": progress.get("steps"), "ranks": 1, **progress}
+             "ranks": (1, settings.MOST_VIEWS), "views_per_step": (1, settings.MOST_VIEWS)}
+    found = {"views": progress.get("steps"), "ranks": 1, "views_per_step": 1, **progress}
     for name, (least, most) in whole.items():
         if type(found.get(name)) is not int or not least <= found[name] <= most:
             raise damaged_progress(path, name, found)
     for name in ("loss", "elapsed", "lap"):     # times may be negative, if the clock was set back
         if type(found.get(name)) is not float or not abs(found[name]) < 1e30:
             raise damaged_progress(path, name, found)
-    if found["steps"] != -(-found["views"] // found["ranks"]):
+    if found["steps"] != -(-found["views"] // (found["ranks"] * found["views_per_step"])):
         raise damaged_progress(path, "steps", found)
     config = found.get("config")
     if type(config) is not dict or not all(is_setting(value) for value in config.values()):
@@ -296,7 +297,7 @@ def checked_progress(path, progress):
 
 def is_setting(value):
     """Return whether a JSON value has a type that configuration keys have."""
-    return type(value) in (int, float, str) or type(value) is list and all(type(v) in (int, str) for v in value)
+    return type(value) in (int, float, str) or type(value) is list and all(type(v) in (int, float, str) for v in value)
 
 
 def damaged_progress(path, name, found):

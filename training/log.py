@@ -15,23 +15,24 @@ VALIDATION_SERIES = ("psnr", "camera_rotation", "camera_translation")
 class EpochLog:
     """Logs of each epoch: the means of the step series, the time, and the measures of validations."""
 
-    def __init__(self, folder, steps_per_epoch, state=None, first_step=0, validated_until=0):
+    def __init__(self, folder, epochs, state=None, first_step=0, validated_until=0):
         """Open the log, and keep the lines of an earlier start before first_step and validated_until.
 
         folder: where the series are written, None to write nothing
+        epochs: schedule.Epochs of the run; what its end cuts off of an epoch gets a line, too
         state: checkpoints.State of the run to resume
         first_step: number of the next step
         validated_until: the first epoch whose validation is still to come
         """
-        self.series = {name: MonitorSeries(name, interval=steps_per_epoch, verbose=False) for name in STEP_SERIES}
-        self.time = MonitorTimeElapsed("time", interval=steps_per_epoch, verbose=False)
+        self.series = {name: MonitorSeries(name, interval=epochs.length, verbose=False) for name in STEP_SERIES}
+        self.time = MonitorTimeElapsed("time", interval=epochs.length, verbose=False)
         self.validations = {name: MonitorSeries(name, interval=1, verbose=False) for name in VALIDATION_SERIES}
         for name, monitor in {**self.series, "time": self.time, **self.validations}.items():
             if folder:      # set the path directly, as a Monitor would truncate an earlier file
                 monitor.sp = str(folder / f"{name}.{'timer' if name == 'time' else 'series'}.txt")
                 keep_lines(monitor.sp, validated_until if name in self.validations else first_step)
-            monitor.flush_at = -1 if name in self.validations else first_step - first_step % steps_per_epoch - 1
-        self.folder, self.num_hits, self.had_no_hits = folder, None, False
+            monitor.flush_at = -1 if name in self.validations else first_step - first_step % epochs.length - 1
+        self.folder, self.epochs, self.num_hits, self.had_no_hits = folder, epochs, None, False
         if state:
             for name in STEP_SERIES:
                 self.series[name].buf = state.series.get(name, np.empty(0)).tolist()
@@ -40,6 +41,9 @@ class EpochLog:
 
     def add(self, step, **values):
         """Add the values of a step, one for each of STEP_SERIES. Raises UserError if a file cannot be written."""
+        if step + 1 == self.epochs.steps:
+            for monitor in (*self.series.values(), self.time):
+                monitor.interval = 1
         with writing.writing(f"{self.folder}/*.series.txt"):
             self.num_hits = sum(self.series["hits"].buf) + values["hits"]
             for name, value in values.items():

@@ -38,10 +38,10 @@ def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng, grid: Optional
     half_precision, search = sdf.half_precision, sdf.search
     if grid:
         sdf, half_precision = grid.listening(sdf), half_precision and grid.listening(half_precision)
-    t, hit_in_mask = ray_tracer.hit_or_least_sdf(sdf, batch.origin, batch.directions, batch.mask, grid=grid,
+    t, hit_in_mask = ray_tracer.hit_or_least_sdf(sdf, batch.origins, batch.directions, batch.mask, grid=grid,
                                                  half_precision_sdf=half_precision, search=search,
                                                  rng=rng, **settings)
-    return Placed(batch.origin + t[:, None] * batch.directions, hit_in_mask)
+    return Placed(batch.origins + t[:, None] * batch.directions, hit_in_mask)
 
 
 # --- the losses -------------------------------------------------------------------------------------------------------
@@ -192,10 +192,11 @@ def compile_functions():
     rng, num_rays, net = np.random.default_rng(0), 16, Network(width=64, feature=4, layers=6)
     network.initialize(net, rng)
     sdf = network.sdf_evaluator()
-    origin, directions = np.float32([0, 0, -2.5]), 0.3 * rng.random((num_rays, 3), np.float32) + np.float32([0, 0, 1])
+    origin = np.tile(np.float32([0, 0, -2.5]), (num_rays, 1))
+    directions = 0.3 * rng.random((num_rays, 3), np.float32) + np.float32([0, 0, 1])
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     mask, weights = np.arange(num_rays) % 2 == 0, np.ones(num_rays, np.float32)
-    batch = datasets.Batch(0, origin, directions, directions, mask, weights)
+    batch = datasets.Batch(np.zeros(1, np.int64), origin, directions, directions, mask, weights)
     ray_tracer.trace(sdf, origin, directions)
     grid = SdfGrid.of(sdf, 8)
     placed = place_points(sdf, batch, Tracer(samples=16), rng, grid)
