@@ -19,6 +19,7 @@ CHUNK = 1 << 15     # rays traced together; bounds the memory of a render, whate
 SUBPIXELS = np.array([(0.2, 0.4), (0.4, -0.2), (-0.4, 0.2), (-0.2, -0.4)], np.float32)
 PER_PIXEL = len(SUBPIXELS) + 1
 JUMP = 1.5          # pixels; neighbours farther than this from each other's tangent planes are on different surfaces
+PROBES = np.array([2, 4, 8, 16], np.float32)        # pixels behind the central hit: where to look for the inside
 
 BACKGROUNDS = {"white": 1.0, "black": 0.0, "transparent": None}
 
@@ -73,7 +74,9 @@ def render_areas(sdf: ray_tracer.Sdf, shade: Callable, camera: helper.Camera, tr
     centres = _image(found, rendered, camera)
     near = np.zeros(camera.shape, bool)
     near[rendered] = found.near
-    which, row, column = np.nonzero(_rays_to_trace(centres, near, camera) & wanted)
+    to_trace, to_probe = (rays & wanted for rays in _open_rays(centres, near, camera))
+    to_trace[to_probe] = ~_ends_inside(view, centres, to_probe)
+    which, row, column = np.nonzero(to_trace)
     uv = np.stack([column, row], axis=1) + SUBPIXELS[which]
     return _averaged(centres, _sample(view, uv), row * camera.shape[1] + column), centres
 
@@ -146,49 +149,81 @@ def _with_neighbours(mask: np.ndarray) -> np.ndarray:
     return np.any([padded[y:y + height, x:x + width] for y, x in product(range(3), repeat=2)], axis=0)
 
 
-def _rays_to_trace(centres: Render, near: np.ndarray, camera: helper.Camera) -> np.ndarray:
-    """Return (4, H, W) bool: which rays of SUBPIXELS may see something else than the ray through the pixel's centre.
+def _open_rays(centres: Render, near: np.ndarray, camera: helper.Camera) -> Tuple[np.ndarray, np.ndarray]:
+    """Return the rays of SUBPIXELS that may see something else than the ray through the pixel's centre, 2 x (4, H, W).
 
-    near: (H, W) bool, of _Samples. If the central ray neither hits nor is near, no ray of its pixel hits. Otherwise
-    they are those for which the four central rays around them do not all hit the same surface or all miss. If there are
-    none, but the central ray is near, it passes something thin, and they are all four.
+    The first ones are to be traced. The second ones pass an outline of the surface that the central ray hits. Most of
+    them hit it too, which _ends_inside tells more cheaply.
+
+    near: (H, W) bool, of _Samples. If the central ray neither hits nor is near, no ray of its pixel hits. Otherwise a
+    ray is open if the four central rays around it do not all hit the same surface or all miss. If a pixel has no such
+    ray, but its central ray is near, it passes something thin; then all four are open.
     """
-    beside, below = _differ(centres, camera, 1), _differ(centres, camera, 0)
+    hit = centres.hit
+    outlines, jumps = _around(hit[:, 1:] != hit[:, :-1], hit[1:] != hit[:-1]), _around(*_jumps(centres, camera))
+    differ = outlines | jumps
+    open_ = differ & (hit | near) | near & ~differ.any(axis=0)
+    probe = outlines & ~jumps & hit & ~near
+    return open_ & ~probe, probe
+
+
+def _around(beside: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """Return (4, H, W) bool: whether two of the four pixel centres around each ray of SUBPIXELS differ.
+
+    beside: (H, W - 1), below: (H - 1, W), whether a pixel differs from the next one in its row, in its column.
+    """
+    height, width = beside.shape[0], below.shape[1]
+    squares = np.zeros((height + 1, width + 1), bool)       # between four centres; those of a pixel are at its corners
+    for side in (squares[:-1, 1:-1], squares[1:, 1:-1]):
+        side |= beside
+    for side in (squares[1:-1, :-1], squares[1:-1, 1:]):
+        side |= below
+    return np.array([squares[int(v > 0):, int(u > 0):][:height, :width] for u, v in SUBPIXELS])
+
+
+def _jumps(centres: Render, camera: helper.Camera) -> Tuple[np.ndarray, np.ndarray]:
+    """Return whether two neighbours hit different surfaces, in a row (H, W - 1) and in a column (H - 1, W), bool.
+
+    They do if either point is farther from the other's tangent plane than JUMP pixels are wide there. Next to the
+    outline of a smooth shape its points are about one such width away.
+    """
     height, width = camera.shape
-    square = np.zeros((height + 1, width + 1), bool)        # between four centres; a pixel's are at its corners
-    for corners in (square[:-1, 1:-1], square[1:, 1:-1]):
-        corners |= beside
-    for corners in (square[1:-1, :-1], square[1:-1, 1:]):
-        corners |= below
-    around = np.array([square[int(v > 0):, int(u > 0):][:height, :width] for u, v in SUBPIXELS])
-    return around & (centres.hit | near) | near & ~around.any(axis=0)
-
-
-def _differ(centres: Render, camera: helper.Camera, axis: int) -> np.ndarray:
-    """Return bool, (H - 1, W) or (H, W - 1): whether a pixel and the next one along the axis show different surfaces.
-
-    They do if one ray hits and the other does not; or if either point is farther from the other's tangent plane than
-    JUMP pixels are wide there. Next to the outline of a smooth shape its points are about one such width away.
-    """
-    last = centres.hit.shape[axis] - 1
-    first, second = (np.arange(last), np.arange(1, last + 1))
-    hits = np.take(centres.hit, first, axis), np.take(centres.hit, second, axis)
-    differ = hits[0] != hits[1]
-    rows, columns = np.nonzero(hits[0] & hits[1])
-    here, there = (rows, columns), ((rows + 1, columns) if axis == 0 else (rows, columns + 1))
-    points = [_points(centres, camera, *pixels) for pixels in (here, there)]
-    apart = points[1] - points[0]
-    away = [np.abs((apart * unit(centres.normals[pixels])).sum(axis=1)) for pixels in (here, there)]
-    width = np.maximum(centres.depth[here], centres.depth[there]) / np.float32(camera.intrinsics[0, 0])
-    differ[here] |= np.maximum(*away) > JUMP * width
-    return differ
+    rows, columns = np.nonzero(centres.hit)
+    points, normals = np.zeros((2, height, width, 3), np.float32)
+    points[rows, columns] = _points(centres, camera, rows, columns)
+    normals[rows, columns] = unit(centres.normals[rows, columns])
+    jumps = []
+    for here, there in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
+        apart = points[there] - points[here]
+        away = np.maximum(*(np.abs(np.einsum("yxc,yxc->yx", apart, normals[pixels])) for pixels in (here, there)))
+        across = np.maximum(centres.depth[here], centres.depth[there]) / np.float32(camera.intrinsics[0, 0])
+        jumps.append(centres.hit[here] & centres.hit[there] & (away > JUMP * across))
+    return jumps[0], jumps[1]
 
 
 def _points(centres: Render, camera: helper.Camera, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     """Return the points (n, 3) that the rays through the centres of n pixels hit, up to the camera's position."""
-    uv = np.stack([columns, rows], axis=1)
-    directions = helper.pixel_rays(uv, camera.intrinsics, camera.pose)[1]
+    directions = helper.pixel_rays(np.stack([columns, rows], axis=1), camera.intrinsics, camera.pose)[1]
     return directions * (centres.depth[rows, columns] / (directions @ camera.pose[:3, 2].astype(np.float32)))[:, None]
+
+
+def _ends_inside(view: View, centres: Render, rays: np.ndarray) -> np.ndarray:
+    """Return which of n rays are inside the object at one of PROBES behind their pixel's central hit, (n,) bool.
+
+    So they have entered it. rays: (4, H, W) bool, with n set.
+    """
+    which, row, column = np.nonzero(rays)
+    inside = np.zeros(len(which), bool)
+    for start in range(0, len(which), CHUNK):
+        part = slice(start, start + CHUNK)
+        uv = np.stack([column[part], row[part]], axis=1) + SUBPIXELS[which[part]]
+        origin, directions = helper.pixel_rays(uv, view.camera.intrinsics, view.camera.pose)
+        t = np.linalg.norm(_points(centres, view.camera, row[part], column[part]), axis=1)
+        t = t[:, None] * (1 + PROBES / np.float32(view.camera.intrinsics[0, 0]))
+        points = origin + t[..., None] * directions[:, None]
+        values = view.sdf(points.reshape(-1, 3)).reshape(t.shape)
+        inside[part] = (values < -view.tracer.tolerance).any(axis=1)
+    return inside
 
 
 def _averaged(centres: Render, found: _Samples, pixels: np.ndarray) -> Render:
