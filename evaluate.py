@@ -4,8 +4,9 @@
 
 Prints the numbers and writes them as nnabla's monitors to the run's folder.
 """
+from itertools import product
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 from nnabla.monitor import Monitor, MonitorSeries
@@ -14,17 +15,33 @@ from tqdm import tqdm
 import datasets
 import helper
 import network
-import synthesize
 from metrics import images, meshes
+from rendering import pixels
 from training import cameras, checkpoints
+
+# The two measures: the prefix of their monitors, and the table's two lines above them.
+CENTRES, AREAS = "", "area_"
+HEADINGS = {CENTRES: ("rays through pixel centres:", "the paper's measure"),
+            AREAS: ("pixels as areas:", "the measure of the pictures")}
+
+
+class Measure(NamedTuple):
+    """What is measured of a render; adding those of several views gives that of all their masked pixels."""
+    error: np.ndarray       # of images.squared_error
+    similarity: np.ndarray  # of images.similarity
+    missed: np.ndarray      # (2,): the masked pixels without a hit, and all masked pixels
+
+    def numbers(self) -> Dict[str, float]:
+        """Return PSNR in dB, SSIM, and the percentage of masked pixels without a hit."""
+        return {"psnr": images.psnr(self.error), "ssim": images.ssim(self.similarity),
+                "missed": 100 * self.missed[0] / self.missed[1]}
 
 
 class ViewMeasure(NamedTuple):
     """What is measured of one rendered view."""
     view: int
-    name: str               # of its image
-    error: np.ndarray       # of images.squared_error
-    similarity: np.ndarray  # of images.similarity
+    name: str                       # of its image
+    measures: Dict[str, Measure]    # of CENTRES and AREAS
 
 
 def main():
@@ -87,7 +104,7 @@ def measure_cameras(conf, model: str, monitor: Monitor) -> None:
 
 
 def measure_views(words: Sequence[str], conf, model: str, monitor: Monitor) -> None:
-    """Render the views that the command line names; print and write PSNR and SSIM of each view and over all.
+    """Render the views that the command line names; print and write the measures of each view and over all.
 
     words: those after --views; model: the path of the trained model. Raises UserError if images are too small for SSIM.
     """
@@ -97,38 +114,57 @@ def measure_views(words: Sequence[str], conf, model: str, monitor: Monitor) -> N
     if min(scene.images.shape[1:3]) < images.SSIM_WINDOW:
         raise helper.UserError(f"{conf.data.path}: images of {datasets.says_size(scene.images.shape[1:])} are too "
                                f"small for SSIM, which needs {images.SSIM_WINDOW} per side; lower data.downscale")
-    measures = []
+    measured = []
     sdf, shade = network.sdf_evaluator(), network.shader(conf.network)
     for view in tqdm(views, unit="view", dynamic_ncols=True):
         truth, mask = scene.images[view] / np.float32(255), scene.masks[view]
         camera = helper.Camera(scene.intrinsics[view], scene.poses[view], mask.shape)
-        render = synthesize.render_view(sdf, shade, camera, conf.tracer, wanted=mask)
-        measures.append(ViewMeasure(view, scene.names[view], images.squared_error(render.rgb, truth, mask),
-                                    images.similarity(render.rgb, truth, mask)))
-    report_views(measures, conf.data.held_out_views, monitor)
+        areas, centres = pixels.render_areas(sdf, shade, camera, conf.tracer, wanted=mask)
+        measured.append(ViewMeasure(view, scene.names[view], {CENTRES: measure(centres, truth, mask),
+                                                              AREAS: measure(areas, truth, mask)}))
+    report_views(measured, conf.data.held_out_views, monitor)
 
 
-def report_views(measures: List[ViewMeasure], held_out: Sequence[int], monitor: Monitor) -> None:
-    """Print and write PSNR and SSIM of each view, and over all, trained and held-out views."""
-    series = {name: MonitorSeries(f"{name}_per_view", monitor, interval=1, verbose=False) for name in ("psnr", "ssim")}
-    for view, name, error, similarity in measures:
-        psnr, ssim = images.psnr(error), images.ssim(similarity)
-        print(f"view {view:3d}  {name:<16} {psnr:6.2f} dB  SSIM {ssim:.3f}"
-              + ("  held out" if view in held_out else ""))
-        series["psnr"].add(view, psnr)
-        series["ssim"].add(view, ssim)
-    groups = {"all": measures}
-    if any(m.view in held_out for m in measures):
-        groups.update(trained=[m for m in measures if m.view not in held_out],
-                      held_out=[m for m in measures if m.view in held_out])
+def measure(render: pixels.Render, truth: np.ndarray, mask: np.ndarray) -> Measure:
+    """Measure a render's colours, in which a pixel without a hit is white, against the photograph inside the mask.
+
+    truth: (H, W, 3) in [0, 1]; mask: (H, W) bool.
+    """
+    return Measure(images.squared_error(render.rgb, truth, mask), images.similarity(render.rgb, truth, mask),
+                   np.array([(render.alpha[mask] == 0).sum(), mask.sum()]))
+
+
+def report_views(measured: List[ViewMeasure], held_out: Sequence[int], monitor: Monitor) -> None:
+    """Print both measures of each view, and over all, trained and held-out views, as one table; write them."""
+    width = max(26, *(len(m.name) + 10 for m in measured))
+    for lines in zip(*HEADINGS.values()):
+        print(" " * (width + 2) + "".join(f"{line:<40}" for line in lines).rstrip())
+    for view, name, measures in measured:
+        print(row(f"view {view:3d}  {name}", width, measures) + ("  held out" if view in held_out else ""))
+    write_series("per_view", [(m.view, m.measures) for m in measured], monitor)
+    groups = {"all": measured}
+    if any(m.view in held_out for m in measured):
+        groups.update(trained=[m for m in measured if m.view not in held_out],
+                      held_out=[m for m in measured if m.view in held_out])
     for name, group in groups.items():
         if group:
-            overall = {"psnr": images.psnr(sum(m.error for m in group)),
-                       "ssim": images.ssim(sum(m.similarity for m in group))}
-            print(f"{name.replace('_', ' ')} views ({len(group)}): {overall['psnr']:.2f} dB, "
-                  f"SSIM {overall['ssim']:.3f}")
-            for measure, value in overall.items():
-                MonitorSeries(f"{measure}_{name}_views", monitor, interval=1, verbose=False).add(0, value)
+            overall = {which: Measure(*map(sum, zip(*(m.measures[which] for m in group)))) for which in HEADINGS}
+            print(row(f"{name.replace('_', ' ')} views ({len(group)}):", width, overall))
+            write_series(f"{name}_views", [(0, overall)], monitor)
+
+
+def row(label: str, width: int, measures: Dict[str, Measure]) -> str:
+    """Return a line of the table, whose labels have `width` characters."""
+    cell = "{psnr:7.2f} dB  SSIM {ssim:.3f}  missed {missed:5.2f}%    "
+    return label.ljust(width) + "".join(cell.format(**measure.numbers()) for measure in measures.values()).rstrip()
+
+
+def write_series(ending: str, rows: List[Tuple[int, Dict[str, Measure]]], monitor: Monitor) -> None:
+    """Write the numbers of both measures to monitors such as area_psnr_per_view; rows: [(index, measures)]."""
+    for prefix, name in product(HEADINGS, ("psnr", "ssim", "missed")):
+        series = MonitorSeries(f"{prefix}{name}_{ending}", monitor, interval=1, verbose=False)
+        for index, measures in rows:
+            series.add(index, measures[prefix].numbers()[name])
 
 
 if __name__ == "__main__":

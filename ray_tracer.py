@@ -34,6 +34,7 @@ from typing import Callable, NamedTuple, Optional, Tuple
 
 import numpy as np
 
+from tracing.cones import Cones
 from tracing.sdf_grid import MAX_SLOPE, Rays, SdfGrid, compiled
 
 Sdf = Callable[[np.ndarray], np.ndarray]    # points (N, 3) float32 -> (N,) float32
@@ -89,7 +90,7 @@ def intersect_unit_sphere(origins: np.ndarray, directions: np.ndarray) -> Tuple[
 
 def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_tracing_steps: int = 10,
           tolerance: float = 5e-5, samples: int = 100, refinement: str = "secant",
-          refinement_steps: int = 8) -> Tuple[np.ndarray, np.ndarray]:
+          refinement_steps: int = 8, cones: Optional[Cones] = None) -> Tuple[np.ndarray, np.ndarray]:
     """Find the first point of each ray on the surface, where it enters the object (sdf from + to -).
 
     sdf: points (N, 3) float32 -> (N,) float32.
@@ -99,6 +100,7 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
     samples: per ray that sphere tracing leaves open, both ends included.
     refinement: "secant" or "bisection".
     refinement_steps: maximum per bracket. If they do not reach the tolerance, the hit is the point of least |sdf|.
+    cones: finds the rays that pass narrowly by the surface; its `near` tells them afterwards. The hits stay the same.
 
     Returns t (R,) float32, the distance of the hit (0 for none), and hit (R,) bool. A ray that starts inside the object
     is hit only where it enters again.
@@ -110,11 +112,16 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
     t, hit = np.zeros(len(directions), np.float32), np.zeros(len(directions), bool)
 
     sdf_at = _sdf_along(sdf, origins, directions)
+    if cones:
+        sdf_at = cones.noting(sdf_at, len(directions))
     rays = np.flatnonzero(meets)
     ends, values, arrived, undecided = _sphere_trace(
         sdf_at, rays, np.stack([near[rays], far[rays]]), sphere_tracing_steps, tolerance)
     t[rays[arrived]] = ends[0, arrived]
     hit[rays[arrived]] = True
+    if cones:
+        met = ~(arrived | undecided)
+        cones.look_between(sdf_at, rays[met], ends[:, met], values[:, met])
 
     gaps = _march(sdf_at, rays[undecided], ends[:, undecided], values[:, undecided], samples, tolerance)
     rays, t_found = _refine(sdf_at, *gaps, Refinement(refinement == "secant", refinement_steps, tolerance))

@@ -31,14 +31,14 @@ LARGE, SMALL = 640, 200         # maximum widths of pictures in pixels, which li
 THUMBNAILS = 8      # number of earlier renders shown
 TOLD = set()        # failures that were printed already
 
-# {series of evaluate.py: (its label, its format)}
+# The numbers of evaluate.py about renders, {series: its format}. Each is there with every prefix of MEASURES and every
+# ending of GROUPS.
+NUMBERS = {"psnr": "{:.2f} dB", "ssim": "{:.3f}", "missed": "{:.2f} %"}
+GROUPS = {"all_views": "all views", "trained_views": "trained views", "held_out_views": "held-out views"}
+MEASURES = {"": "rays through pixel centres, the paper's measure", "area_": "pixels as areas, that of the pictures"}
+
+# Its numbers about the mesh: {series: (its label, its format)}
 MEASURED = {
-    "psnr_all_views": ("PSNR, all views", "{:.2f} dB"),
-    "psnr_trained_views": ("PSNR, trained views", "{:.2f} dB"),
-    "psnr_held_out_views": ("PSNR, held-out views", "{:.2f} dB"),
-    "ssim_all_views": ("SSIM, all views", "{:.3f}"),
-    "ssim_trained_views": ("SSIM, trained views", "{:.3f}"),
-    "ssim_held_out_views": ("SSIM, held-out views", "{:.3f}"),
     "accuracy": ("Mesh to true surface", "{:.5f}"),
     "completeness": ("True surface to mesh", "{:.5f}"),
     "chamfer": ("Chamfer distance", "{:.5f}"),
@@ -155,10 +155,10 @@ def validations(folder, ending=""):
 
 
 def measurements(run):
-    """Return the measures of the newest model by evaluate.py, [(label, value as text)]."""
+    """Return the last numbers by evaluate.py of the newest model, {name of the series: value}."""
     newest = max((path.stat().st_mtime for path in run.folder.glob("model_*.h5")), default=0)
-    return [(label, form.format(run.series[name][-1, 1])) for name, (label, form) in MEASURED.items()
-            if name in run.series and (run.folder / f"{name}.series.txt").stat().st_mtime >= newest]
+    return {name: values[-1, 1] for name, values in run.series.items()
+            if (run.folder / f"{name}.series.txt").stat().st_mtime >= newest}
 
 
 # --- plots and pictures -----------------------------------------------------------------------------------------------
@@ -415,8 +415,26 @@ def curves(run):
 
 
 def measured(run):
-    """Return the measures of evaluate.py as a table."""
-    return table(measurements(run))
+    """Return the measures of evaluate.py as tables: those of the renders, then those of the mesh."""
+    found = measurements(run)
+    return measures_of_renders(found) + table([(label, form.format(found[name]))
+                                               for name, (label, form) in MEASURED.items() if name in found])
+
+
+def measures_of_renders(found):
+    """Return the table of both measures of the renders, "" if there are none; found: of `measurements`."""
+    groups = {ending: words for ending, words in GROUPS.items() if f"psnr_{ending}" in found}
+    measures = {prefix: words for prefix, words in MEASURES.items()
+                if any(f"{prefix}psnr_{ending}" in found for ending in groups)}
+    if not groups:
+        return ""
+    rows = [["PSNR and SSIM inside the mask; masked pixels without a hit", *groups.values()]]
+    for prefix, words in measures.items():
+        rows.append([words] + [", ".join(form.format(found[f"{prefix}{name}_{ending}"])
+                                         + " missed" * (name == "missed") for name, form in NUMBERS.items()
+                                         if f"{prefix}{name}_{ending}" in found) for ending in groups])
+    cells = ["".join(f"<t{kind}>{html.escape(cell)}</t{kind}>" for cell in row) for kind, row in zip("hdd", rows)]
+    return '<div class="wide"><table>' + "".join(f"<tr>{cell}</tr>\n" for cell in cells) + "</table></div>"
 
 
 def table(rows):
@@ -509,6 +527,10 @@ font: 13.5px/1.6 ui-monospace, Menlo, Consolas, monospace; }
 .table dt { color: var(--muted); }
 .table dd { margin: 0; text-align: right; overflow-wrap: anywhere; font-variant-numeric: tabular-nums; }
 section > .table { max-width: 460px; }
+.wide { overflow-x: auto; margin-bottom: 14px; }
+table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 18px 4px 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
+th { color: var(--muted); font-weight: 400; }
 @media (max-width: 720px) {
   body { padding: 18px 14px 40px; }
   h1 { font-size: 25px; }

@@ -8,7 +8,7 @@ import argparse
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Iterable, List, NamedTuple, Optional, Tuple
+from typing import Callable, Iterable, List, Tuple
 
 import numpy as np
 from scipy.spatial.transform import Rotation, Slerp
@@ -19,18 +19,10 @@ import helper
 import network
 import ray_tracer
 from files import writing
+from rendering.pixels import BACKGROUNDS, Render, clay, depth_grey, normal_colors, on_background, render_areas
 from training import cameras, checkpoints
 
-CHUNK = 1 << 15     # rays traced together; bounds the memory of a render, whatever the image's size
 SHAPE_VIEWS, SHAPE_SIDE = 4, 96        # of shape_picture: the number of views, and the longer side of each in pixels
-
-
-class Render(NamedTuple):
-    """An image of the trained scene."""
-    rgb: np.ndarray         # (H, W, 3) float32 in [0, 1]; white without a hit
-    normals: np.ndarray     # (H, W, 3) float32, the sdf's gradient, not normalised; 0 without a hit
-    depth: np.ndarray       # (H, W) float32, along the camera's axis, in radii of the unit sphere; 0 without a hit
-    hit: np.ndarray         # (H, W) bool
 
 
 def main():
@@ -52,13 +44,13 @@ def main():
     if args.path:
         path = Path(args.output or folder / "renders" / f"{args.path}{name_ending(args)}.mp4")
         frame_cameras = path_of(args, views_cameras, views)
-        renders = (render_view(sdf, shade, camera, conf.tracer) for camera in frame_cameras)
-        write_video(path, tqdm(renders, total=args.frames, unit="frame", dynamic_ncols=True), args.normals)
+        renders = (render_areas(sdf, shade, camera, conf.tracer)[0] for camera in frame_cameras)
+        write_video(path, tqdm(renders, total=args.frames, unit="frame", dynamic_ncols=True), args)
         print(f"rendered {args.frames} frames: {path}")
         return
     for view in tqdm(views, unit="view", dynamic_ncols=True):
         write_view(folder / "renders" / f"view_{view:03d}{name_ending(args)}",
-                   render_view(sdf, shade, views_cameras[view], conf.tracer), args)
+                   render_areas(sdf, shade, views_cameras[view], conf.tracer)[0], args)
     print(f"rendered {len(views)} view{'s' if len(views) > 1 else ''}: {folder / 'renders'}")
 
 
@@ -76,6 +68,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--height", type=int, default=None, help="pixels; by default that of the scene's images")
     parser.add_argument("--normals", action="store_true", help="also write the normals, as colours")
     parser.add_argument("--depth", action="store_true", help="also write the depth, as a picture and as numbers (.npy)")
+    parser.add_argument("--background", choices=tuple(BACKGROUNDS), default="white",
+                        help="what is behind the object; transparent, not for videos: PNG with alpha, the share of "
+                             "each pixel that the object covers")
     parser.add_argument("--appearance-model-path", metavar="MODEL",
                         help="another run's model_*.h5, or its folder, whose renderer colours this model's shape")
     return parser.parse_args()
@@ -88,9 +83,9 @@ def name_ending(args: argparse.Namespace) -> str:
 
 def write_view(stem: Path, render: Render, args: argparse.Namespace) -> None:
     """Write the pictures of a render that the command line asks for; their names begin with `stem`."""
-    writing.write_image(f"{stem}.png", render.rgb)
+    writing.write_image(f"{stem}.png", on_background(render.rgb, render.alpha, args.background))
     if args.normals:
-        writing.write_image(f"{stem}_normals.png", normal_colors(render))
+        writing.write_image(f"{stem}_normals.png", normal_colors(render, args.background))
     if args.depth:
         writing.write_image(f"{stem}_depth.png", depth_grey(render))
         with writing.replacing(f"{stem}_depth.npy") as temporary:
@@ -107,6 +102,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         writing.check_target(args.output)
     if args.path and args.depth:
         raise helper.UserError("--depth is for single views; leave out --depth or --path")
+    if args.path and BACKGROUNDS[args.background] is None:
+        raise helper.UserError("--background transparent is for single views; for a video take white or black")
     if args.frames < 2:
         raise helper.UserError(f"--frames must be 2 or more, not {args.frames}")
     if args.height is not None and not 8 <= args.height <= 8192:
@@ -183,87 +180,34 @@ def between_cameras(intrinsics: np.ndarray, poses: np.ndarray, frames: int) -> T
     return (1 - weight[..., None]) * intrinsics[before] + weight[..., None] * intrinsics[before + 1], path
 
 
-def write_video(path: Path, renders: Iterable[Render], normals: bool) -> None:
-    """Write renders as the frames of a video at `path`; with `normals`, also a video of the normals beside it."""
+def write_video(path: Path, renders: Iterable[Render], args: argparse.Namespace) -> None:
+    """Write renders as the frames of a video at `path`; with --normals, also a video of the normals beside it."""
     with ExitStack() as stack:
         append = stack.enter_context(writing.video_writer(path))
-        if normals:
+        if args.normals:
             beside = path.with_name(f"{path.stem}_normals{path.suffix}")
             append_normals = stack.enter_context(writing.video_writer(beside))
         for render in renders:
-            append(render.rgb)
-            if normals:
-                append_normals(normal_colors(render))
+            append(on_background(render.rgb, render.alpha, args.background))
+            if args.normals:
+                append_normals(normal_colors(render, args.background))
 
 
-# --- a view -----------------------------------------------------------------------------------------------------------
-
-def render_view(sdf: ray_tracer.Sdf, shade: Callable, camera: helper.Camera, tracer,
-                wanted: Optional[np.ndarray] = None) -> Render:
-    """Render what a camera sees.
-
-    sdf: such as network.sdf_evaluator's. shade: points and directions (N, 3) to rgb and normals (N, 3), as
-    network.shader's. tracer: the configuration's section. wanted: (H, W) bool, the pixels to render; None for all.
-    """
-    height, width = camera.shape
-    pixels = np.arange(height * width) if wanted is None else np.flatnonzero(wanted)
-    uv = helper.pixel_grid(height, width)[pixels]
-    origin, directions = helper.pixel_rays(uv, camera.intrinsics, camera.pose)
-    rgb, normals = np.ones((height * width, 3), np.float32), np.zeros((height * width, 3), np.float32)
-    depth, hits = np.zeros(height * width, np.float32), np.zeros(height * width, bool)
-    for start in range(0, len(pixels), CHUNK):
-        rays = directions[start:start + CHUNK]
-        t, hit = ray_tracer.trace(sdf, origin, rays, **vars(tracer))
-        shown = pixels[start:start + CHUNK][hit]
-        t, rays = t[hit], rays[hit]
-        rgb[shown], normals[shown] = shade(origin + t[:, None] * rays, rays)
-        depth[shown] = t * (rays @ camera.pose[:3, 2].astype(np.float32))
-        hits[shown] = True
-    return Render(rgb.reshape(height, width, 3), normals.reshape(height, width, 3), depth.reshape(height, width),
-                  hits.reshape(height, width))
-
-
-def normal_colors(render: Render) -> np.ndarray:
-    """Return the unit normals as colours (H, W, 3) in [0, 1]: (n + 1) / 2 in the scene's axes; white without a hit."""
-    return np.where(render.hit[..., None], unit(render.normals) * 0.5 + 0.5, 1.0)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Return vectors (..., 3) scaled to length 1; 0 stays 0."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
-
-
-def depth_grey(render: Render) -> np.ndarray:
-    """Return the depth as grey values (H, W) in [0, 1]: white nearest, dark grey farthest, black without a hit."""
-    if not render.hit.any():
-        return np.zeros(render.depth.shape)
-    near, far = render.depth[render.hit].min(), render.depth[render.hit].max()
-    return np.where(render.hit, 1.0 - 0.8 * (render.depth - near) / max(far - near, 1e-6), 0.0)
-
-
-def clay(normals: np.ndarray, pose: np.ndarray) -> np.ndarray:
-    """Return a shape as grey clay (H, W, 3) in [0, 1], lit from the camera's upper left and faintly from the right.
-
-    normals: (H, W, 3) of any length, 0 without a hit, which becomes white. pose: (4, 4), the camera's.
-    """
-    inwards = unit(normals) @ pose[:3, :3]
-    key, fill = (inwards @ unit(np.array(light)) for light in ((-0.5, -0.7, -0.75), (0.8, 0.1, -0.4)))
-    grey = 0.16 + 0.66 * np.maximum(key, 0) + 0.16 * np.maximum(fill, 0)
-    return np.where((normals != 0).any(axis=-1, keepdims=True), grey[..., None] * np.array([0.98, 0.96, 0.92]), 1.0)
-
+# --- the shape --------------------------------------------------------------------------------------------------------
 
 def shape_picture(sdf: ray_tracer.Sdf, shade: Callable, scene: datasets.Scene, view: int,
                   tracer) -> np.ndarray:
     """Return small pictures of the surface as clay, side by side (H, W, 3): from `view` and from views far apart.
 
-    sdf, shade and tracer are those of render_view.
+    sdf, shade and tracer are those of render_areas.
     """
     factor = max(max(scene.images.shape[1:3]) / SHAPE_SIDE, 1.0)
     shape = tuple(max(round(side / factor), 1) for side in scene.images.shape[1:3])
     pictures = []
     for index in datasets.spread_views(scene.poses, view, SHAPE_VIEWS):
         camera = helper.Camera(datasets.shrink_intrinsics(scene.intrinsics[index], factor), scene.poses[index], shape)
-        pictures.append(clay(render_view(sdf, shade, camera, tracer).normals, camera.pose))
+        render = render_areas(sdf, shade, camera, tracer)[0]
+        pictures.append(on_background(clay(render.normals, camera.pose), render.alpha, "white"))
     return np.concatenate(pictures, axis=1)
 
 

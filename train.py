@@ -26,6 +26,7 @@ import synthesize
 from config import settings
 from files import folders, writing
 from metrics import images
+from rendering import pixels
 from tracing.sdf_grid import SdfGrid
 from training import cameras, checkpoints, parallel, schedule
 from training.log import EpochLog
@@ -268,13 +269,14 @@ class Training:
         mask = datasets.shrink_mask(scene.masks[view], factor)
         intrinsics = datasets.shrink_intrinsics(scene.intrinsics[view], factor)
         camera = helper.Camera(intrinsics, scene.poses[view], mask.shape)
-        render = synthesize.render_view(self.sdf, self.shade, camera, tracer)
-        depth = np.repeat(synthesize.depth_grey(render)[..., None], 3, axis=-1)
-        panels = [photograph, render.rgb, synthesize.normal_colors(render), depth]
+        render, centres = pixels.render_areas(self.sdf, self.shade, camera, tracer)
+        shown = pixels.on_background(render.rgb, render.alpha, "white")
+        depth = np.repeat(pixels.depth_grey(render)[..., None], 3, axis=-1)
+        panels = [photograph, shown, pixels.normal_colors(render), depth]
         writing.write_image(path, np.concatenate(panels, axis=1))
         writing.write_image(path.with_name(f"{path.stem}_shape.png"),
                            synthesize.shape_picture(self.sdf, self.shade, scene, view, tracer))
-        return images.psnr(images.squared_error(render.rgb, photograph, mask))
+        return images.psnr(images.squared_error(centres.rgb, photograph, mask))
 
 
 LOST = ("no ray has met the surface within its mask; the surface has shrunk to nothing or grown beyond the unit "

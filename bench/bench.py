@@ -28,9 +28,9 @@ import helper  # noqa: E402
 import make_scene  # noqa: E402
 import network  # noqa: E402
 import ray_tracer  # noqa: E402
-import synthesize  # noqa: E402
 from backends import architecture, cpu_kernels  # noqa: E402
 from config.settings import Network, Tracer, load_config  # noqa: E402
+from rendering import pixels  # noqa: E402
 from tracing.sdf_grid import SdfGrid  # noqa: E402
 from train import remembered  # noqa: E402
 from training import checkpoints, parallel  # noqa: E402
@@ -252,9 +252,9 @@ def bench_render(scene: datasets.Scene, net: Network, tracer: Tracer, rate: floa
     mask = datasets.shrink_mask(scene.masks[0], factor)
     camera = helper.Camera(datasets.shrink_intrinsics(scene.intrinsics[0], factor), scene.poses[0], mask.shape)
     arguments = sdf, network.shader(net), camera, tracer, mask
-    synthesize.render_view(*arguments)
+    pixels.render_view(*arguments)
     calls.clear()
-    seconds = timed(lambda: synthesize.render_view(*arguments))
+    seconds = timed(lambda: pixels.render_view(*arguments))
     flops = sum(calls) * layer_flops("implicit") + mask.sum() * (2 * layer_flops("implicit") + layer_flops("rendering"))
     print(f"render of {mask.sum()} masked pixels: {seconds:.2f} s, {flops / rate:.2f} s at the floor, {sum(calls)} "
           "evaluations")

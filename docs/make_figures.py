@@ -35,6 +35,7 @@ import synthesize  # noqa: E402
 from backends import architecture, context  # noqa: E402
 from config import settings  # noqa: E402
 from files import folders, pictures, writing  # noqa: E402
+from rendering import pixels  # noqa: E402
 from training import checkpoints  # noqa: E402
 
 OVERSAMPLING = 2    # renders are larger by this factor and averaged, for smooth edges
@@ -126,10 +127,10 @@ def load_run(folder: Path) -> Tuple[settings.Configuration, Cameras, trimesh.Tri
 
 
 def rendered(conf: settings.Configuration, intrinsics: np.ndarray, pose: np.ndarray,
-             shape: Tuple[int, int]) -> synthesize.Render:
+             shape: Tuple[int, int]) -> pixels.Render:
     """Render the model that load_run has loaded, as an image of `shape` (height, width)."""
     camera = helper.Camera(intrinsics, pose, shape)
-    return synthesize.render_view(network.sdf_evaluator(), network.shader(conf.network), camera, conf.tracer)
+    return pixels.render_view(network.sdf_evaluator(), network.shader(conf.network), camera, conf.tracer)
 
 
 def write_turntable(folder: Path, size: int = 160, frames: int = 36) -> None:
@@ -170,8 +171,8 @@ def appearance_picture(runs: Sequence[Path], view: int = 36, size: int = 288) ->
             conf, cameras, _ = load_run(shape_of)
             synthesize.take_appearance(checkpoints.model_file(colors_of), conf.network)
             intrinsics, pose = cameras[view]
-            pixels = round(2 * intrinsics[0, 2] + 1)
-            intrinsics = datasets.shrink_intrinsics(intrinsics, pixels / (size * OVERSAMPLING))
+            side = round(2 * intrinsics[0, 2] + 1)
+            intrinsics = datasets.shrink_intrinsics(intrinsics, side / (size * OVERSAMPLING))
             shape = size * OVERSAMPLING, size * OVERSAMPLING
             render = rendered(conf, intrinsics, pose, shape)
             row.append(shrink(render.rgb)[size // 10:size - size // 12])
@@ -188,15 +189,15 @@ def demo_picture(folder: Path, views: Tuple[int, int], size: int) -> np.ndarray:
     columns = []
     for view in views:
         intrinsics, pose = cameras[view]
-        pixels = round(2 * intrinsics[0, 2] + 1)        # per side, as the principal point is the image's centre
-        intrinsics = datasets.shrink_intrinsics(intrinsics, pixels / (size * OVERSAMPLING))
+        side = round(2 * intrinsics[0, 2] + 1)        # per side, as the principal point is the image's centre
+        intrinsics = datasets.shrink_intrinsics(intrinsics, side / (size * OVERSAMPLING))
         truth, mask = make_scene.render(intrinsics, pose, size * OVERSAMPLING)
         ours = rendered(conf, intrinsics, pose, mask.shape)
         columns.append((np.where(mask[..., None] > 0, truth / 255, 1.0), ours.rgb))
     true_normals = exact_normals(intrinsics, pose, size * OVERSAMPLING)
     columns.append((normal_colors(true_normals), normal_colors(ours.normals)))
-    mesh_shown = synthesize.clay(mesh_normals(mesh, intrinsics, pose, mask.shape), pose)
-    columns.append((synthesize.clay(true_normals, pose), mesh_shown))
+    mesh_shown = pixels.clay(mesh_normals(mesh, intrinsics, pose, mask.shape), pose)
+    columns.append((pixels.clay(true_normals, pose), mesh_shown))
     top, bottom = size // 10, size - size // 12     # the rows that show something
     columns = [[shrink(image)[top:bottom] for image in column] for column in columns]
     return np.concatenate([np.concatenate(column) for column in columns], axis=1)
@@ -208,16 +209,16 @@ def scan_picture(folder: Path, view: int, shape: Tuple[int, int]) -> np.ndarray:
     shape = shape[0] * OVERSAMPLING, shape[1] * OVERSAMPLING
     intrinsics, pose = framed(mesh, *cameras[view], shape)
     ours = rendered(conf, intrinsics, pose, shape)
-    images = ours.rgb, normal_colors(ours.normals), synthesize.clay(mesh_normals(mesh, intrinsics, pose, shape), pose)
+    images = ours.rgb, normal_colors(ours.normals), pixels.clay(mesh_normals(mesh, intrinsics, pose, shape), pose)
     return np.concatenate([shrink(image) for image in images], axis=1)
 
 
 def framed(mesh: trimesh.Trimesh, intrinsics: np.ndarray, pose: np.ndarray,
            shape: Tuple[int, int]) -> Tuple[np.ndarray, np.ndarray]:
     """Return the camera's intrinsics and pose, the intrinsics changed so that the mesh fills an image of `shape`."""
-    pixels = (mesh.vertices - pose[:3, 3]) @ pose[:3, :3] @ intrinsics.T
-    pixels = pixels[:, :2] / pixels[:, 2:]
-    low, high = pixels.min(axis=0), pixels.max(axis=0)
+    corners = (mesh.vertices - pose[:3, 3]) @ pose[:3, :3] @ intrinsics.T
+    corners = corners[:, :2] / corners[:, 2:]
+    low, high = corners.min(axis=0), corners.max(axis=0)
     scale = 0.94 * (np.array(shape[::-1]) / (high - low)).min()
     shift = (np.array(shape[::-1]) - 1) / 2 - scale * (low + high) / 2
     return np.array([[scale, 0, shift[0]], [0, scale, shift[1]], [0, 0, 1]]) @ intrinsics, pose
@@ -254,8 +255,8 @@ def mesh_normals(mesh: trimesh.Trimesh, intrinsics: np.ndarray, pose: np.ndarray
     Each triangle is sampled more densely than the pixels, and each pixel shows its point nearest to the camera.
     """
     corners = (mesh.vertices - pose[:3, 3]) @ pose[:3, :3]
-    pixels = corners[:, :2] / corners[:, 2:] * intrinsics[[0, 1], [0, 1]]
-    steps = int(np.ceil(2 * np.linalg.norm(np.diff(pixels[mesh.faces], axis=1), axis=-1).max())) + 1
+    projected = corners[:, :2] / corners[:, 2:] * intrinsics[[0, 1], [0, 1]]
+    steps = int(np.ceil(2 * np.linalg.norm(np.diff(projected[mesh.faces], axis=1), axis=-1).max())) + 1
     u, v = np.mgrid[:steps + 1, :steps + 1] / steps
     weights = np.stack([u, v, 1 - u - v], axis=-1)[u + v < 1 + 1e-9]
     nearest, normals = np.full(shape[0] * shape[1], np.inf), np.zeros((shape[0] * shape[1], 3))
@@ -275,7 +276,7 @@ def mesh_normals(mesh: trimesh.Trimesh, intrinsics: np.ndarray, pose: np.ndarray
 
 def normal_colors(normals: np.ndarray) -> np.ndarray:
     """Return normals (H, W, 3) as colours, (n + 1) / 2 in the scene's axes; white where they are 0."""
-    return np.where((normals != 0).any(axis=-1, keepdims=True), synthesize.unit(normals) / 2 + 0.5, 1.0)
+    return np.where((normals != 0).any(axis=-1, keepdims=True), pixels.unit(normals) / 2 + 0.5, 1.0)
 
 
 def shrink(image: np.ndarray) -> np.ndarray:
@@ -339,7 +340,7 @@ def draw_rays(axes) -> None:
     axes.add_patch(Circle((0, 0), 1, fill=False, edgecolor=GREY, linestyle=(0, (5, 4)), linewidth=1.2))
 
     eye = np.array([-2.0, 0.35])
-    hit_ray, side_ray = synthesize.unit(np.array([1.9, -0.38])), synthesize.unit(np.array([2.0, 0.52]))
+    hit_ray, side_ray = pixels.unit(np.array([1.9, -0.38])), pixels.unit(np.array([2.0, 0.52]))
     near = entry(eye, hit_ray)
     t = near
     for _ in range(40):     # sphere tracing; only its long steps are drawn

@@ -1,4 +1,6 @@
 """PSNR and SSIM of a render against its photograph, inside the mask. Images are (H, W, 3) in [0, 1]."""
+from typing import Tuple
+
 import numpy as np
 from skimage.metrics import structural_similarity
 
@@ -24,10 +26,26 @@ def similarity(image: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> np.nda
 
     Outside the mask both images are set to the photograph, so that no window sees an artificial edge.
     """
+    window = _surroundings(mask)
+    image, truth, mask = image[window], truth[window], mask[window]
     pasted = np.where(mask[..., None], image, truth)
     similar = structural_similarity(truth, pasted, data_range=1.0, channel_axis=-1, gaussian_weights=True, sigma=1.5,
                                     use_sample_covariance=False, full=True)[1]
     return np.array([similar.mean(axis=-1)[mask].sum(dtype=np.float64), mask.sum()])
+
+
+def _surroundings(mask: np.ndarray) -> Tuple[slice, slice]:
+    """Return the rows and columns that the SSIM windows around the pixels of mask (H, W) bool reach.
+
+    At least SSIM_WINDOW of each where the mask has them.
+    """
+    slices = []
+    for axis, size in zip((1, 0), mask.shape):
+        reached = np.flatnonzero(mask.any(axis=axis))
+        start = max(reached[0] - SSIM_WINDOW // 2, 0)
+        stop = min(max(reached[-1] + SSIM_WINDOW // 2 + 1, start + SSIM_WINDOW), size)
+        slices.append(slice(min(start, max(stop - SSIM_WINDOW, 0)), stop))
+    return slices[0], slices[1]
 
 
 def ssim(similarity_sum: np.ndarray) -> float:

@@ -20,12 +20,12 @@ import convert
 import datasets
 import helper
 import network
-import synthesize
 from backends import architecture
 from config import settings
 from config.settings import Network
 from conftest import ROOT, SHARED, link_scan65
 from metrics import images
+from rendering import pixels
 from training import checkpoints
 
 # {"epoch": 1999, "pose_vecs_state_dict": {"weight": columns 1 to 7 of 0, 1/8, 2/8, ..., 26/8 as (3, 9)}}
@@ -192,7 +192,7 @@ def test_the_full_model_of_scan_65_renders_it(tmp_path):
     wanted[np.random.default_rng(0).choice(inside, 2000, replace=False)] = True
     wanted = wanted.reshape(scene.masks[0].shape)
     camera = helper.Camera(scene.intrinsics[0], scene.poses[0], wanted.shape)
-    render = synthesize.render_view(network.sdf_evaluator(), network.shader(conf.network), camera, conf.tracer, wanted)
+    render = pixels.render_view(network.sdf_evaluator(), network.shader(conf.network), camera, conf.tracer, wanted)
     error = images.squared_error(render.rgb, scene.images[0] / 255.0, wanted)
     assert images.psnr(error) == pytest.approx(17.9, abs=0.2)     # 18.26 over all pixels of the view
     nn.clear_parameters()

@@ -1,0 +1,1 @@
+"""What a camera sees of an sdf and its renderer, as images."""
