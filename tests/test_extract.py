@@ -405,7 +405,7 @@ def test_the_page_draws_the_mesh_in_its_colours_upright_and_turns_it(tmp_path):
     assert not console
     # Red is the upper half.
     assert share(still[:200], lambda r, g, b: (r > 240) & (g < 20) & (b < 20)) > 0.9
-    assert share(still[240:], lambda r, g, b: (r < 20) & (b < 80)) > 0.9
+    assert share(still[270:], lambda r, g, b: (r < 20) & (b < 80)) > 0.9
     turned, console = photographed(drawn.replace("</body>", DRAG), tmp_path)
     assert not console
     assert np.abs(turned - still).max(axis=-1).astype(bool).mean() > 0.01

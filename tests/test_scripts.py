@@ -138,7 +138,7 @@ def test_extraction_in_world_units_and_as_several_kinds_of_file(folder):
     assert 0.3 < np.linalg.norm(inside, axis=1).max() < 1.0 and mesh.is_watertight
     assert len({tuple(color) for color in mesh.visual.vertex_colors}) > 50
     assert "<script>" in (folder / "out" / "a.html").read_text(encoding="utf-8")
-    assert "mesh.stl" in refused("extract.py", *MODEL, "--output", "out/a.ply", "mesh.stl", cwd=folder)
+    assert "mesh.fbx" in refused("extract.py", *MODEL, "--output", "out/a.ply", "mesh.fbx", cwd=folder)
 
 
 @pytest.mark.parametrize("resolution", [15, 1025, 10 ** 9, -512])
