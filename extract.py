@@ -124,7 +124,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if Path(path).suffix.lower() not in SUFFIXES:
             raise helper.UserError(f"--output {path}: the name must end in {', '.join(SUFFIXES)}")
         writing.check_target(path)
-    kinds = {Path(path).suffix.lower() for path in args.output or [".glb"]}
+    kinds = {Path(path).suffix.lower() for path in args.output or ["asset.glb"]}
     if args.texture and not kinds & set(formats.TEXTURED):
         raise helper.UserError(f"--texture: .ply and .stl hold no textures; name a {', '.join(formats.TEXTURED)} too")
     if args.appearance == "photographs" and not args.texture:

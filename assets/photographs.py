@@ -15,7 +15,7 @@ from tracing.sdf_grid import compiled
 MOST_RAYS = 1 << 17     # traced per view; larger photographs get a smaller depth map
 CHUNK = 1 << 15         # rays traced together
 POWER = 2               # of the weight by angle; higher is sharper, lower forgives more error of the cameras
-FLATTEST = 0.15         # cosine of the flattest view of the surface that counts
+FLATTEST = 0.1          # cosine of the flattest view of the surface that counts
 FEATHER = 3.0           # pixels from the mask's outline within which a photograph fades
 ENOUGH = 0.05           # sum of weights below which the networks' colours join in
 SLICE = 1 << 14         # points per thread and turn
