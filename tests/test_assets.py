@@ -17,10 +17,9 @@ import helper
 from assets import atlas as atlases
 from assets import baking, decimation, formats, orientation, page, photographs
 from assets.surface import Surface
-from bench import rasterizer
 from config.settings import Tracer
 from datasets import Scene
-from metrics import meshes
+from metrics import meshes, rasterizer
 
 SIZE = 256
 

@@ -4,6 +4,9 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
+from assets.atlas import tangents_of
+from assets.baking import unit
+
 
 class Fragments(NamedTuple):
     """What the pixels of a picture show."""
@@ -61,3 +64,34 @@ def texture_at(image, uv):
             weight = np.abs(1 - dx - share[:, 0]) * np.abs(1 - dy - share[:, 1])
             out = out + weight[:, None] * image[y, x]
     return out
+
+
+def shown(asset, camera):
+    """Return what a helper.Camera shows of a baking.Asset: colours (H, W, 3), mapped normals (H, W, 3), and where.
+
+    Colours are in [0, 1], and white beside the asset. Normals are computed as glTF's viewers do, and 0 beside it.
+    """
+    mesh, atlas = asset.mesh, asset.atlas
+    fragments = drawn(mesh.vertices, mesh.faces, camera)
+    where = fragments.face >= 0
+    tangents, normals = tangents_of(mesh, atlas), mesh.vertex_normals[atlas.vertices]
+    bitangents = np.cross(normals, tangents[:, :3]) * tangents[:, 3:]
+    uv = interpolated(fragments, atlas.faces, atlas.uv)
+    local = texture_at(asset.normal_map / 127.5 - 1, uv)
+    axes = [unit(interpolated(fragments, atlas.faces, axis)) for axis in (tangents[:, :3], bitangents, normals)]
+    rgb, mapped = np.ones(camera.shape + (3,)), np.zeros(camera.shape + (3,))
+    rgb[where] = texture_at(asset.base_color / 255, uv)
+    mapped[where] = unit(sum(local[:, [k]] * axes[k] for k in range(3)))
+    return rgb, mapped, where
+
+
+def edges_shown(mesh, camera, pixels=1.0):
+    """Return where the edges of a mesh's faces are seen, (H, W) bool, about that many pixels wide."""
+    fragments = drawn(mesh.vertices, mesh.faces, camera)
+    local = (mesh.vertices - camera.pose[:3, 3]) @ camera.pose[:3, :3] @ np.asarray(camera.intrinsics).T
+    corners = (local[:, :2] / local[:, 2:])[mesh.faces[fragments.face]]
+    sides = np.linalg.norm(corners - np.roll(corners, -1, axis=2), axis=-1)
+    a, b = corners[..., 1, :] - corners[..., 0, :], corners[..., 2, :] - corners[..., 0, :]
+    double_area = np.abs(a[..., 0] * b[..., 1] - a[..., 1] * b[..., 0])
+    heights = fragments.weights * (double_area[..., None] / np.roll(sides, -1, axis=-1))    # from the opposite side
+    return (fragments.face >= 0) & (heights.min(axis=-1) < pixels / 2)
