@@ -21,12 +21,14 @@ demo: env
 	$(python) make_scene.py --output data/demo
 	$(python) train.py --config config/demo.yaml --monitor-path results
 	$(python) synthesize.py --config $(run)/demo.yaml --model-load-path $(run) --normals
-	$(python) extract.py --config $(run)/demo.yaml --model-load-path $(run) --output $(run)/mesh.ply $(run)/mesh.html
+	$(python) extract.py --config $(run)/demo.yaml --model-load-path $(run)
+	$(python) extract.py --config $(run)/demo.yaml --model-load-path $(run) --faces 50000 --texture 1024 \
+		--appearance photographs --upright --output $(run)/asset.glb $(run)/mesh.html
 	$(python) evaluate.py --config $(run)/demo.yaml --model-load-path $(run) \
 		--mesh $(run)/mesh.ply --ground-truth data/demo/surface.ply
 	$(python) report.py $(run)
 	@echo "Open $(run)/report.html and $(run)/mesh.html in a browser."
-	@echo "Renders are in $(run)/renders; the mesh is $(run)/mesh.ply."
+	@echo "Renders are in $(run)/renders; the mesh is $(run)/mesh.ply, with textures $(run)/asset.glb."
 
 test: env
 	$(python) -m pytest

@@ -1,23 +1,22 @@
-"""Extract the surface of a trained scene as a mesh, by marching cubes twice.
+"""Extract the surface of a trained scene as a mesh, by marching cubes twice, and make an asset of it.
 
     python extract.py --config results_scan118/default.yaml --model-load-path results_scan118/model_01999.h5
 
 The first pass is coarse: it finds the object, drops floating pieces, and yields the object's orientation. The second
 pass is fine, on a grid in that orientation, which grows where the object reaches beyond it. Nothing is learnt outside
 the unit sphere, so a surface that leaves the sphere is closed by it. The networks give every vertex its normal and its
-colour.
-Writes mesh.ply to the run's folder, in the coordinates of the unit sphere; --output and --world change that.
+colour. --faces makes the mesh light, --texture gives it textures, --upright stands it on the ground.
+Writes mesh.ply to the run's folder, or asset.glb with --texture, in the coordinates of the unit sphere; --output and
+--world change that.
 """
 import argparse
-import html
 import shlex
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Callable, List, NamedTuple, Optional, Tuple, Union
 
 import numpy as np
 import trimesh
-import trimesh.viewer
 from scipy.ndimage import label
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
@@ -27,8 +26,12 @@ from tqdm import tqdm
 import datasets
 import helper
 import network
+from assets import baking, decimation, formats, orientation, page, photographs
+from assets.decimation import is_closed
+from assets.surface import Surface, cut_by_sphere, in_sphere
 from config import settings
 from files import writing
+from metrics import meshes
 from ray_tracer import compiled
 from training import cameras, checkpoints
 
@@ -36,7 +39,10 @@ SLACK = 1.5         # assumed bound on the sdf's slope; a steeper sdf may lose p
 APART = 1e-3        # minimum |sdf| at a point of the grid, in cells; smaller values are raised to it
 LEAF = 2            # blocks of the grid are halved down to this many points per side
 SHADED = 1 << 16    # vertices shaded per batch
-SUFFIXES = (".ply", ".obj", ".glb", ".html")
+SHADED_ON_CPU, SHADED_ON_GPU = 1 << 12, 1 << 15     # points that the networks take at once
+SUFFIXES = (".ply", ".obj", ".glb", ".stl", ".html")
+METRES = {"mm": 0.001, "cm": 0.01, "m": 1.0}
+LIGHT = 50000       # faces of a mesh with textures, unless --faces says otherwise
 NO_SURFACE = ("the sdf has no zero set in the unit sphere, so there is no surface to extract; check masks and cameras, "
               "the usual causes, in the training's renders")
 
@@ -49,34 +55,33 @@ class Grid(NamedTuple):
     cell: float
 
 
+class Frame(NamedTuple):
+    """A scene's cameras, as far as the files need them."""
+    poses: np.ndarray       # (N, 4, 4), in the unit sphere's coordinates
+    scale_mat: np.ndarray   # (4, 4), from there to the world's
+    view: int               # whose camera sees the object's front
+
+
 def main():
     args = parse_arguments()
     check_arguments(args)
     conf, folder = checkpoints.open_run(args)
-    paths = [Path(path) for path in args.output or [folder / "mesh.ply"]]
-    poses = scale_mat = None
-    if args.world or any(path.suffix.lower() == ".html" for path in paths):
-        poses, scale_mat = datasets.load_scene_cameras(conf.data.path, conf.data.cameras)[1:]
-        poses = cameras.trained_poses(poses, args.model_load_path)
-        datasets.check_views([conf.train.validation_view], len(poses), f"{args.config}: train.validation_view")
-
-    sdf = network.sdf_evaluator()
-    mesh = extract(sdf, conf.extract.coarse_resolution, args.resolution or conf.extract.resolution)
-    cut = cut_by_sphere(mesh.vertices, sdf)
-    if cut.any():
-        share = mesh.area_faces[cut[mesh.faces].all(axis=1)].sum() / mesh.area
-        print("notice: the surface leaves the unit sphere, and nothing is learnt outside it; the sphere closes the "
-              f"mesh there, with {share:.1%} of its area (prepare.py {shlex.quote(conf.data.path)} --check shows if "
-              "the object reaches beyond it)")
-    mesh = with_colors(mesh, network.shader(conf.network), cut)
+    paths = [Path(path) for path in args.output or [folder / ("asset.glb" if args.texture else "mesh.ply")]]
+    frame = frame_of(args, conf, paths)
+    shade = partial(network.shader(conf.network), chunk=SHADED_ON_CPU if network.on_cpu() else SHADED_ON_GPU)
+    surface = Surface(network.sdf_evaluator(), shade)
+    appearance = appearance_of(args, conf, surface)
+    mesh = extract(surface.sdf, conf.extract.coarse_resolution, args.resolution or conf.extract.resolution)
+    say_cut(mesh, surface.sdf, conf.data.path)
+    if args.faces or args.texture:
+        mesh = light_mesh(mesh, args.faces or LIGHT, surface)
+    mesh = with_colors(mesh, surface.shade, cut_by_sphere(mesh.vertices, surface.sdf))
+    shape = baking.baked(mesh, args.texture, surface, appearance) if args.texture else mesh
     for path in paths:
-        with writing.replacing(path) as temporary:
-            if path.suffix.lower() == ".html":
-                temporary.write_bytes(page(mesh, path.stem, poses, conf.train.validation_view).encode(errors="replace"))
-            else:
-                write_mesh(temporary, transformed(mesh, scale_mat) if args.world else mesh)
+        write_file(path, shape, args, frame)
         print(f"{path}: {len(mesh.vertices)} vertices, {len(mesh.faces)} faces, "
-              f"{'watertight' if is_closed(mesh) else 'not watertight'}")
+              f"{'watertight' if is_closed(mesh) else 'not watertight'}"
+              + (f", texture of {args.texture}x{args.texture}" if holds_texture(path, shape) else ""))
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -86,20 +91,96 @@ def parse_arguments() -> argparse.Namespace:
                         help="cells along the longest side, instead of the configuration's extract.resolution")
     parser.add_argument("--output", nargs="+", default=None, metavar="FILE",
                         help=f"files to write, each of the kind that its name ends in: {', '.join(SUFFIXES)}; by "
-                             "default mesh.ply in the run's folder")
-    parser.add_argument("--world", action="store_true",
-                        help="in world units, through the scene's scale_mat_0, instead of the unit sphere's")
+                             "default mesh.ply in the run's folder, or asset.glb with --texture")
+    parser.add_argument("--faces", type=int, default=None,
+                        help=f"make the mesh light: about this many faces; {LIGHT} with --texture, else all by default")
+    parser.add_argument("--texture", type=int, default=None, metavar="SIDE",
+                        help="give .glb, .obj and .html files textures of SIDE x SIDE texels, of colours and normals")
+    parser.add_argument("--appearance", choices=("networks", "photographs"), default="networks",
+                        help="the texture's colours: the networks', as seen along the normals, or those of the "
+                             "photographs that see the surface best, held-out views left aside")
+    parser.add_argument("--lit", action="store_true",
+                        help="let viewers light a .glb; by default they show the colours, which hold the light of the "
+                             "photographs, as they are")
+    parser.add_argument("--upright", action="store_true",
+                        help="stand the object on the ground at the origin: y is up in .glb and .obj, z in .stl, .ply")
+    parser.add_argument("--world", nargs="?", const="units", default=None, choices=("units", *METRES), metavar="UNIT",
+                        help="in world units, through the scene's scale_mat_0, instead of the unit sphere's. mm, cm "
+                             "or m says what a world unit is; then .glb is in metres, .stl in mm")
+    parser.add_argument("--unit", choices=tuple(METRES), default=None,
+                        help="the unit of the files, .glb apart, where --world says what a world unit is")
     return parser.parse_args()
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise UserError for options that are out of range, before anything is loaded."""
+    """Raise UserError for options that are out of range or do not go together, before anything is loaded."""
     if args.resolution is not None:
         settings.check_value("--resolution", args.resolution, settings.keys_of(settings.Extract)["resolution"])
+    for name, value, least, most in (("--faces", args.faces, decimation.FEWEST, decimation.MOST),
+                                     ("--texture", args.texture, baking.SMALLEST, baking.LARGEST)):
+        if value is not None and not least <= value <= most:
+            raise helper.UserError(f"{name} must be {least} to {most}, not {value}")
     for path in args.output or []:
         if Path(path).suffix.lower() not in SUFFIXES:
             raise helper.UserError(f"--output {path}: the name must end in {', '.join(SUFFIXES)}")
         writing.check_target(path)
+    kinds = {Path(path).suffix.lower() for path in args.output or ["asset.glb"]}
+    if args.texture and not kinds & set(formats.TEXTURED):
+        raise helper.UserError(f"--texture: .ply and .stl hold no textures; name a {', '.join(formats.TEXTURED)} too")
+    if args.appearance == "photographs" and not args.texture:
+        raise helper.UserError("--appearance photographs colours a texture; add --texture 2048")
+    if args.unit and args.world not in METRES:
+        raise helper.UserError("--unit needs to know what a world unit is; add --world mm, cm or m")
+
+
+def frame_of(args: argparse.Namespace, conf: settings.Configuration, paths: List[Path]) -> Optional[Frame]:
+    """Return the scene's Frame, or None if no file needs one. A .glb alone does without a scene that is not there."""
+    kinds = {path.suffix.lower() for path in paths}
+    needed = args.world or args.upright or ".html" in kinds
+    if not needed and ".glb" not in kinds:
+        return None
+    try:
+        poses, scale_mat = datasets.load_scene_cameras(conf.data.path, conf.data.cameras)[1:]
+    except helper.UserError:
+        if needed:
+            raise
+        return None
+    poses = cameras.trained_poses(poses, args.model_load_path)
+    datasets.check_views([conf.train.validation_view], len(poses), f"{args.config}: train.validation_view")
+    return Frame(poses, scale_mat, conf.train.validation_view)
+
+
+def appearance_of(args: argparse.Namespace, conf: settings.Configuration, surface: Surface) -> Optional[Callable]:
+    """Return the appearance for baking.baked that --appearance names; None is the networks'."""
+    if args.appearance == "networks":
+        return None
+    scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
+    scene = scene._replace(poses=cameras.trained_poses(scene.poses, args.model_load_path))
+    views = datasets.training_views(conf.data.held_out_views, len(scene.images),
+                                    f"{args.config}: data.held_out_views")
+    return photographs.blended(photographs.photographs_of(scene, views, surface.sdf, conf.tracer))
+
+
+def say_cut(mesh: trimesh.Trimesh, sdf: Callable, scene_path: str) -> None:
+    """Print a notice if the unit sphere closes the mesh somewhere, with its share of the area."""
+    cut = cut_by_sphere(mesh.vertices, sdf)
+    if cut.any():
+        share = mesh.area_faces[cut[mesh.faces].all(axis=1)].sum() / mesh.area
+        print("notice: the surface leaves the unit sphere, and nothing is learnt outside it; the sphere closes the "
+              f"mesh there, with {share:.1%} of its area (prepare.py {shlex.quote(scene_path)} --check shows if "
+              "the object reaches beyond it)")
+
+
+def light_mesh(mesh: trimesh.Trimesh, faces: int, surface: Surface) -> trimesh.Trimesh:
+    """Return a mesh of about that many faces, and print how far it is from the full one."""
+    few = decimation.decimated(mesh, faces, surface)
+    if few is mesh:
+        print(f"the mesh has {len(mesh.faces)} faces, no more than the {faces} wanted, and stays as it is")
+        return mesh
+    distance = meshes.mesh_distances(few, mesh).chamfer
+    print(f"{len(few.faces)} of {len(mesh.faces)} faces; Chamfer distance to the full mesh: {distance:.6f} of the unit "
+          "sphere's radius")
+    return few
 
 
 def extract(sdf: Callable, coarse_resolution: int, resolution: int) -> trimesh.Trimesh:
@@ -130,20 +211,6 @@ def extract(sdf: Callable, coarse_resolution: int, resolution: int) -> trimesh.T
 
 
 # --- the coarse pass --------------------------------------------------------------------------------------------------
-
-def in_sphere(sdf: Callable) -> Callable:
-    """Return the sdf of a shape's intersection with the unit sphere."""
-    return lambda points: np.maximum(sdf(points), np.sqrt(np.einsum("nc,nc->n", points, points)) - 1)
-
-
-def cut_by_sphere(vertices: np.ndarray, sdf: Callable) -> np.ndarray:
-    """Return which vertices (V, 3) of a mesh lie on the unit sphere inside the shape that it cuts, (V,) bool."""
-    height = np.linalg.norm(vertices, axis=1) - 1
-    cut = height > -0.01        # a generous bound that saves most evaluations
-    if cut.any():
-        cut[cut] = sdf(vertices[cut].astype(np.float32)) < height[cut] - 1e-4
-    return cut
-
 
 def coarse_grid(sdf: Callable, coarse_resolution: int, resolution: int) -> Tuple[np.ndarray, np.ndarray, Grid]:
     """Return sparse_grid's values and cells for a grid over the cube [-1, 1]^3, and the grid.
@@ -307,13 +374,6 @@ def largest_component(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     return trimesh.Trimesh(mesh.vertices[kept], (np.cumsum(kept) - 1)[mesh.faces[kept[first]]], process=False)
 
 
-def is_closed(mesh: trimesh.Trimesh) -> bool:
-    """Return whether every edge of a mesh has two faces, as its is_watertight does in far more time."""
-    ends = np.sort(mesh.faces[:, [0, 1, 1, 2, 2, 0]].reshape(-1, 2), axis=1)
-    edges = np.sort(ends[:, 0] * len(mesh.vertices) + ends[:, 1])
-    return len(edges) % 2 == 0 and (edges[::2] == edges[1::2]).all() and (edges[2::2] != edges[1:-1:2]).all()
-
-
 # --- normals, colours, files ------------------------------------------------------------------------------------------
 
 def with_colors(mesh: trimesh.Trimesh, shade: Callable, cut: Optional[np.ndarray] = None) -> trimesh.Trimesh:
@@ -334,69 +394,51 @@ def with_colors(mesh: trimesh.Trimesh, shade: Callable, cut: Optional[np.ndarray
                            vertex_colors=np.rint(255 * np.clip(rgb, 0, 1)).astype(np.uint8), process=False)
 
 
-def transformed(mesh: trimesh.Trimesh, matrix: np.ndarray) -> trimesh.Trimesh:
-    """Return a mesh with normals and colours, moved by an affine matrix (4, 4) such as scale_mat_0.
-
-    Normals move by the inverse transpose and are normalised.
-    """
-    normals = trimesh.unitize(mesh.vertex_normals @ np.linalg.inv(matrix[:3, :3]))
-    faces = mesh.faces[:, ::-1] if np.linalg.det(matrix[:3, :3]) < 0 else mesh.faces     # a reflection turns them over
-    return trimesh.Trimesh(trimesh.transform_points(mesh.vertices, matrix), faces, vertex_normals=normals,
-                           vertex_colors=mesh.visual.vertex_colors, process=False)
+def holds_texture(path: Path, shape: Union[trimesh.Trimesh, baking.Asset]) -> bool:
+    """Return whether a file of this name holds the textures of the shape."""
+    return isinstance(shape, baking.Asset) and path.suffix.lower() in formats.TEXTURED
 
 
-def write_mesh(path: Path, mesh: trimesh.Trimesh) -> None:
-    """Write a mesh with normals and colours as .ply, .obj or .glb, by the path's suffix."""
-    if path.suffix.lower() == ".glb":
-        encoded = mesh.visual.vertex_colors[:, :3] / np.float32(255)
-        # glTF's vertex colours are linear, not sRGB.
-        linear = np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
-        mesh = trimesh.Trimesh(mesh.vertices, mesh.faces, vertex_normals=mesh.vertex_normals, process=False,
-                               vertex_attributes={"_COLOR_0": linear.astype(np.float32)})
-        path.write_bytes(unlit_glb(trimesh.Scene(mesh)))
+def write_file(path: Path, shape: Union[trimesh.Trimesh, baking.Asset], args: argparse.Namespace,
+               frame: Optional[Frame]) -> None:
+    """Write a mesh or an Asset, in the unit sphere's coordinates, where and in the coordinates that args ask for."""
+    kind = path.suffix.lower()
+    matrix = placement(kind, formats.mesh_of(shape), args, frame)
+    placed = formats.moved(shape, matrix)
+    unit, per_unit = "radii", 1.0
+    if frame:
+        unit = args.world if args.world in METRES else "units"
+        per_unit = length_scale(frame.scale_mat) / length_scale(matrix)
+    facts = formats.facts_of(placed, is_closed(formats.mesh_of(placed)), unit, per_unit)
+    if kind == ".html":
+        writing.write_bytes(path, page.page(placed, path.stem, facts).encode(errors="replace"))
     else:
-        mesh.export(str(path))
+        formats.write(path, placed, facts, args.lit)
 
 
-def unlit_glb(scene: trimesh.Scene) -> bytes:
-    """Return a scene as a GLB that shows vertex colours without lighting, since they include the photographs' light.
+def length_scale(matrix: np.ndarray) -> float:
+    """Return by what an affine matrix (4, 4) multiplies lengths, on average."""
+    return float(np.cbrt(abs(np.linalg.det(matrix[:3, :3]))))
 
-    A vertex attribute _COLOR_0, (N, 3) float32, becomes the colours: linear ones need more than trimesh's 8 bits.
+
+def placement(kind: str, mesh: trimesh.Trimesh, args: argparse.Namespace, frame: Optional[Frame]) -> np.ndarray:
+    """Return the matrix (4, 4) from the unit sphere's coordinates to those of a file of a kind, such as ".glb".
+
+    A page is upright in any case, in the scene's units.
     """
-    def finish(tree):
-        tree["materials"] = [{"extensions": {"KHR_materials_unlit": {}},
-                              "pbrMetallicRoughness": {"metallicFactor": 0.0, "roughnessFactor": 1.0}}]
-        tree.setdefault("extensionsUsed", []).append("KHR_materials_unlit")
-        for primitive in (primitive for mesh in tree["meshes"] for primitive in mesh["primitives"]):
-            primitive["material"] = 0
-            if "_COLOR_0" in primitive["attributes"]:
-                primitive["attributes"]["COLOR_0"] = primitive["attributes"].pop("_COLOR_0")
-
-    return scene.export(file_type="glb", tree_postprocessor=finish)
-
-
-def page(mesh: trimesh.Trimesh, title: str, poses: np.ndarray, view: int) -> str:
-    """Return a self-contained HTML page in which the mouse turns the coloured mesh, with trimesh's viewer.
-
-    The mesh stands upright and is first seen from the side of the camera of `view`. poses: (N, 4, 4), of all cameras.
-    """
-    up = helper.upright(poses)
-    right = helper.rightwards(up, -poses[view, :3, 2])
-    axes = np.stack([right, up, np.cross(right, up)])       # of the viewer, where y is up
-    low, high = mesh.bounds
-    centre, size = (low + high) / 2, np.linalg.norm(high - low) / 2
-    upright = np.eye(4)
-    upright[:3, :3], upright[:3, 3] = axes / size, -axes @ centre / size
-    backwards = np.array([0.0, 0.3, 1.0]) / np.linalg.norm([0.0, 0.3, 1.0])
-    camera = np.eye(4)
-    camera[:3] = np.stack([[1.0, 0.0, 0.0], np.cross(backwards, [1.0, 0.0, 0.0]), backwards, 2.2 * backwards], axis=1)
-
-    scene = trimesh.Scene(camera=trimesh.scene.Camera(resolution=(800, 600), fov=(56, 44)), camera_transform=camera)
-    scene.add_geometry(mesh, transform=upright)
-    # scene_to_html takes only the camera and the GLB from its scene. So it gets a GLB with the unlit material, which a
-    # trimesh.Scene cannot export.
-    page = trimesh.viewer.scene_to_html(SimpleNamespace(camera=scene.camera, export=lambda file_type: unlit_glb(scene)))
-    return page.replace("<title>trimesh: threejs viewer</title>", f"<title>{html.escape(title)}</title>")
+    matrix = frame.scale_mat if args.world and kind != ".html" else np.eye(4)
+    if args.world in METRES and kind != ".html":
+        unit = {".glb": "m", ".stl": args.unit or "mm"}.get(kind, args.unit or args.world)
+        matrix = np.diag([METRES[args.world] / METRES[unit]] * 3 + [1.0]) @ matrix
+    if kind != ".html" and not args.upright:
+        return matrix
+    vertical = "z" if kind in (".stl", ".ply") else "y"
+    turn = matrix[:3, :3] / np.cbrt(np.linalg.det(matrix[:3, :3]))
+    vertices, up = trimesh.transform_points(mesh.vertices, matrix), turn @ helper.upright(frame.poses)
+    if args.upright:
+        up = orientation.standing_up(vertices, up)
+    rotation = orientation.turned_up(up, turn @ -frame.poses[frame.view, :3, 2], vertical)
+    return (orientation.on_ground(vertices, rotation, vertical) if args.upright else rotation) @ matrix
 
 
 if __name__ == "__main__":

@@ -10,11 +10,15 @@ import base64
 import contextlib
 import html
 import io
+import json
+import os
 import re
 import shlex
+import struct
 import time
 from pathlib import Path
 from typing import Dict, NamedTuple
+from urllib.parse import quote
 
 import cv2
 import numpy as np
@@ -29,6 +33,7 @@ REFRESH = 30        # seconds after which the browser reloads the page of a runn
 PAGE_EVERY = 60     # seconds; after an epoch, an older page is written again
 LARGE, SMALL = 640, 200         # maximum widths of pictures in pixels, which limit the size of the page
 THUMBNAILS = 8      # number of earlier renders shown
+MOST_NOTED = 1 << 20            # bytes of a GLB's description
 TOLD = set()        # failures that were printed already
 
 # The numbers of evaluate.py about renders, {series: its format}. Each is there with every prefix of MEASURES and every
@@ -360,7 +365,38 @@ def shape(run):
             f'after {epochs(epoch + 1)}.</p>' + figures(items, "four bare")
     links = [f'<a href="{name}">{words}</a>' for name, words in
              (("mesh.html", "turn the mesh"), ("mesh.ply", "the mesh, mesh.ply")) if (run.folder / name).exists()]
-    return content + (f'<p class="links">{" ".join(links)}</p>' if links else "")
+    return content + (f'<p class="links">{" ".join(links)}</p>' if links else "") + asset(run)
+
+
+def asset(run):
+    """Return a link to the newest GLB in the run's folder, with what extract.py noted in it; "" if there is none."""
+    files = sorted(run.folder.glob("*.glb"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        return ""
+    facts, rows = noted_facts(files[-1]), [("File size", f"{files[-1].stat().st_size / 1e6:.1f} MB")]
+    if facts:
+        unit = str(facts["unit"])
+        rows[:0] = [("Faces", f"{facts['faces']:,}"), ("Vertices", f"{facts['vertices']:,}"),
+                    ("Watertight", "yes" if facts["watertight"] else "no")]
+        rows.append(("Extent", " × ".join(f"{length:.4g}" for length in facts["extent"]) + f" {unit}"))
+        if facts["volume"] is not None:
+            rows.append(("Volume", f"{facts['volume']:.4g} {unit}³"))
+    name = files[-1].name
+    return f'<p class="links"><a href="{html.escape(quote(os.fsencode(name)))}">the asset, ' \
+        f'{html.escape(name)}</a></p>{table(rows)}'
+
+
+def noted_facts(path):
+    """Return what extract.py noted in a GLB, as formats.Facts names it, or None if that cannot be read or is not so."""
+    with contextlib.suppress(Exception), open(str(path), "rb") as file:    # a stranger's file may hold anything
+        magic, _, _, size, kind = struct.unpack("<4sIII4s", file.read(20))
+        if (magic, kind) != (b"glTF", b"JSON") or size > MOST_NOTED:
+            return None
+        facts = json.loads(file.read(size))["asset"]["extras"]
+        numbers = [facts["faces"], facts["vertices"], *facts["extent"], facts["volume"] or 0]
+        if len(facts["extent"]) == 3 and all(type(n) in (int, float) and abs(n) < 1e30 for n in numbers):
+            return {**facts, "watertight": facts["watertight"] is True, "unit": facts["unit"][:20]}
+    return None
 
 
 def thumbnails(run):

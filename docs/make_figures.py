@@ -6,6 +6,7 @@
     python docs/make_figures.py --turntable results_demo
     python docs/make_figures.py --swapped data/demo data/blue       # a scene to train a second model on
     python docs/make_figures.py --appearance results_demo results_blue
+    python docs/make_figures.py --asset results_demo
 """
 import argparse
 import shutil
@@ -25,6 +26,7 @@ DOCS = Path(__file__).resolve().parent
 sys.path.insert(0, str(DOCS.parent))
 
 import datasets  # noqa: E402
+import extract  # noqa: E402
 import helper  # noqa: E402
 import make_scene  # noqa: E402
 import network  # noqa: E402
@@ -32,9 +34,12 @@ import prepare  # noqa: E402
 import ray_tracer  # noqa: E402
 import report  # noqa: E402
 import synthesize  # noqa: E402
+from assets import baking, decimation, photographs  # noqa: E402
+from assets.surface import Surface  # noqa: E402
 from backends import architecture, context  # noqa: E402
 from config import settings  # noqa: E402
 from files import folders, pictures, writing  # noqa: E402
+from metrics import rasterizer  # noqa: E402
 from rendering import pixels  # noqa: E402
 from training import checkpoints  # noqa: E402
 
@@ -56,6 +61,7 @@ def main():
     parser.add_argument("--swapped", nargs=2, metavar=("SCENE", "COPY"),
                         help="copy a scene with red and blue swapped")
     parser.add_argument("--appearance", nargs=2, metavar="FOLDER", help="two runs' shapes in each other's colours")
+    parser.add_argument("--asset", metavar="FOLDER", help="the asset of a run of make demo, beside the render")
     parser.add_argument("--report", metavar="FOLDER", help="the upper part of a run's report.html, drawn by Chromium")
     args = parser.parse_args()
     if args.method:
@@ -81,6 +87,9 @@ def main():
     if args.appearance:
         write_labelled(DOCS / "appearance.png", appearance_picture([Path(folder) for folder in args.appearance]),
                        columns=("the first one's renderer", "the second one's"), rows=("first shape", "second shape"))
+    if args.asset:
+        write_labelled(DOCS / "asset.png", asset_picture(Path(args.asset)),
+                       ("the networks' render", "the asset", "its 5,000 faces", "its colours", "its normal map"))
     if args.report:
         photograph_report(Path(args.report) / report.PAGE, DOCS / "report.jpg")
     for folder, picture in args.scan65:
@@ -178,6 +187,25 @@ def appearance_picture(runs: Sequence[Path], view: int = 36, size: int = 288) ->
             row.append(shrink(render.rgb)[size // 10:size - size // 12])
         rows.append(np.concatenate(row, axis=1))
     return np.concatenate(rows)
+
+
+def asset_picture(folder: Path, view: int = 36, size: int = 230, faces: int = 5000) -> np.ndarray:
+    """Return a picture (H, W, 3) of a light asset of a run: a render, the asset, its wireframe and its textures."""
+    conf, cameras, _ = load_run(folder)
+    surface = Surface(network.sdf_evaluator(), network.shader(conf.network))
+    full = extract.extract(surface.sdf, conf.extract.coarse_resolution, conf.extract.resolution)
+    mesh = extract.with_colors(decimation.decimated(full, faces, surface), surface.shade)
+    scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
+    views = datasets.training_views(conf.data.held_out_views, len(scene.images), "data.held_out_views")
+    seen = photographs.blended(photographs.photographs_of(scene, views, surface.sdf, conf.tracer))
+    asset = baking.baked(mesh, size * OVERSAMPLING, surface, seen)
+    shape = size * OVERSAMPLING, size * OVERSAMPLING
+    camera = helper.Camera(*framed(mesh, *cameras[view], shape), shape)
+    rgb, normals, _ = rasterizer.shown(asset, camera)
+    wires = np.where(rasterizer.edges_shown(mesh, camera)[..., None], 0.2, pixels.clay(normals, camera.pose))
+    images = (rendered(conf, *camera).rgb, rgb, wires, asset.base_color / 255, asset.normal_map / 255)
+    return np.concatenate([np.pad(shrink(image), ((0, 0), (4, 4), (0, 0)), constant_values=1.0) for image in images],
+                          axis=1)
 
 
 def demo_picture(folder: Path, views: Tuple[int, int], size: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from scipy.spatial.transform import Rotation
 import extract
 import helper
 import network
+from assets import formats, orientation, page
 from backends import context
 from config.settings import Network
 
@@ -324,7 +325,7 @@ def test_vertices_get_the_networks_normals_and_the_colours_seen_along_them():
 def test_normals_stay_normal_under_any_scale_mat():
     ball = painted_ball()
     mirror = np.array([[0.0, 50, 0, 7], [50, 0, 0, -3], [0, 0, 20, 1], [0, 0, 0, 1]])
-    moved = extract.transformed(ball, mirror)
+    moved = formats.transformed(ball, mirror)
     assert moved.volume == pytest.approx(ball.volume * 50 * 50 * 20)
     assert moved.vertices[0] == pytest.approx(mirror[:3, :3] @ ball.vertices[0] + mirror[:3, 3])
     across = np.einsum("fi,fci->fc", moved.face_normals, moved.vertex_normals[moved.faces])
@@ -334,7 +335,7 @@ def test_normals_stay_normal_under_any_scale_mat():
 @pytest.mark.parametrize("suffix", [".ply", ".obj", ".glb"])
 def test_what_is_written_has_colours_and_normals(tmp_path, suffix):
     ball = painted_ball()
-    extract.write_mesh(tmp_path / f"ball{suffix}", ball)
+    formats.write(tmp_path / f"ball{suffix}", ball, formats.facts_of(ball, True, "units", 1.0))
     loaded = trimesh.load(tmp_path / f"ball{suffix}", process=False)
     loaded = list(loaded.geometry.values())[0] if suffix == ".glb" else loaded
     assert np.array_equal(loaded.faces, ball.faces)
@@ -392,14 +393,19 @@ def test_the_page_draws_the_mesh_in_its_colours_upright_and_turns_it(tmp_path):
     poses = np.eye(4)[None].repeat(2, axis=0)
     poses[:, :3, :3] = np.array([[1.0, 0, 0], [0, 0, -1], [0, -1, 0]]).T    # z of the scene is up, y towards the viewer
     poses[1, :3, :3] = poses[1, :3, :3] @ np.diag([-1.0, 1.0, -1.0])
-    page = extract.page(painted_ball(), "ball", poses, 1).replace("<head>", NOTHING_FROM_OUTSIDE)
-    assert "<title>ball</title>" in page
-    strange = extract.page(painted_ball(), "</title><script>alert(1)</script>&", poses, 1)
+    turn = orientation.turned_up(helper.upright(poses), -poses[1, :3, 2], "y")
+    ball = formats.transformed(painted_ball(), turn)
+    facts = formats.facts_of(ball, True, "units", 1.0)
+    drawn = page.page(ball, "ball", facts).replace("<head>", NOTHING_FROM_OUTSIDE)
+    drawn = drawn.replace('<div id="tools"', '<div id="tools" hidden')
+    assert "<title>ball</title>" in drawn
+    strange = page.page(ball, "</title><script>alert(1)</script>&", facts)
     assert "<title>&lt;/title&gt;&lt;script&gt;alert(1)&lt;/script&gt;&amp;</title>" in strange
-    still, console = photographed(page, tmp_path)
+    still, console = photographed(drawn, tmp_path)
     assert not console
-    assert share(still[:200], lambda r, g, b: (r > 240) & (g < 20) & (b < 20)) > 0.9     # red is the upper half
-    assert share(still[240:], lambda r, g, b: (r < 20) & (b < 80)) > 0.9
-    turned, console = photographed(page.replace("</body>", DRAG), tmp_path)
+    # Red is the upper half.
+    assert share(still[:200], lambda r, g, b: (r > 240) & (g < 20) & (b < 20)) > 0.9
+    assert share(still[270:], lambda r, g, b: (r < 20) & (b < 80)) > 0.9
+    turned, console = photographed(drawn.replace("</body>", DRAG), tmp_path)
     assert not console
     assert np.abs(turned - still).max(axis=-1).astype(bool).mean() > 0.01

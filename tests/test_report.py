@@ -1,9 +1,11 @@
 """Test the page of a run: its content, that it fetches nothing, that a browser draws it, that it never stops a run."""
 import html
+import json
 import os
 import re
 import shlex
 import shutil
+import struct
 import subprocess
 import sys
 import time
@@ -93,6 +95,33 @@ def test_measures_are_shown_unless_they_are_of_an_earlier_model(run):
     time.sleep(0.02)
     (run / "model_00139.h5").write_bytes(b"")
     assert "held-out views 22.60" not in text_of(page_of(run))
+
+
+def write_glb(path, tree):
+    text = json.dumps(tree).encode()
+    path.write_bytes(struct.pack("<4sIIII", b"glTF", 2, 20 + len(text), len(text), 0x4E4F534A) + text)
+
+
+def test_the_asset_is_linked_with_what_is_noted_in_it(run):
+    noted = {"faces": 50000, "vertices": 25000, "watertight": True, "volume": 12.5, "extent": [1.0, 2.0, 3.25],
+             "unit": "cm", "per_unit": 1.0}
+    write_glb(run / "my asset.glb", {"asset": {"extras": noted}})
+    page = page_of(run)
+    assert 'href="my%20asset.glb"' in page
+    assert "Faces 50,000 Vertices 25,000 Watertight yes" in text_of(page)
+    assert "Extent 1 × 2 × 3.25 cm Volume 12.5 cm³" in text_of(page)
+    write_glb(run / "my asset.glb", {"asset": {"extras": {**noted, "watertight": False, "volume": None}}})
+    assert "Watertight no" in text_of(page_of(run)) and "Volume" not in text_of(page_of(run))
+
+
+@pytest.mark.parametrize("change", [{"faces": "<img>"}, {"extent": [1.0]}, {"extent": None}, {"unit": 3},
+                                    {"volume": 1e99}])
+def test_an_asset_whose_notes_are_odd_is_linked_without_them(run, change):
+    noted = {"faces": 5, "vertices": 2, "watertight": True, "volume": 1.0, "extent": [1.0, 2.0, 3.0], "unit": "cm"}
+    write_glb(run / "a.glb", {"asset": {"extras": {**noted, **change}}})
+    assert 'href="a.glb"' in page_of(run) and "Watertight" not in page_of(run)
+    (run / "a.glb").write_bytes(b"glTF" + bytes(3))
+    assert 'href="a.glb"' in page_of(run) and "Watertight" not in page_of(run)
 
 
 def test_a_run_without_an_epoch_and_a_line_that_is_being_written(run):

@@ -129,6 +129,34 @@ def test_extraction_of_a_surface_that_leaves_the_unit_sphere_is_closed_and_says_
     assert np.median(across) > 0.9
 
 
+def test_extraction_of_an_asset(folder):
+    said = run("extract.py", *MODEL, "--faces", "900", "--texture", "64", "--appearance", "photographs", "--upright",
+               "--world", "cm", "--output", "asset/a.glb", "asset/a.obj", "asset/a.html", "asset/a.stl", cwd=folder)
+    assert float(re.search(r"Chamfer distance to the full mesh: ([\d.]+)", said).group(1)) < 0.005
+    assert said.count("texture of 64x64") == 3 and said.count(" watertight") == 4
+    assert {path.name for path in (folder / "asset").iterdir()} == {"a.glb", "a.obj", "a.mtl", "a.png", "a_normal.png",
+                                                                    "a.html", "a.stl"}
+    glb, stl = (trimesh.load(folder / "asset" / f"a.{kind}", force="mesh") for kind in ("glb", "stl"))
+    assert glb.bounds[0, 1] == pytest.approx(0, abs=1e-6) and stl.bounds[0, 2] == pytest.approx(0, abs=1e-3)
+    assert stl.extents[[0, 2, 1]] == pytest.approx(1000 * glb.extents, rel=1e-4)        # mm, z up; and m, y up
+    scale = np.load(folder / "scenes/tiny/cameras.npz")["scale_mat_0"][0, 0]
+    assert 0.3 < 100 * np.linalg.norm(glb.extents) / scale < 3
+    run("extract.py", *MODEL, "--texture", "64", "--faces", "400", cwd=folder)
+    run("report.py", "results_tiny", cwd=folder)
+    assert "asset.glb" in (folder / "results_tiny" / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("options, named", [
+    (("--faces", "0"), "--faces"), (("--faces", "-5"), "--faces"), (("--texture", "100000"), "--texture"),
+    (("--texture", "0"), "--texture"), (("--texture", "64", "--output", "a.stl"), "--texture"),
+    (("--appearance", "photographs"), "--texture"), (("--unit", "mm"), "--world"), (("--world", "--unit", "mm"), "mm"),
+    (("--output", "a.usdz"), "a.usdz"),
+])
+def test_options_of_an_asset_that_cannot_be_are_refused(folder, options, named):
+    assert named in refused("extract.py", *MODEL, *options, cwd=folder)
+    assert not list(folder.glob("a.*"))
+
+
 def test_extraction_in_world_units_and_as_several_kinds_of_file(folder):
     said = run("extract.py", *MODEL, "--world", "--output", "out/a.obj", "out/a.glb", "out/a.html", cwd=folder)
     assert said.count("vertices") == 3
@@ -138,7 +166,7 @@ def test_extraction_in_world_units_and_as_several_kinds_of_file(folder):
     assert 0.3 < np.linalg.norm(inside, axis=1).max() < 1.0 and mesh.is_watertight
     assert len({tuple(color) for color in mesh.visual.vertex_colors}) > 50
     assert "<script>" in (folder / "out" / "a.html").read_text(encoding="utf-8")
-    assert "mesh.stl" in refused("extract.py", *MODEL, "--output", "out/a.ply", "mesh.stl", cwd=folder)
+    assert "mesh.fbx" in refused("extract.py", *MODEL, "--output", "out/a.ply", "mesh.fbx", cwd=folder)
 
 
 @pytest.mark.parametrize("resolution", [15, 1025, 10 ** 9, -512])
