@@ -36,10 +36,11 @@ THUMBNAILS = 8      # number of earlier renders shown
 MOST_NOTED = 1 << 20            # bytes of a GLB's description
 TOLD = set()        # failures that were printed already
 
-# The numbers of evaluate.py about renders, {series: its format}. Each is there with every prefix of MEASURES and every
-# ending of GROUPS.
-NUMBERS = {"psnr": "{:.2f} dB", "ssim": "{:.3f}", "missed": "{:.2f} %"}
-GROUPS = {"all_views": "all views", "trained_views": "trained views", "held_out_views": "held-out views"}
+# The numbers of evaluate.py about renders: {series: (its label, its format)}, each with the prefixes of MEASURES.
+RENDERED = {f"{name}_{views.replace('-', '_')}_views": (f"{label}, {views} views", form)
+            for name, label, form in (("psnr", "PSNR", "{:.2f} dB"), ("ssim", "SSIM", "{:.3f}"),
+                                      ("missed", "Masked pixels without a hit", "{:.2f} %"))
+            for views in ("all", "trained", "held-out")}
 MEASURES = {"": "rays through pixel centres, the paper's measure", "area_": "pixels as areas, that of the pictures"}
 
 # Its numbers about the mesh: {series: (its label, its format)}
@@ -459,18 +460,14 @@ def measured(run):
 
 def measures_of_renders(found):
     """Return the table of both measures of the renders, "" if there are none; found: of `measurements`."""
-    groups = {ending: words for ending, words in GROUPS.items() if f"psnr_{ending}" in found}
-    measures = {prefix: words for prefix, words in MEASURES.items()
-                if any(f"{prefix}psnr_{ending}" in found for ending in groups)}
-    if not groups:
+    rows = [[label, *(form.format(found[prefix + name]) if prefix + name in found else "" for prefix in MEASURES)]
+            for name, (label, form) in RENDERED.items() if any(prefix + name in found for prefix in MEASURES)]
+    if not rows:
         return ""
-    rows = [["PSNR and SSIM inside the mask; masked pixels without a hit", *groups.values()]]
-    for prefix, words in measures.items():
-        rows.append([words] + [", ".join(form.format(found[f"{prefix}{name}_{ending}"])
-                                         + " missed" * (name == "missed") for name, form in NUMBERS.items()
-                                         if f"{prefix}{name}_{ending}" in found) for ending in groups])
-    cells = ["".join(f"<t{kind}>{html.escape(cell)}</t{kind}>" for cell in row) for kind, row in zip("hdd", rows)]
-    return '<div class="wide"><table>' + "".join(f"<tr>{cell}</tr>\n" for cell in cells) + "</table></div>"
+    cells = [["th", "", *MEASURES.values()]] + [["td", *row] for row in rows]
+    return '<div class="wide"><table>' + "".join(
+        "<tr>" + "".join(f"<{kind}>{html.escape(cell)}</{kind}>" for cell in row) + "</tr>\n"
+        for kind, *row in cells) + "</table></div>"
 
 
 def table(rows):
@@ -566,7 +563,7 @@ section > .table { max-width: 460px; }
 .wide { overflow-x: auto; margin-bottom: 14px; }
 table { border-collapse: collapse; font-size: 14px; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 18px 4px 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top; }
-th { color: var(--muted); font-weight: 400; }
+th, td:first-child { color: var(--muted); font-weight: 400; }
 @media (max-width: 720px) {
   body { padding: 18px 14px 40px; }
   h1 { font-size: 25px; }

@@ -4,6 +4,7 @@
     python docs/make_figures.py --check data/demo
     python docs/make_figures.py --psnr docs/scan65_psnr.csv --cameras docs/scan65_cameras.csv
     python docs/make_figures.py --turntable results_demo
+    python docs/make_figures.py --outline results_demo
     python docs/make_figures.py --swapped data/demo data/blue       # a scene to train a second model on
     python docs/make_figures.py --appearance results_demo results_blue
     python docs/make_figures.py --asset results_demo
@@ -58,6 +59,7 @@ def main():
     parser.add_argument("--psnr", metavar="TABLE", help="PSNR over training time, of a run on DTU's scan 65")
     parser.add_argument("--cameras", metavar="TABLE", help="camera errors per epoch, of a run on DTU's scan 65")
     parser.add_argument("--turntable", metavar="FOLDER", help="a turntable of a run of make demo")
+    parser.add_argument("--outline", metavar="FOLDER", help="part of an outline of a run of make demo, much enlarged")
     parser.add_argument("--swapped", nargs=2, metavar=("SCENE", "COPY"),
                         help="copy a scene with red and blue swapped")
     parser.add_argument("--appearance", nargs=2, metavar="FOLDER", help="two runs' shapes in each other's colours")
@@ -82,6 +84,9 @@ def main():
         draw_cameras(DOCS / "scan65_cameras.png", np.loadtxt(args.cameras, delimiter=",", skiprows=3))
     if args.turntable:
         write_turntable(Path(args.turntable))
+    if args.outline:
+        write_labelled(DOCS / "outline.png", outline_picture(Path(args.outline)),
+                       columns=("rays through centres", "pixels as areas", "transparent"))
     if args.swapped:
         swap_red_and_blue(*map(Path, args.swapped))
     if args.appearance:
@@ -206,6 +211,26 @@ def asset_picture(folder: Path, view: int = 36, size: int = 230, faces: int = 50
     images = (rendered(conf, *camera).rgb, rgb, wires, asset.base_color / 255, asset.normal_map / 255)
     return np.concatenate([np.pad(shrink(image), ((0, 0), (4, 4), (0, 0)), constant_values=1.0) for image in images],
                           axis=1)
+
+
+def outline_picture(folder: Path, view: int = 36, pixel: int = 8) -> np.ndarray:
+    """Return a picture (H, W, 3) of the upper half of a view, its pixels enlarged to `pixel` on each side.
+
+    Columns: rendered by one ray per pixel, with pixels as areas, and the latter's transparent picture on a chessboard.
+    """
+    conf, cameras, _ = load_run(folder)
+    intrinsics, pose = cameras[view]
+    side = round(2 * intrinsics[0, 2] + 1)
+    camera = helper.Camera(intrinsics, pose, (side, side))
+    areas, centres = pixels.render_areas(network.sdf_evaluator(), network.shader(conf.network), camera, conf.tracer)
+    part = np.s_[side // 8:side // 2, side // 4:side * 3 // 4]
+    images = [pixels.on_background(render.rgb, render.alpha, "white") for render in (centres, areas)]
+    images.append(pixels.on_background(areas.rgb, areas.alpha, "transparent"))
+    *images, above = [image[part].repeat(pixel, axis=0).repeat(pixel, axis=1) for image in images]
+    rows, columns = np.indices(above.shape[:2]) // pixel
+    board = np.where((rows + columns) % 2, 0.55, 0.8)[..., None]
+    images.append(above[..., 3:] * above[..., :3] + (1 - above[..., 3:]) * board)
+    return np.concatenate([np.pad(image, ((0, 0), (4, 4), (0, 0)), constant_values=1) for image in images], axis=1)
 
 
 def demo_picture(folder: Path, views: Tuple[int, int], size: int) -> np.ndarray:

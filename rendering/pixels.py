@@ -155,16 +155,14 @@ def _open_rays(centres: Render, near: np.ndarray, camera: helper.Camera) -> Tupl
     The first ones are to be traced. The second ones pass an outline of the surface that the central ray hits. Most of
     them hit it too, which _ends_inside tells more cheaply.
 
-    near: (H, W) bool, of _Samples. If the central ray neither hits nor is near, no ray of its pixel hits. Otherwise a
-    ray is open if the four central rays around it do not all hit the same surface or all miss. If a pixel has no such
-    ray, but its central ray is near, it passes something thin; then all four are open.
+    near: (H, W) bool, of _Samples. If the central ray neither hits nor is near, no ray of its pixel hits. If it is
+    near, all four rays are open, as what it passes may be thin. If it hits, a ray is open if the four central rays
+    around it do not all hit the same surface.
     """
     hit = centres.hit
     outlines, jumps = _around(hit[:, 1:] != hit[:, :-1], hit[1:] != hit[:-1]), _around(*_jumps(centres, camera))
-    differ = outlines | jumps
-    open_ = differ & (hit | near) | near & ~differ.any(axis=0)
-    probe = outlines & ~jumps & hit & ~near
-    return open_ & ~probe, probe
+    probe = hit & outlines & ~jumps & ~near
+    return near | hit & jumps, probe
 
 
 def _around(beside: np.ndarray, below: np.ndarray) -> np.ndarray:

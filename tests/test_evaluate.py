@@ -1,6 +1,7 @@
 """Test PSNR and SSIM on cases with a known answer."""
 import numpy as np
 import pytest
+from skimage.metrics import structural_similarity
 
 from metrics import images
 
@@ -39,3 +40,16 @@ def test_ssim_counts_the_masked_pixels_alone():
     assert images.ssim(wrong) < 0.5 and wrong[1] == mask.sum()
     image[~mask] = 0.0
     assert images.similarity(image, truth, mask) == pytest.approx(wrong)
+
+
+@pytest.mark.parametrize("rows, columns", [((20, 31), (30, 47)), ((0, 3), (0, 60)), ((40, 48), (57, 60)),
+                                           ((5, 6), (9, 10))])
+def test_ssim_is_that_of_the_whole_images_to_the_bit(rows, columns):
+    rng = np.random.default_rng(1)
+    image, truth = rng.uniform(size=(2, 48, 60, 3)).astype(np.float32)
+    mask = np.zeros((48, 60), bool)
+    mask[slice(*rows), slice(*columns)] = True
+    pasted = np.where(mask[..., None], image, truth)
+    whole = structural_similarity(truth, pasted, data_range=1.0, channel_axis=-1, gaussian_weights=True, sigma=1.5,
+                                  use_sample_covariance=False, full=True)[1]
+    assert images.similarity(image, truth, mask)[0] == whole.mean(axis=-1)[mask].sum(dtype=np.float64)

@@ -187,6 +187,24 @@ def test_rendering_writes_pictures(folder):
     assert np.abs(rendered[mask].astype(float) - truth[mask]).mean() < np.abs(255.0 - truth[mask]).mean()
 
 
+def test_backgrounds(folder):
+    renders, shown = folder / "results_tiny" / "renders", {}
+    for background in ("black", "transparent", "white"):
+        run("synthesize.py", *MODEL, "--views", "9", "--normals", "--background", background, cwd=folder)
+        shown[background] = [imageio.imread(renders / f"view_009{name}.png") / 255 for name in ("", "_normals")]
+    for black, clear, white in zip(*shown.values()):
+        assert clear.shape == (32, 32, 4) and white.shape == black.shape == (32, 32, 3)
+        alpha = clear[..., 3:]
+        assert np.any((alpha > 0) & (alpha < 1)) and np.all(clear[..., :3] * (alpha == 0) == 0)
+        assert np.abs(clear[..., :3] * alpha + 1 - alpha - white).max() < 1 / 128
+        assert np.abs(clear[..., :3] * alpha - black).max() < 1 / 128
+    run("synthesize.py", *MODEL, "--path", "turntable", "--frames", "2", "--height", "24", "--background", "black",
+        "--output", "videos/black.gif", cwd=folder)
+    assert imageio.mimread(folder / "videos" / "black.gif")[0][0, 0, :3].max() < 10
+    assert "--background transparent is for single views" in refused(
+        "synthesize.py", *MODEL, "--path", "turntable", "--background", "transparent", cwd=folder)
+
+
 def test_rendering_a_path_and_another_models_colours(folder):
     run("synthesize.py", *MODEL, "--path", "turntable", "--frames", "4", "--height", "24", "--normals",
         "--output", "videos/round.gif", cwd=folder)
@@ -209,15 +227,35 @@ def test_rendering_a_path_and_another_models_colours(folder):
         assert named in refused("synthesize.py", *MODEL, *words, cwd=folder)
 
 
-def test_evaluation_prints_and_writes_psnr_and_ssim_per_view_and_over_all(folder):
-    said = run("evaluate.py", *MODEL, cwd=folder)
+def test_evaluation_prints_and_writes_both_measures_per_view_and_over_all(folder):
+    said, results = run("evaluate.py", *MODEL, cwd=folder), folder / "results_tiny"
     assert len(re.findall(r"^view ", said, re.M)) == 10 and "held out" in said
-    per_view = series(folder / "results_tiny", "psnr_per_view")
-    over_all = float(re.search(r"^all views \(10\): ([\d.]+) dB", said, re.M).group(1))
-    assert len(per_view) == 10 and per_view.min() <= over_all <= per_view.max()
-    similar = series(folder / "results_tiny", "ssim_per_view")
-    assert len(similar) == 10 and similar.min() <= series(folder / "results_tiny", "ssim_all_views")[0] <= similar.max()
-    assert 0 < similar.min() and similar.max() < 1
+    assert re.search(r"^ +rays through pixel centres: +pixels as areas:$", said, re.M) and "the paper's measure" in said
+    cell = r" +([\d.]+) dB +SSIM ([\d.]+) +missed +([\d.]+)%"
+    printed = [float(number) for number in re.search(rf"^all views \(10\):{cell}{cell}$", said, re.M).groups()]
+    for number, name in zip(printed, ("psnr", "ssim", "missed", "area_psnr", "area_ssim", "area_missed")):
+        per_view, over_all = series(results, f"{name}_per_view"), series(results, f"{name}_all_views")[0]
+        assert len(per_view) == 10 and per_view.min() <= over_all <= per_view.max()
+        assert number == pytest.approx(over_all, abs=0.006) and 0 <= over_all < (1 if "ssim" in name else 100)
+        assert len(series(results, f"{name}_held_out_views")) == 1
+    assert printed[5] < printed[2] and printed[3] != printed[0]     # areas miss less
+    run("report.py", "results_tiny", cwd=folder)
+    page = html.unescape((results / "report.html").read_text(encoding="utf-8"))
+    for words in ("pixels as areas", "the paper's measure", "held-out views", f"{printed[0]:.2f} dB<",
+                  f"{printed[3]:.2f} dB<", f"{printed[5]:.2f} %<"):
+        assert words in page, words
+
+
+def test_the_measured_colours_are_those_of_the_picture(folder):
+    """The masked pixels of the picture that synthesize.py writes give evaluate.py's second measure."""
+    run("evaluate.py", *MODEL, "--views", "9", cwd=folder)
+    run("synthesize.py", *MODEL, "--views", "9", "--background", "transparent", cwd=folder)
+    picture = imageio.imread(folder / "results_tiny" / "renders" / "view_009.png") / 255
+    truth = imageio.imread(folder / "scenes/tiny/image/009.png") / 255
+    mask = imageio.imread(folder / "scenes/tiny/mask/009.png") > 127
+    colors = np.where(picture[..., 3:] > 0, picture[..., :3], 1.0)
+    psnr = -10 * np.log10(((colors - truth)[mask] ** 2).mean())
+    assert psnr == pytest.approx(series(folder / "results_tiny", "area_psnr_all_views")[0], abs=0.02)
 
 
 def test_the_initial_sphere_as_pictures(tmp_path):
