@@ -13,7 +13,7 @@ FACES_PER_PATCH = 400   # xatlas's time grows with the square of the faces that 
 MOST_PATCHES = 512
 PATCH_SAMPLES = 4000    # faces from which the patches are found
 NORMAL_WEIGHT = 0.3     # of normals beside positions, in the distance between faces of a patch
-PADDING = 4             # texels between charts of a texture of 1,024; larger ones get more
+PADDING = 4             # texels between charts of a texture of 1,024; grows with the root of the side
 RIM = 1.5               # texels around a chart that are computed as the chart's own
 
 
@@ -36,7 +36,7 @@ def unwrapped(mesh: trimesh.Trimesh, size: int) -> Atlas:
     """Return the Atlas of a mesh for a texture of size x size texels."""
     patches = patches_of(mesh)
     atlas, options = xatlas.Atlas(), xatlas.PackOptions()
-    options.resolution, options.padding = size, max(PADDING * size // 1024, 2)
+    options.resolution, options.padding = size, max(int(PADDING * (size / 1024) ** 0.5), 2)
     vertices, members = mesh.vertices.astype(np.float32), []
     for patch in patches:
         used, faces = np.unique(mesh.faces[patch], return_inverse=True)

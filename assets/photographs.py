@@ -12,7 +12,7 @@ import ray_tracer
 from assets.baking import Points
 from tracing.sdf_grid import compiled
 
-MOST_RAYS = 1 << 17     # traced per view; larger photographs get a smaller depth map
+MOST_RAYS = 1 << 16     # traced per view; larger photographs get a smaller depth map
 CHUNK = 1 << 15         # rays traced together
 POWER = 2               # of the weight by angle; higher is sharper, lower forgives more error of the cameras
 FLATTEST = 0.1          # cosine of the flattest view of the surface that counts

@@ -356,8 +356,10 @@ MEASURE = """<script>setTimeout(() => {
     }
     const canvas = document.querySelector("canvas");
     canvas.setPointerCapture = () => {};
-    for (const x of [70, 330]) for (const name of ["pointerdown", "pointerup"])
-        canvas.dispatchEvent(new PointerEvent(name, {pointerId: 1, clientX: x, clientY: 200, bubbles: true}));
+    const side = Math.min(canvas.clientWidth, canvas.clientHeight);     // the ring fills it
+    for (const along of [-0.32, 0.32]) for (const name of ["pointerdown", "pointerup"])
+        canvas.dispatchEvent(new PointerEvent(name, {pointerId: 1, clientX: canvas.clientWidth / 2 + along * side,
+                                                     clientY: canvas.clientHeight / 2, bubbles: true}));
     console.log("measured " + document.getElementById("distance").textContent);
 }, 1500);</script></body>"""
 
