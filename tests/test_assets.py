@@ -73,6 +73,20 @@ def test_few_faces_lie_on_the_surface_and_stay_closed(sdf):
     assert 0 < meshes.mesh_distances(few, full).chamfer < 2e-3
 
 
+def test_parts_that_touch_are_taken_apart():
+    box = trimesh.creation.box()
+    beside, atop = box.copy().apply_translation([1, 1, 0]), box.copy().apply_translation([-1, -1, 1])
+    pinched = trimesh.util.concatenate([box, beside, atop])     # they share an edge, and a vertex
+    pinched.merge_vertices()
+    flap = np.array([[0, 1, 8], [8, 1, 0]])
+    pinched = trimesh.Trimesh(pinched.vertices, np.concatenate([pinched.faces, flap]), process=False)
+    assert not pinched.is_watertight
+    apart = decimation.untouched(pinched)
+    assert apart.is_watertight and apart.body_count == 3 and len(apart.faces) == 36
+    assert trimesh.Trimesh(apart.vertices, apart.faces).is_watertight       # also after equal vertices are merged
+    assert apart.volume == pytest.approx(3, rel=0.01)
+
+
 def test_a_mesh_with_as_few_faces_already_stays_as_it_is():
     ball = trimesh.creation.icosphere(2)
     assert decimation.decimated(ball, 320, exact(bumpy)) is ball
