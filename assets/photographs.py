@@ -81,7 +81,7 @@ def blended(photographs: Photographs) -> Callable:
 
         def blend(start):
             part = slice(start, start + SLICE)
-            rgb[part] = blend_block(points.places[part], points.normals[part], points.rgb[part], photographs, factor)
+            rgb[part] = blend_block(Points(*(values[part] for values in points)), photographs, factor)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(blend, range(0, len(rgb), SLICE)))
@@ -90,17 +90,18 @@ def blended(photographs: Photographs) -> Callable:
     return colors
 
 
-def blend_block(places: np.ndarray, normals: np.ndarray, rgb: np.ndarray, photographs: Photographs,
-                factor: int) -> np.ndarray:
-    """Return the colours (N, 3) of points with normals (N, 3) and the networks' rgb (N, 3); factor: of the depths."""
-    sums, enough = blend_points(places, normals, *photographs, factor)
+def blend_block(points: Points, photographs: Photographs, factor: int) -> np.ndarray:
+    """Return the colours (N, 3) of Points in photographs; factor: by which the depth maps are shrunk."""
+    sums, enough = blend_points(points, photographs, factor)
     share = np.minimum(enough / ENOUGH, 1)[:, None]
-    return share * sums[:, :3] / np.maximum(sums[:, 3:], 1e-12) + (1 - share) * rgb
+    return share * sums[:, :3] / np.maximum(sums[:, 3:], 1e-12) + (1 - share) * points.rgb
 
 
 @compiled
-def blend_points(places, normals, images, trust, projections, centres, focals, depths, factor):
+def blend_points(points, photographs, factor):
     """Return sums (N, 4) of weighted colours in [0, 1] and of weights, and of the weights without distance (N,)."""
+    places, normals, _ = points
+    images, trust, projections, centres, focals, depths = photographs
     sums, enough = np.zeros((len(places), 4), np.float32), np.zeros(len(places), np.float32)
     height, width = trust.shape[1:]
     for n in range(len(places)):
