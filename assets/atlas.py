@@ -105,8 +105,8 @@ def face_of_texels(corners, size, rim):
                               -((cx - bx) * (y - by) - (cy - by) * (x - bx)) * bc,
                               -((ax - cx) * (y - cy) - (ay - cy) * (x - cx)) * ca)
                 if outside > 0:     # the lines' distance is too short beyond a corner: take the nearest edge's
-                    outside = min(to_segment(x, y, ax, ay, bx, by), to_segment(x, y, bx, by, cx, cy),
-                                  to_segment(x, y, cx, cy, ax, ay))
+                    a, b, c = corners[face]
+                    outside = min(to_segment(x, y, a, b), to_segment(x, y, b, c), to_segment(x, y, c, a))
                 outside = max(outside, np.float32(0))
                 if outside <= rim and outside < distance[y, x]:
                     distance[y, x], owner[y, x] = outside, face
@@ -114,8 +114,9 @@ def face_of_texels(corners, size, rim):
 
 
 @compiled
-def to_segment(x, y, ax, ay, bx, by):
-    """Return the distance of (x, y) from the segment from a to b."""
+def to_segment(x, y, start, end):
+    """Return the distance of (x, y) from the segment between two points (2,)."""
+    (ax, ay), (bx, by) = start, end
     dx, dy = bx - ax, by - ay
     along = min(max(((x - ax) * dx + (y - ay) * dy) / max(dx * dx + dy * dy, np.float32(1e-12)), 0.0), 1.0)
     return np.float32(np.hypot(x - ax - along * dx, y - ay - along * dy))
