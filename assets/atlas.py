@@ -62,11 +62,12 @@ def patches_of(mesh: trimesh.Trimesh) -> List[np.ndarray]:
     rng = np.random.default_rng(0)
     samples = features[rng.choice(len(features), min(len(features), max(PATCH_SAMPLES, 8 * count)), replace=False)]
     start = samples[rng.choice(len(samples), count, replace=False)]
-    centres = kmeans2(samples, start, iter=10, minit="matrix", missing="warn")[0] if count > 1 else start
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # of empty patches, which do no harm
+        centres = kmeans2(samples, start, iter=10, minit="matrix")[0] if count > 1 else start
     labels = cKDTree(centres).query(features)[1]
     order = np.argsort(labels, kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    return parts
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def texels_of(atlas: Atlas, size: int) -> Texels:
