@@ -1,4 +1,5 @@
 """A mesh's atlas: every face has a place of its own in a square texture (xatlas), and every texel there its face."""
+import warnings
 from typing import List, NamedTuple
 
 import numpy as np
