@@ -119,8 +119,9 @@ def blend_points(points, photographs, factor):
             if not (0 <= u < width - 1 and 0 <= v < height - 1):
                 continue
             size = factor * distance / focals[view]     # of a depth map's pixel at the point
-            if hidden(depths[view], (u - (factor - 1) / 2) / factor, (v - (factor - 1) / 2) / factor,
-                      distance - 2 * size / cosine):
+            free = visible(depths[view], (u - (factor - 1) / 2) / factor, (v - (factor - 1) / 2) / factor,
+                           distance, size / cosine)
+            if free == 0:
                 continue
             i, j = int(v), int(u)
             a, b = v - i, u - j
@@ -128,7 +129,7 @@ def blend_points(points, photographs, factor):
             if min(near[0, 0], near[0, 1], near[1, 0], near[1, 1]) == 0:
                 continue
             sure = (near[0, 0] * (1 - b) + near[0, 1] * b) * (1 - a) + (near[1, 0] * (1 - b) + near[1, 1] * b) * a
-            weight = sure / 255 * ((cosine - FLATTEST) / (1 - FLATTEST)) ** POWER
+            weight = free * sure / 255 * ((cosine - FLATTEST) / (1 - FLATTEST)) ** POWER
             enough[n] += weight
             weight *= (focals[view] / distance) ** 2 * 1e-6
             for c in range(3):
@@ -140,15 +141,18 @@ def blend_points(points, photographs, factor):
 
 
 @compiled
-def hidden(depths, u, v, distance):
-    """Return whether something in the pixels around (u, v) of a depth map (h, w) is nearer than `distance`.
+def visible(depths, u, v, distance, slack):
+    """Return how sure it is that nothing hides a point at `distance`, 0 to 1, from the pixels of a depth map (h, w).
 
-    So is a point where a ray around it hit nothing: its place in the picture is not sure.
+    (u, v): the point's place in the map. slack: by how much the surface's depth may change within a pixel. Where a ray
+    around the place hit nothing, the point's place in the picture is not sure, and it counts as hidden.
     """
     rows, columns = depths.shape
+    free = 1.0
     for i in (int(np.floor(v)), int(np.floor(v)) + 1):
         for j in (int(np.floor(u)), int(np.floor(u)) + 1):
             near = depths[min(max(i, 0), rows - 1), min(max(j, 0), columns - 1)]
-            if near < distance or near == np.inf:
-                return True
-    return False
+            if near == np.inf:
+                return 0.0
+            free = min(free, max(0.0, 0.5 * (near - distance) / slack + 1.5))
+    return free
