@@ -1,4 +1,5 @@
 """A mesh's atlas: every face has a place of its own in a square texture (xatlas), and every texel there its face."""
+import warnings
 from typing import List, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ FACES_PER_PATCH = 400   # xatlas's time grows with the square of the faces that 
 MOST_PATCHES = 512
 PATCH_SAMPLES = 4000    # faces from which the patches are found
 NORMAL_WEIGHT = 0.3     # of normals beside positions, in the distance between faces of a patch
-PADDING = 4             # texels between charts of a texture of 1,024; larger ones get more
+PADDING = 4             # texels between charts of a texture of 1,024; grows with the root of the side
 RIM = 1.5               # texels around a chart that are computed as the chart's own
 
 
@@ -36,7 +37,7 @@ def unwrapped(mesh: trimesh.Trimesh, size: int) -> Atlas:
     """Return the Atlas of a mesh for a texture of size x size texels."""
     patches = patches_of(mesh)
     atlas, options = xatlas.Atlas(), xatlas.PackOptions()
-    options.resolution, options.padding = size, max(PADDING * size // 1024, 2)
+    options.resolution, options.padding = size, max(int(PADDING * (size / 1024) ** 0.5), 2)
     vertices, members = mesh.vertices.astype(np.float32), []
     for patch in patches:
         used, faces = np.unique(mesh.faces[patch], return_inverse=True)
@@ -62,11 +63,12 @@ def patches_of(mesh: trimesh.Trimesh) -> List[np.ndarray]:
     rng = np.random.default_rng(0)
     samples = features[rng.choice(len(features), min(len(features), max(PATCH_SAMPLES, 8 * count)), replace=False)]
     start = samples[rng.choice(len(samples), count, replace=False)]
-    centres = kmeans2(samples, start, iter=10, minit="matrix", missing="warn")[0] if count > 1 else start
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")     # of empty patches, which do no harm
+        centres = kmeans2(samples, start, iter=10, minit="matrix")[0] if count > 1 else start
     labels = cKDTree(centres).query(features)[1]
     order = np.argsort(labels, kind="stable")
-    parts = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    return parts
+    return np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
 
 
 def texels_of(atlas: Atlas, size: int) -> Texels:
@@ -105,8 +107,8 @@ def face_of_texels(corners, size, rim):
                               -((cx - bx) * (y - by) - (cy - by) * (x - bx)) * bc,
                               -((ax - cx) * (y - cy) - (ay - cy) * (x - cx)) * ca)
                 if outside > 0:     # the lines' distance is too short beyond a corner: take the nearest edge's
-                    outside = min(to_segment(x, y, ax, ay, bx, by), to_segment(x, y, bx, by, cx, cy),
-                                  to_segment(x, y, cx, cy, ax, ay))
+                    a, b, c = corners[face]
+                    outside = min(to_segment(x, y, a, b), to_segment(x, y, b, c), to_segment(x, y, c, a))
                 outside = max(outside, np.float32(0))
                 if outside <= rim and outside < distance[y, x]:
                     distance[y, x], owner[y, x] = outside, face
@@ -114,8 +116,9 @@ def face_of_texels(corners, size, rim):
 
 
 @compiled
-def to_segment(x, y, ax, ay, bx, by):
-    """Return the distance of (x, y) from the segment from a to b."""
+def to_segment(x, y, start, end):
+    """Return the distance of (x, y) from the segment between two points (2,)."""
+    (ax, ay), (bx, by) = start, end
     dx, dy = bx - ax, by - ay
     along = min(max(((x - ax) * dx + (y - ay) * dy) / max(dx * dx + dy * dy, np.float32(1e-12)), 0.0), 1.0)
     return np.float32(np.hypot(x - ax - along * dx, y - ay - along * dy))

@@ -60,6 +60,8 @@ def transformed(mesh: trimesh.Trimesh, matrix: np.ndarray) -> trimesh.Trimesh:
 
 def moved(shape: Union[trimesh.Trimesh, Asset], matrix: np.ndarray) -> Union[trimesh.Trimesh, Asset]:
     """Return a mesh or an Asset moved by a similarity (4, 4); the normal map, in tangent space, stays as it is."""
+    if np.array_equal(matrix, np.eye(4)):
+        return shape        # to the last bit
     if not isinstance(shape, Asset):
         return transformed(shape, matrix)
     faces = shape.atlas.faces[:, ::-1] if np.linalg.det(matrix[:3, :3]) < 0 else shape.atlas.faces

@@ -12,7 +12,7 @@ import ray_tracer
 from assets.baking import Points
 from tracing.sdf_grid import compiled
 
-MOST_RAYS = 1 << 17     # traced per view; larger photographs get a smaller depth map
+MOST_RAYS = 1 << 16     # traced per view; larger photographs get a smaller depth map
 CHUNK = 1 << 15         # rays traced together
 POWER = 2               # of the weight by angle; higher is sharper, lower forgives more error of the cameras
 FLATTEST = 0.1          # cosine of the flattest view of the surface that counts
@@ -81,7 +81,7 @@ def blended(photographs: Photographs) -> Callable:
 
         def blend(start):
             part = slice(start, start + SLICE)
-            rgb[part] = blend_block(points.places[part], points.normals[part], points.rgb[part], photographs, factor)
+            rgb[part] = blend_block(Points(*(values[part] for values in points)), photographs, factor)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(blend, range(0, len(rgb), SLICE)))
@@ -90,17 +90,18 @@ def blended(photographs: Photographs) -> Callable:
     return colors
 
 
-def blend_block(places: np.ndarray, normals: np.ndarray, rgb: np.ndarray, photographs: Photographs,
-                factor: int) -> np.ndarray:
-    """Return the colours (N, 3) of points with normals (N, 3) and the networks' rgb (N, 3); factor: of the depths."""
-    sums, enough = blend_points(places, normals, *photographs, factor)
+def blend_block(points: Points, photographs: Photographs, factor: int) -> np.ndarray:
+    """Return the colours (N, 3) of Points in photographs; factor: by which the depth maps are shrunk."""
+    sums, enough = blend_points(points, photographs, factor)
     share = np.minimum(enough / ENOUGH, 1)[:, None]
-    return share * sums[:, :3] / np.maximum(sums[:, 3:], 1e-12) + (1 - share) * rgb
+    return share * sums[:, :3] / np.maximum(sums[:, 3:], 1e-12) + (1 - share) * points.rgb
 
 
 @compiled
-def blend_points(places, normals, images, trust, projections, centres, focals, depths, factor):
+def blend_points(points, photographs, factor):
     """Return sums (N, 4) of weighted colours in [0, 1] and of weights, and of the weights without distance (N,)."""
+    places, normals, _ = points
+    images, trust, projections, centres, focals, depths = photographs
     sums, enough = np.zeros((len(places), 4), np.float32), np.zeros(len(places), np.float32)
     height, width = trust.shape[1:]
     for n in range(len(places)):
@@ -118,8 +119,9 @@ def blend_points(places, normals, images, trust, projections, centres, focals, d
             if not (0 <= u < width - 1 and 0 <= v < height - 1):
                 continue
             size = factor * distance / focals[view]     # of a depth map's pixel at the point
-            if hidden(depths[view], (u - (factor - 1) / 2) / factor, (v - (factor - 1) / 2) / factor,
-                      distance - 2 * size / cosine):
+            free = visible(depths[view], (u - (factor - 1) / 2) / factor, (v - (factor - 1) / 2) / factor,
+                           distance, size / cosine)
+            if free == 0:
                 continue
             i, j = int(v), int(u)
             a, b = v - i, u - j
@@ -127,7 +129,7 @@ def blend_points(places, normals, images, trust, projections, centres, focals, d
             if min(near[0, 0], near[0, 1], near[1, 0], near[1, 1]) == 0:
                 continue
             sure = (near[0, 0] * (1 - b) + near[0, 1] * b) * (1 - a) + (near[1, 0] * (1 - b) + near[1, 1] * b) * a
-            weight = sure / 255 * ((cosine - FLATTEST) / (1 - FLATTEST)) ** POWER
+            weight = free * sure / 255 * ((cosine - FLATTEST) / (1 - FLATTEST)) ** POWER
             enough[n] += weight
             weight *= (focals[view] / distance) ** 2 * 1e-6
             for c in range(3):
@@ -139,15 +141,18 @@ def blend_points(places, normals, images, trust, projections, centres, focals, d
 
 
 @compiled
-def hidden(depths, u, v, distance):
-    """Return whether something in the pixels around (u, v) of a depth map (h, w) is nearer than `distance`.
+def visible(depths, u, v, distance, slack):
+    """Return how sure it is that nothing hides a point at `distance`, 0 to 1, from the pixels of a depth map (h, w).
 
-    So is a point where a ray around it hit nothing: its place in the picture is not sure.
+    (u, v): the point's place in the map. slack: by how much the surface's depth may change within a pixel. Where a ray
+    around the place hit nothing, the point's place in the picture is not sure, and it counts as hidden.
     """
     rows, columns = depths.shape
+    free = 1.0
     for i in (int(np.floor(v)), int(np.floor(v)) + 1):
         for j in (int(np.floor(u)), int(np.floor(u)) + 1):
             near = depths[min(max(i, 0), rows - 1), min(max(j, 0), columns - 1)]
-            if near < distance or near == np.inf:
-                return True
-    return False
+            if near == np.inf:
+                return 0.0
+            free = min(free, max(0.0, 0.5 * (near - distance) / slack + 1.5))
+    return free

@@ -18,8 +18,8 @@ async function start() {
     scene = new THREE.Scene();
     scene.background = new THREE.Color(0xffffff);
     camera = new THREE.PerspectiveCamera(40, 1, 0.01, 100);
-    lamp = new THREE.DirectionalLight(0xffffff, 2.2);
-    scene.add(lamp, lamp.target, new THREE.HemisphereLight(0xffffff, 0x888888, 0.7));
+    lamp = new THREE.DirectionalLight(0xffffff, 0.85);
+    scene.add(lamp, lamp.target, new THREE.HemisphereLight(0xffffff, 0x777777, 0.4));
     const model = await unpacked(MODEL);
     const gltf = await new Promise((done, failed) => new THREE.GLTFLoader().parse(model, "", done, failed));
     gltf.scene.traverse((node) => { if (node.isMesh) object = node; });
@@ -76,9 +76,9 @@ function choose() {
 }
 
 function draw() {
-    const width = innerWidth, height = innerHeight, flat = Math.cos(sight.rise);
+    const width = innerWidth, height = viewHeight(), flat = Math.cos(sight.rise);
     renderer.setPixelRatio(devicePixelRatio);
-    renderer.setSize(width, height, false);
+    renderer.setSize(width, height);
     camera.aspect = width / height;
     // The view is as wide as it is high at least, also on an upright screen.
     camera.fov = 2 * Math.atan(Math.tan(Math.PI / 9) / Math.min(camera.aspect, 1)) * 180 / Math.PI;
@@ -95,6 +95,8 @@ function draw() {
     renderer.render(scene, camera);
     label();
 }
+
+function viewHeight() { return Math.max(innerHeight - get("tools").offsetHeight, 1); }
 
 // --- the mouse, fingers and keys ---
 
@@ -156,14 +158,14 @@ function move(dx, dy) {
 }
 
 function pixel() {      // the size of a pixel at the target
-    return 2 * sight.distance * Math.tan(camera.fov * Math.PI / 360) / innerHeight;
+    return 2 * sight.distance * Math.tan(camera.fov * Math.PI / 360) / viewHeight();
 }
 
 // --- the ruler ---
 
 function click(event) {
     if (!get("ruler").checked) return;
-    const place = new THREE.Vector2(2 * event.clientX / innerWidth - 1, 1 - 2 * event.clientY / innerHeight);
+    const place = new THREE.Vector2(2 * event.clientX / innerWidth - 1, 1 - 2 * event.clientY / viewHeight());
     const caster = new THREE.Raycaster();
     caster.setFromCamera(place, camera);
     const hits = caster.intersectObject(object, false);
@@ -179,7 +181,7 @@ function label() {
     if (points.length === 2) {
         const middle = points[0].clone().add(points[1]).divideScalar(2).project(camera);
         box.style.left = `${(middle.x + 1) / 2 * innerWidth}px`;
-        box.style.top = `${(1 - middle.y) / 2 * innerHeight}px`;
+        box.style.top = `${(1 - middle.y) / 2 * viewHeight()}px`;
         box.textContent = says(points[0].distanceTo(points[1]));
     }
     const most = 120 * pixel() * FACTS.per_unit, power = 10 ** Math.floor(Math.log10(most));
