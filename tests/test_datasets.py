@@ -703,7 +703,7 @@ def disc_scene(mask_everywhere=None, size=60):
 
 def test_rays_at_the_outline_come_often_and_count_little():
     scene, rays = disc_scene(), 101
-    near, inside, outside = datasets.mask_regions(scene.masks[0])
+    near, inside, outside = (region.pixels(np.arange(region.size)) for region in datasets.mask_regions(scene.masks[0]))
     assert np.array_equal(np.sort(np.concatenate([near, inside, outside])), np.arange(60 * 60))
     v, u = np.divmod(near, 60)
     assert np.abs(np.hypot(u - 28.0, v - 31.0) - 15.0).max() < 2.5 and scene.masks[0].ravel()[near].any()
