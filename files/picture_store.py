@@ -15,6 +15,7 @@ from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -36,7 +37,9 @@ class Region(NamedTuple):
     @classmethod
     def of(cls, chosen: np.ndarray) -> "Region":
         """Return the Region of the pixels where `chosen` (H, W) bool is True."""
-        edges = np.flatnonzero(np.diff(chosen.ravel().view(np.int8), prepend=0, append=0)).astype(np.int32)
+        flat = chosen.ravel()
+        edges = [np.flatnonzero(flat[1:] != flat[:-1]) + 1, [len(flat)] if flat[-1] else []]
+        edges = np.concatenate([[0] if flat[0] else [], *edges]).astype(np.int32)
         starts, ends = edges[::2], edges[1::2]
         return cls(starts, np.concatenate([[0], np.cumsum(ends - starts)]).astype(np.int32))
 
@@ -54,20 +57,25 @@ class Region(NamedTuple):
 class PictureStore:
     """The pictures in a file: images (N, H, W, 3) uint8 and masks (N, H, W) bool, as in a datasets.Scene."""
 
-    def __init__(self, content: mmap.mmap, about: dict):
-        """content: the file; about: its description, checked by described."""
+    def __init__(self, path: Path, content: mmap.mmap, about: dict):
+        """path, content: the file; about: its description, checked by described."""
         count, (height, width) = len(about["runs"]), about["size"]
         pixels = np.frombuffer(content, np.uint8, count * height * width * 4).reshape(count, height, width, 4)
         self.images, self.masks, self.content = pixels[..., :3], pixels[..., 3].view(bool), content
-        self.runs, self.view_bytes = about["runs"], height * width * 4
+        self.path, self.runs, self.view_bytes = path, about["runs"], height * width * 4
         self.offsets = pixels.nbytes + np.cumsum([0, *map(region_bytes, about["runs"])])
 
     def regions(self, view: int) -> List[Region]:
-        """Return the regions of a view that were given to build."""
+        """Return the regions of a view that were given to build. Raises UserError if they cannot be."""
         found, offset = [], int(self.offsets[view])
         for count in self.runs[view]:
             both = np.frombuffer(self.content, np.int32, 2 * count + 1, offset)
-            found.append(Region(both[:count], both[count:]))
+            starts, before = both[:count], both[count:]
+            lengths, last = np.diff(before), self.view_bytes // 4
+            if before[0] != 0 or (lengths <= 0).any() or (np.diff(starts) < lengths[:-1]).any() or count and not (
+                    0 <= starts[0] and starts[-1] + lengths[-1] <= last):
+                raise UserError(f"{self.path}: damaged; remove it, and the next start makes it anew")
+            found.append(Region(starts, before))
             offset += both.nbytes
         return found
 
@@ -95,7 +103,7 @@ def open_store(path: Path, key: str, count: int) -> Optional[PictureStore]:
     try:
         with open(str(path), "rb") as file:
             about = described(file, key, count)
-            return about and PictureStore(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), about)
+            return about and PictureStore(path, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), about)
     except (OSError, ValueError, OverflowError):
         return None
 
@@ -140,11 +148,13 @@ def build(path: Path, key: str, views: Tuple[int, int, int], read: Callable[[int
     Raises UserError if the file cannot be written, and what `read` raises.
     """
     count, height, width = views
-    path.unlink() if path.exists() else None        # of other pictures; two would take twice the space
     with writing.replacing(path) as temporary, open(str(temporary), "r+b") as file:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()       # of other pictures; two would take twice the space
+
         def put(number):
             view = read(number)
-            pixels = np.dstack([view.image, view.mask.view(np.uint8)])
+            pixels = cv2.merge((view.image, view.mask.view(np.uint8)))
             if pixels.shape != (height, width, 4):
                 raise ValueError(f"view {number} has {pixels.shape}")
             write_at(file.fileno(), pixels, number * pixels.nbytes)
