@@ -502,7 +502,7 @@ def training_batches(scene: Scene, views: Sequence[int], draw: Draw, first_step:
     """Yield Batches without end, from that of first_step on: random pixels of views_per_step views.
 
     step_views chooses the views, and ray_ends divides the rays among them. Pixels are uniform over the image, on the
-    object or not, and distinct unless the image has too few. With an outline_fraction, draw_pixels draws them.
+    object or not, and distinct unless the image has too few. With an outline_fraction, Strata draw them.
     process: None for a single one; of several, each gets batches of its own.
     A batch is a function of the seed, the step, the rank and the size.
     """
@@ -510,13 +510,39 @@ def training_batches(scene: Scene, views: Sequence[int], draw: Draw, first_step:
     width, ahead = scene.masks.shape[2], next(steps)
     while True:
         drawn, ahead = ahead, next(steps)       # one step ahead, so that a disk has time to read
-        parts = [view_rays(scene, view, np.stack([pixels % width, pixels // width], axis=1))
-                 for view, pixels, _ in drawn]
-        origins, *others = zip(*parts)
-        origins = [np.broadcast_to(origin, (len(pixels), 3)) for origin, (_, pixels, _) in zip(origins, drawn)]
-        weights = [part[2] for part in drawn]
-        yield Batch(np.array([part[0] for part in drawn]),
-                    *(np.concatenate(columns) for columns in (origins, *others, weights)))
+        parts = [(np.broadcast_to(rays[0], rays[1].shape), *rays[1:], weights) for view, pixels, weights in drawn
+                 for rays in (view_rays(scene, view, np.stack(np.divmod(pixels, width)[::-1], axis=1)),)]
+        yield Batch(np.array([view for view, _, _ in drawn]), *map(np.concatenate, zip(*parts)))
+
+
+class Strata(NamedTuple):
+    """How the rays of a view are shared among the regions of its mask."""
+    regions: List[Region]
+    ends: np.ndarray        # (2,) float64, the share of the rays in the first region, and in the first two
+    weights: np.ndarray     # (3,) float32, of a ray in each
+
+    @classmethod
+    def of(cls, regions: List[Region], outline_fraction: float) -> "Strata":
+        """Share the rays: outline_fraction of them near the outline, and OBJECT_SHARE of the rest on the object.
+
+        The weights keep the expected loss that of uniform pixels, while its variance falls at the pixels that decide
+        the shape. regions: the result of mask_regions.
+        """
+        sizes = np.array([region.size for region in regions])
+        shares = np.array([outline_fraction, (1 - outline_fraction) * OBJECT_SHARE,
+                           (1 - outline_fraction) * (1 - OBJECT_SHARE)])
+        shares = np.where(sizes > 0, shares, 0.0)
+        shares /= shares.sum()
+        weights = np.divide(sizes / sizes.sum(), shares, out=np.zeros(3), where=shares > 0)
+        return cls(regions, np.cumsum(shares[:-1]), weights.astype(np.float32))
+
+    def draw(self, num_rays: int, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
+        """Return random pixels, flat indices (num_rays,) int32, and their weights (num_rays,) float32."""
+        first, second = np.floor(self.ends * num_rays + rng.random()).astype(int).tolist()     # rounded at random
+        counts = first, second - first, num_rays - second
+        pixels = [region.pixels(rng.choice(region.size, count, replace=count > region.size, shuffle=False))
+                  for region, count in zip(self.regions, counts) if count]
+        return np.concatenate(pixels), np.repeat(self.weights, counts)
 
 
 def drawn_pixels(scene: Scene, views: Sequence[int], draw: Draw, first_step: int,
@@ -525,18 +551,18 @@ def drawn_pixels(scene: Scene, views: Sequence[int], draw: Draw, first_step: int
 
     Of a scene in a store, the system begins to read them.
     """
-    regions, num_pixels = {}, math.prod(scene.masks.shape[1:])
+    strata, num_pixels, ends = {}, math.prod(scene.masks.shape[1:]), ray_ends(draw.num_rays, draw.views_per_step)
     for step in itertools.count(first_step):
-        chosen, found = step_views(views, draw, step, process).tolist(), []
-        rng = random_numbers(draw.seed, PIXELS, step * process.size + process.rank)
-        for view, count in zip(chosen, np.diff(ray_ends(draw.num_rays, len(chosen)), prepend=0).tolist()):
+        rng, found = random_numbers(draw.seed, PIXELS, step * process.size + process.rank), []
+        for view, start, end in zip(step_views(views, draw, step, process).tolist(), [0, *ends], ends):
             if draw.outline_fraction:
-                if view not in regions:
-                    regions[view] = scene.store.regions(view) if scene.store else mask_regions(scene.masks[view])
-                pixels, weights = draw_pixels(regions[view], count, draw.outline_fraction, rng)
+                if view not in strata:
+                    regions = scene.store.regions(view) if scene.store else mask_regions(scene.masks[view])
+                    strata[view] = Strata.of(regions, draw.outline_fraction)
+                pixels, weights = strata[view].draw(end - start, rng)
             else:       # the order of the rays does not matter, so nothing is shuffled
-                pixels = rng.choice(num_pixels, count, replace=count > num_pixels, shuffle=False)
-                weights = np.ones(count, np.float32)
+                pixels = rng.choice(num_pixels, end - start, replace=end - start > num_pixels, shuffle=False)
+                weights = np.ones(end - start, np.float32)
             if scene.store:
                 scene.store.fetch(view, pixels)
             found.append((view, pixels, weights))
@@ -552,24 +578,3 @@ def mask_regions(mask: np.ndarray) -> List[Region]:
     for side in (mask, ~mask):
         near &= cv2.distanceTransform(side.astype(np.uint8), cv2.DIST_L2, 5) <= band
     return [Region.of(region) for region in (near, mask & ~near, ~mask & ~near)]
-
-
-def draw_pixels(regions: List[Region], num_rays: int, outline_fraction: float,
-                rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
-    """Draw pixels by stratified sampling: a fraction near the outline, and OBJECT_SHARE of the rest on the object.
-
-    regions: the result of mask_regions.
-    Returns flat pixel indices (num_rays,) int32 and weights (num_rays,) float32. The weights keep the expected loss
-    that of uniform pixels, while its variance falls at the pixels that decide the shape.
-    """
-    sizes = np.array([region.size for region in regions])
-    shares = np.array([outline_fraction, (1 - outline_fraction) * OBJECT_SHARE,
-                       (1 - outline_fraction) * (1 - OBJECT_SHARE)])
-    shares = np.where(sizes > 0, shares, 0.0)
-    shares /= shares.sum()
-    ends = np.floor(np.cumsum(shares[:-1]) * num_rays + rng.random()).astype(int)   # rounded at random: unbiased
-    counts = np.diff(ends, prepend=0, append=num_rays)
-    pixels = [region.pixels(rng.choice(region.size, count, replace=count > region.size, shuffle=False))
-              for region, count in zip(regions, counts) if count]
-    weights = np.divide(sizes / sizes.sum(), shares, out=np.zeros(3), where=shares > 0)
-    return np.concatenate(pixels), np.repeat(weights, counts).astype(np.float32)
