@@ -6,8 +6,11 @@ projection K [R | t] to pixels (x right, y down, z into the scene), and `scale_m
 object's region of the world. In memory, everything is in the coordinates of that unit sphere, and pixel centres are at
 integers (u, v).
 """
+import contextlib
+import hashlib
 import io
 import itertools
+import math
 import os
 import sys
 import zipfile
@@ -18,13 +21,15 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from files import pictures
+from files import folders, picture_store, pictures
+from files.picture_store import PictureStore, Region
 from helper import ORDER, PIXELS, UserError, check_is_file, decompose_projection, pixel_rays, random_numbers
 
 SUFFIXES = (".png", ".jpg", ".jpeg")                            # of a scene's pictures
 PHOTOGRAPHS = SUFFIXES + (".tif", ".tiff", ".webp", ".bmp")     # of the photographs that a scene is made from
 OUTLINE_BAND = 1 / 40       # pixels this near to the mask's outline count as outline; in units of the shorter side
 OBJECT_SHARE = 3 / 4        # share of the rays away from the outline that are drawn on the object
+IN_MEMORY = 1 << 30         # bytes of a scene's pictures, 4 per pixel; more are kept in a file
 MOST_CAMERAS = 1 << 24      # maximum bytes of a cameras.npz; 1,000 views by IDR's authors take 3 million
 LARGEST_MATRIX = 4096       # maximum bytes of one of its entries, unpacked
 
@@ -38,6 +43,7 @@ class Scene(NamedTuple):
     poses: np.ndarray       # (N, 4, 4) float64, camera to the unit sphere's coordinates
     scale_mat: np.ndarray   # (4, 4) float64, of the first view: the unit sphere's coordinates to the world's
     names: List[str]        # N file names of the images, without suffix
+    store: Optional[PictureStore] = None    # where images and masks are, if they are too large for the memory
 
 
 # --- loading ----------------------------------------------------------------------------------------------------------
@@ -46,6 +52,7 @@ def load_scene(path: FilePath, downscale: int = 1, cameras: str = "cameras.npz")
     """Load the scene in the folder `path`, shrunk by the whole factor `downscale`, as a Scene of N views.
 
     cameras: the name of the cameras' file in that folder.
+    The pictures of a large scene are not held in memory, but in a file beside them, as files/picture_store.py says.
     Images are area-averaged, a mask's pixel is set if more than half of its area was, and the intrinsics are adapted
     exactly. Rows at the bottom and columns at the right that do not fill a pixel are cut off.
     Raises UserError if a file or folder is missing, unreadable or does not match the others, a camera is invalid, a
@@ -53,9 +60,9 @@ def load_scene(path: FilePath, downscale: int = 1, cameras: str = "cameras.npz")
     """
     image_files, mask_files = scene_files(Path(path))
     intrinsics, poses, scale_mat = load_cameras(Path(path) / cameras, len(image_files))
-    images, masks = load_pictures(image_files, mask_files, downscale)
+    images, masks, store = load_pictures(Pictures(image_files, mask_files, downscale))
     intrinsics = shrink_intrinsics(intrinsics, downscale)
-    return Scene(images, masks, intrinsics, poses, scale_mat, [file.stem for file in image_files])
+    return Scene(images, masks, intrinsics, poses, scale_mat, [file.stem for file in image_files], store)
 
 
 def scene_files(path: Path) -> Tuple[List[Path], List[Path]]:
@@ -123,27 +130,108 @@ def picture_files(folder: Path, suffixes: Sequence[str] = SUFFIXES) -> Tuple[Lis
     return found, others
 
 
-def load_pictures(image_files: List[Path], mask_files: List[Path], downscale: int) -> Tuple[np.ndarray, np.ndarray]:
+class Pictures(NamedTuple):
+    """The files of a scene's pictures, and by how much they are shrunk."""
+    images: List[Path]
+    masks: List[Path]
+    downscale: int
+
+    def key(self) -> str:
+        """Return what tells these pictures from others, or from what they were before a change."""
+        known = []
+        for file in self.images + self.masks:
+            with contextlib.suppress(OSError):      # whoever reads it says what is wrong
+                status = os.stat(str(file))
+                known.append([file.parent.name, file.name, status.st_size, status.st_mtime_ns])
+        return hashlib.sha256(repr(known).encode()).hexdigest()
+
+
+def load_pictures(files: Pictures) -> Tuple[np.ndarray, np.ndarray, Optional[PictureStore]]:
+    """Return images (N, H, W, 3) uint8 and masks (N, H, W) bool, shrunk; those of a large scene are in a store."""
+    path, key = files.images[0].parent.parent / f"pictures_{files.downscale}.cache", files.key()
+    store = picture_store.open_store(path, key, len(files.images))
+    if store is None:
+        width, height = pictures.picture_size(files.images[0])
+        needed = 4 * len(files.images) * width * height // files.downscale ** 2
+        if needed <= IN_MEMORY or not fits(path, needed):
+            return (*pictures_in_memory(files), None)
+        with picture_store.alone(path.parent):      # others of the same training wait, and then find it
+            store = picture_store.open_store(path, key, len(files.images)) or build_store(path, key, files)
+    return store.images, store.masks, store
+
+
+def fits(path: Path, needed: int) -> bool:
+    """Return whether `needed` bytes of pictures fit at `path`. If not, tell so if memory has room, else UserError."""
+    why, size = picture_store.why_not(path, needed), f"{needed / 1e9:.1f} GB"
+    if why and needed * 1.25 > picture_store.free_memory():
+        raise UserError(f"{path}: the pictures take {size}, too many for the memory, and the disk {why}; free some "
+                        "space, put a folder with links to image/, mask/ and the cameras on another disk, or raise "
+                        "data.downscale")
+    if why:
+        print(f"notice: {path}: the disk {why}, so the pictures are held in memory, {size}", file=sys.stderr)
+    return not why
+
+
+def build_store(path: Path, key: str, files: Pictures) -> PictureStore:
+    """Decode all pictures into a new store at `path`."""
+    folders.remove_unfinished(path.parent)
+    size, doubtful = read_view(files, 0).size, []
+
+    def read(view):
+        loaded = read_view(files, view, size)
+        doubtful.extend(loaded.doubtful)
+        return picture_store.View(loaded.image, loaded.mask, mask_regions(loaded.mask))
+
+    count, height, width = len(files.images), size[0] // files.downscale, size[1] // files.downscale
+    print(f"preparing {path} ({4e-9 * count * height * width:.1f} GB), so that the pictures are decoded only once; it "
+          "may be removed at any time")
+    store = picture_store.build(path, key, (count, height, width), read, picture_store.num_workers(math.prod(size)))
+    pictures.say_doubtful(sorted(doubtful))
+    return store
+
+
+def pictures_in_memory(files: Pictures) -> Tuple[np.ndarray, np.ndarray]:
     """Return images (N, H, W, 3) uint8 and masks (N, H, W) bool, read and shrunk one by one to save memory."""
-    count, size, images, masks, doubtful = len(image_files), None, None, None, []
+    count, size, doubtful = len(files.images), None, []
     hidden = None if count >= 10 else True  # None: tqdm is hidden unless stderr is a terminal
     for view in tqdm(range(count), desc="loading images", unit="view", leave=False, disable=hidden):
-        image, mask, doubts = pictures.read_pair(image_files[view], mask_files[view])
-        doubtful += doubts
+        loaded = read_view(files, view, size)
+        doubtful += loaded.doubtful
         if size is None:
-            size = image.shape[:2]
-            check_downscale(size, downscale, image_files[0])
-            shrunk = (count, size[0] // downscale, size[1] // downscale)
+            size, shrunk = loaded.size, (count, *loaded.mask.shape)
             images, masks = np.empty(shrunk + (3,), np.uint8), np.empty(shrunk, bool)
-        check_one_size(image_files[view], image.shape[:2], image_files[0], size)
-        check_mask_size(mask_files[view], mask.shape, image_files[view], size)
-        images[view], masks[view] = shrink_image(image, downscale), shrink_mask(mask, downscale)
-        if not masks[view].any():
-            raise UserError(f"{mask_files[view]}: the mask of view {view} is empty"
-                            + (f" at a downscale of {downscale}" if mask.any() else "")
-                            + "; the object must be white, more than half of 255")
+        images[view], masks[view] = loaded.image, loaded.mask
     pictures.say_doubtful(doubtful)
     return images, masks
+
+
+class LoadedView(NamedTuple):
+    """The pictures of a view."""
+    image: np.ndarray           # (H, W, 3) uint8, shrunk
+    mask: np.ndarray            # (H, W) bool, shrunk
+    size: Tuple[int, int]       # height and width before
+    doubtful: List[Path]        # the files of which the orientation is in doubt
+
+
+def read_view(files: Pictures, view: int, size: Optional[Tuple[int, int]] = None) -> LoadedView:
+    """Read the pictures of a view.
+
+    size: height and width of the scene's first image, which this one must have; None for the first one.
+    Raises UserError.
+    """
+    image_file, mask_file, factor = files.images[view], files.masks[view], files.downscale
+    image, mask, doubtful = pictures.read_pair(image_file, mask_file)
+    if size is None:
+        size = image.shape[:2]
+        check_downscale(size, factor, image_file)
+    check_one_size(image_file, image.shape[:2], files.images[0], size)
+    check_mask_size(mask_file, mask.shape, image_file, size)
+    small_mask = shrink_mask(mask, factor)
+    if not small_mask.any():
+        raise UserError(f"{mask_file}: the mask of view {view} is empty"
+                        + (f" at a downscale of {factor}" if mask.any() else "")
+                        + "; the object must be white, more than half of 255")
+    return LoadedView(shrink_image(image, factor), small_mask, size, doubtful)
 
 
 def check_one_size(image_file: Path, size: Tuple[int, int], first_file: Path, first_size: Tuple[int, int]) -> None:
@@ -271,7 +359,8 @@ def shrink_image(image: np.ndarray, factor: int) -> np.ndarray:
     if factor == 1:
         return image
     height, width = image.shape[0] // factor, image.shape[1] // factor
-    return cv2.resize(image[:height * factor, :width * factor], (width, height), interpolation=cv2.INTER_AREA)
+    cut = np.ascontiguousarray(image[:height * factor, :width * factor])
+    return cv2.resize(cut, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def shrink_mask(mask: np.ndarray, factor: int) -> np.ndarray:
@@ -413,66 +502,79 @@ def training_batches(scene: Scene, views: Sequence[int], draw: Draw, first_step:
     """Yield Batches without end, from that of first_step on: random pixels of views_per_step views.
 
     step_views chooses the views, and ray_ends divides the rays among them. Pixels are uniform over the image, on the
-    object or not, and distinct unless the image has too few. With an outline_fraction, draw_pixels draws them.
+    object or not, and distinct unless the image has too few. With an outline_fraction, Strata draw them.
     process: None for a single one; of several, each gets batches of its own.
     A batch is a function of the seed, the step, the rank and the size.
     """
-    process = process or Process()
-    regions = {}
-    for step in itertools.count(first_step):
-        chosen = step_views(views, draw, step, process)
-        ends = ray_ends(draw.num_rays, len(chosen))
-        rng = random_numbers(draw.seed, PIXELS, step * process.size + process.rank)
-        parts = [view_batch(scene, view, draw._replace(num_rays=end - start), rng, regions)
-                 for view, start, end in zip(chosen.tolist(), [0, *ends], ends)]
-        yield Batch(chosen, *(np.concatenate(columns) for columns in zip(*parts)))
+    steps = drawn_pixels(scene, views, draw, first_step, process or Process())
+    width, ahead = scene.masks.shape[2], next(steps)
+    while True:
+        drawn, ahead = ahead, next(steps)       # one step ahead, so that a disk has time to read
+        parts = [(np.broadcast_to(rays[0], rays[1].shape), *rays[1:], weights) for view, pixels, weights in drawn
+                 for rays in (view_rays(scene, view, np.stack(np.divmod(pixels, width)[::-1], axis=1)),)]
+        yield Batch(np.array([view for view, _, _ in drawn]), *map(np.concatenate, zip(*parts)))
 
 
-def view_batch(scene: Scene, view: int, draw: Draw, rng: np.random.Generator, regions: dict) -> Tuple[np.ndarray, ...]:
-    """Return the fields of a Batch, without its views, of num_rays random pixels of a view.
+class Strata(NamedTuple):
+    """How the rays of a view are shared among the regions of its mask."""
+    regions: List[Region]
+    ends: np.ndarray        # (2,) float64, the share of the rays in the first region, and in the first two
+    weights: np.ndarray     # (3,) float32, of a ray in each
 
-    regions: {view: mask_regions}, which this fills as it goes.
+    @classmethod
+    def of(cls, regions: List[Region], outline_fraction: float) -> "Strata":
+        """Share the rays: outline_fraction of them near the outline, and OBJECT_SHARE of the rest on the object.
+
+        The weights keep the expected loss that of uniform pixels, while its variance falls at the pixels that decide
+        the shape. regions: the result of mask_regions.
+        """
+        sizes = np.array([region.size for region in regions])
+        shares = np.array([outline_fraction, (1 - outline_fraction) * OBJECT_SHARE,
+                           (1 - outline_fraction) * (1 - OBJECT_SHARE)])
+        shares = np.where(sizes > 0, shares, 0.0)
+        shares /= shares.sum()
+        weights = np.divide(sizes / sizes.sum(), shares, out=np.zeros(3), where=shares > 0)
+        return cls(regions, np.cumsum(shares[:-1]), weights.astype(np.float32))
+
+    def draw(self, num_rays: int, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
+        """Return random pixels, flat indices (num_rays,) int32, and their weights (num_rays,) float32."""
+        first, second = np.floor(self.ends * num_rays + rng.random()).astype(int).tolist()     # rounded at random
+        counts = first, second - first, num_rays - second
+        pixels = [region.pixels(rng.choice(region.size, count, replace=count > region.size, shuffle=False))
+                  for region, count in zip(self.regions, counts) if count]
+        return np.concatenate(pixels), np.repeat(self.weights, counts)
+
+
+def drawn_pixels(scene: Scene, views: Sequence[int], draw: Draw, first_step: int,
+                 process: Process) -> Iterator[List[Tuple[int, np.ndarray, np.ndarray]]]:
+    """Yield for each step a list of its views, each with its flat pixel indices (R,) and their weights (R,) float32.
+
+    Of a scene in a store, the system begins to read them.
     """
-    height, width = scene.masks.shape[1:]
-    # The order of the rays does not matter, so nothing is shuffled.
-    if draw.outline_fraction:
-        if view not in regions:
-            regions[view] = mask_regions(scene.masks[view])
-        pixels, weights = draw_pixels(regions[view], draw.num_rays, draw.outline_fraction, rng)
-    else:
-        pixels = rng.choice(height * width, draw.num_rays, replace=draw.num_rays > height * width, shuffle=False)
-        weights = np.ones(draw.num_rays, np.float32)
-    origin, *rest = view_rays(scene, view, np.stack([pixels % width, pixels // width], axis=1))
-    return (np.broadcast_to(origin, (draw.num_rays, 3)), *rest, weights)
+    strata, num_pixels, ends = {}, math.prod(scene.masks.shape[1:]), ray_ends(draw.num_rays, draw.views_per_step)
+    for step in itertools.count(first_step):
+        rng, found = random_numbers(draw.seed, PIXELS, step * process.size + process.rank), []
+        for view, start, end in zip(step_views(views, draw, step, process).tolist(), [0, *ends], ends):
+            if draw.outline_fraction:
+                if view not in strata:
+                    regions = scene.store.regions(view) if scene.store else mask_regions(scene.masks[view])
+                    strata[view] = Strata.of(regions, draw.outline_fraction)
+                pixels, weights = strata[view].draw(end - start, rng)
+            else:       # the order of the rays does not matter, so nothing is shuffled
+                pixels = rng.choice(num_pixels, end - start, replace=end - start > num_pixels, shuffle=False)
+                weights = np.ones(end - start, np.float32)
+            if scene.store:
+                scene.store.fetch(view, pixels)
+            found.append((view, pixels, weights))
+        yield found
 
 
-def mask_regions(mask: np.ndarray) -> List[np.ndarray]:
+def mask_regions(mask: np.ndarray) -> List[Region]:
     """Split the pixels of a mask (H, W) bool into three regions: near the outline, object, background.
 
-    Returns the flat pixel indices of each, int32. The outline's region reaches OUTLINE_BAND to either side of it.
+    The outline's region reaches OUTLINE_BAND to either side of it.
     """
-    inside = mask.astype(np.uint8)
-    distance = np.maximum(*(cv2.distanceTransform(side, cv2.DIST_L2, 5) for side in (inside, 1 - inside)))
-    near = distance <= OUTLINE_BAND * min(mask.shape)
-    return [np.flatnonzero(region).astype(np.int32) for region in (near, mask & ~near, ~mask & ~near)]
-
-
-def draw_pixels(regions: List[np.ndarray], num_rays: int, outline_fraction: float,
-                rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
-    """Draw pixels by stratified sampling: a fraction near the outline, and OBJECT_SHARE of the rest on the object.
-
-    regions: the result of mask_regions.
-    Returns flat pixel indices (num_rays,) int32 and weights (num_rays,) float32. The weights keep the expected loss
-    that of uniform pixels, while its variance falls at the pixels that decide the shape.
-    """
-    sizes = np.array([len(region) for region in regions])
-    shares = np.array([outline_fraction, (1 - outline_fraction) * OBJECT_SHARE,
-                       (1 - outline_fraction) * (1 - OBJECT_SHARE)])
-    shares = np.where(sizes > 0, shares, 0.0)
-    shares /= shares.sum()
-    ends = np.floor(np.cumsum(shares[:-1]) * num_rays + rng.random()).astype(int)   # rounded at random: unbiased
-    counts = np.diff(ends, prepend=0, append=num_rays)
-    pixels = [rng.choice(region, count, replace=count > len(region), shuffle=False)
-              for region, count in zip(regions, counts) if count]
-    weights = np.divide(sizes / sizes.sum(), shares, out=np.zeros(3), where=shares > 0)
-    return np.concatenate(pixels), np.repeat(weights, counts).astype(np.float32)
+    near, band = np.ones(mask.shape, bool), OUTLINE_BAND * min(mask.shape)
+    for side in (mask, ~mask):
+        near &= cv2.distanceTransform(side.astype(np.uint8), cv2.DIST_L2, 5) <= band
+    return [Region.of(region) for region in (near, mask & ~near, ~mask & ~near)]

@@ -3,18 +3,21 @@
     python bench/bench.py                                   the embedded scene, from the initial sphere
     python bench/bench.py --scene DTU/scan65 --model-load-path model.h5 --settings dtu
     mpirun -n 2 --bind-to none python bench/bench.py --settings dtu        a step on two GPUs: rays per second of both
+    python bench/bench.py --settings small --views 4 500 --megapixels 12   steps on scenes too large for the memory
 
 The floor of a part is the time of its matrix products at the rate of one large product on this machine, measured first.
 The yardstick is NumPy's float32 product (20000 x 512) @ (512 x 512) on all cores; step times in yardsticks compare
 across machines.
 """
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple, Union
 
+import cv2
 import nnabla as nn
 import nnabla.functions as F
 import nnabla.solvers as S
@@ -30,6 +33,7 @@ import network  # noqa: E402
 import ray_tracer  # noqa: E402
 from backends import architecture, cpu_kernels  # noqa: E402
 from config.settings import Network, Tracer, load_config  # noqa: E402
+from files import picture_store  # noqa: E402
 from rendering import pixels  # noqa: E402
 from tracing.sdf_grid import SdfGrid  # noqa: E402
 from train import remembered  # noqa: E402
@@ -45,12 +49,21 @@ STAGES = {(ray_tracer, "_coarse_to_fine"): "samples", (SdfGrid, "search"): "samp
           (ray_tracer, "_refine"): "refinement"}
 
 
+class Machine(NamedTuple):
+    """The speed of this machine."""
+    rate: float         # FLOP/s of a large matrix product on the networks' device
+    yardstick: float    # seconds
+
+
 def main():
     parser = helper.argument_parser("Measure where the time of a step, a render and an extraction goes.", config=False)
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS),
                         help="sizes of the networks; by default all")
     parser.add_argument("--scene", help="a scene's folder, instead of the embedded scene")
     parser.add_argument("--model-load-path", help="a trained model of the setting, instead of the initial sphere")
+    parser.add_argument("--views", type=int, nargs="+", default=[],
+                        help="measure steps on made-up scenes of so many views, kept in a file as large scenes are")
+    parser.add_argument("--megapixels", type=float, default=2.0, help="size of each of these views")
     parser.add_argument("--steps", type=int, default=10, help="steps to measure, after as many for warming up")
     parser.add_argument("--resolution", type=int, default=128, help="of the extraction, in cells")
     args = parser.parse_args()
@@ -59,6 +72,9 @@ def main():
     yardstick, rate = measure_yardstick(), measure_rate()
     print(f"yardstick {yardstick * 1e3:.1f} ms; matrix products at {rate / 1e9:.0f} GFLOP/s")
     conf = load_config(Path(__file__).resolve().parent.parent / "config" / "default.yaml")
+    if args.views:
+        bench_views(args, conf.tracer, Machine(rate, yardstick), world)
+        return
     for setting in args.settings:
         net, num_rays = SETTINGS[setting]
         network.initialize(net, np.random.default_rng(0))
@@ -66,7 +82,8 @@ def main():
             checkpoints.load_model(args.model_load_path, architecture.parameter_shapes(net))
         state = "trained" if args.model_load_path else "initial sphere"
         print(f"\n{setting} (width {net.width}, feature {net.feature}, {net.layers} layers, {num_rays} rays), {state}")
-        seconds, evaluations, num_surface = measure_steps(scene, conf.tracer, num_rays, args.steps, world)
+        draw = datasets.Draw(num_rays)
+        seconds, evaluations, num_surface = measure_steps(scene, conf.tracer, draw, args.steps, world)
         print_steps(seconds, evaluations, num_surface, world.size * num_rays, Machine(rate, yardstick))
         if world.size == 1:     # only training uses several processes
             bench_render(scene, net, conf.tracer, rate)
@@ -82,6 +99,40 @@ def embedded_scene() -> datasets.Scene:
         views.append((*make_scene.render(intrinsics, pose, 400), intrinsics, pose))
     images, masks, intrinsics, poses = (np.stack(part) for part in zip(*views))
     return datasets.Scene(images, masks > 0, intrinsics, poses, np.eye(4), [str(v) for v in range(8)])
+
+
+@contextmanager
+def stored_scene(num_views: int, megapixels: float) -> Iterator[datasets.Scene]:
+    """Yield the embedded scene's 8 views again and again, enlarged, in a file in this folder, which is removed then."""
+    scene = embedded_scene()
+    side, count = int((megapixels * 1e6) ** 0.5), len(scene.images)
+    factor = scene.masks.shape[1] / side
+
+    def read(view):
+        image, mask = (cv2.resize(array[view % count].astype(np.uint8), (side, side), interpolation=cv2.INTER_NEAREST)
+                       for array in (scene.images, scene.masks))
+        return picture_store.View(image, mask > 0, datasets.mask_regions(mask > 0))
+
+    with tempfile.TemporaryDirectory(prefix=".bench-", dir=".") as folder:
+        store = picture_store.build(Path(folder) / "pictures.cache", "bench", (num_views, side, side), read,
+                                    picture_store.num_workers(side * side))
+        again = np.arange(num_views) % count
+        yield datasets.Scene(store.images, store.masks, datasets.shrink_intrinsics(scene.intrinsics[again], factor),
+                             scene.poses[again], np.eye(4), [str(view) for view in range(num_views)], store)
+
+
+def bench_views(args, tracer: Tracer, machine: Machine, world: parallel.World) -> None:
+    """Print the time of a step, with half of the rays at outlines, on large scenes of args.views views each."""
+    for setting in args.settings:
+        net, num_rays = SETTINGS[setting]
+        for num_views in args.views:
+            network.initialize(net, np.random.default_rng(0))
+            with stored_scene(num_views, args.megapixels) as scene:
+                pixels = f"{scene.masks.shape[2]}x{scene.masks.shape[1]} pixels, {scene.masks.size * 4e-9:.1f} GB"
+                print(f"\n{setting}, {num_rays} rays, {num_views} views of {pixels}")
+                draw = datasets.Draw(num_rays, outline_fraction=0.5)
+                seconds, evaluations, num_surface = measure_steps(scene, tracer, draw, args.steps, world)
+                print_steps(seconds, evaluations, num_surface, world.size * num_rays, machine)
 
 
 def measure_yardstick() -> float:
@@ -145,13 +196,7 @@ def named_stages(stage: Dict[str, str]) -> Iterator[None]:
             setattr(*place, function)
 
 
-class Machine(NamedTuple):
-    """The speed of this machine."""
-    rate: float         # FLOP/s of a large matrix product on the networks' device
-    yardstick: float    # seconds
-
-
-def measure_steps(scene: datasets.Scene, tracer: Tracer, num_rays: int, num_steps: int,
+def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, num_steps: int,
                   world: parallel.World) -> Tuple[Dict[str, List[float]], Dict[str, float], float]:
     """Take 2 num_steps training steps and measure the second half. The networks change, as what the search remembers
     of the sdf must be as old as in a training.
@@ -163,9 +208,9 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, num_rays: int, num_step
     rng = np.random.default_rng(world.rank)
     solver = S.Adam(LEARNING_RATE)
     solver.set_parameters(nn.get_parameters())
-    sdf, step = network.sdf_evaluator(), TrainingStep((), LossWeights(100.0, 0.1), num_rays)
-    grid = remembered(sdf, num_rays)
-    batches = datasets.training_batches(scene, list(range(len(scene.images))), datasets.Draw(num_rays), process=world)
+    sdf, step = network.sdf_evaluator(), TrainingStep((), LossWeights(100.0, 0.1), draw.num_rays)
+    grid = remembered(sdf, draw.num_rays)
+    batches = datasets.training_batches(scene, list(range(len(scene.images))), draw, process=world)
     seconds, stage, evaluations, num_surface = defaultdict(list), {}, defaultdict(float), []
 
     def timed_part(name, function, *args):

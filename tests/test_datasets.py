@@ -3,11 +3,14 @@
 import io
 import itertools
 import os
+import resource
 import shutil
 import socket
 import struct
+import time
 import tracemalloc
 import zipfile
+from multiprocessing.pool import ThreadPool
 
 import cv2
 import numpy as np
@@ -17,7 +20,7 @@ from PIL import Image, ImageOps
 import datasets
 import helper
 from conftest import link_scan65
-from files import pictures
+from files import picture_store, pictures
 
 WIDTH, HEIGHT, VIEWS = 24, 18, 3
 SCALE_MAT = np.array([[5.0, 0, 0, 1], [0, 5, 0, 2], [0, 0, 5, 3], [0, 0, 0, 1]])
@@ -703,7 +706,7 @@ def disc_scene(mask_everywhere=None, size=60):
 
 def test_rays_at_the_outline_come_often_and_count_little():
     scene, rays = disc_scene(), 101
-    near, inside, outside = datasets.mask_regions(scene.masks[0])
+    near, inside, outside = (region.pixels(np.arange(region.size)) for region in datasets.mask_regions(scene.masks[0]))
     assert np.array_equal(np.sort(np.concatenate([near, inside, outside])), np.arange(60 * 60))
     v, u = np.divmod(near, 60)
     assert np.abs(np.hypot(u - 28.0, v - 31.0) - 15.0).max() < 2.5 and scene.masks[0].ravel()[near].any()
@@ -750,6 +753,103 @@ def test_an_error_in_the_feed_reaches_the_reader():
     scene.poses.clear()
     with pytest.raises(IndexError):
         next(batches)
+
+
+# --- large scenes -----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def large(folder, monkeypatch):
+    """Return a scene in memory, and let all further scenes be too large for it."""
+    scene = datasets.load_scene(folder)
+    monkeypatch.setattr(datasets, "IN_MEMORY", 0)
+    return scene
+
+
+def store_of(folder):
+    return folder / "pictures_1.cache"
+
+
+def test_a_large_scene_is_the_same_from_its_file(folder, large, monkeypatch, capsys):
+    for again in (0, 1):
+        scene = datasets.load_scene(folder)
+        assert scene.store and np.array_equal(scene.images, large.images) and np.array_equal(scene.masks, large.masks)
+        for draw in (datasets.Draw(30, 1), datasets.Draw(30, 1, 0.5, 2)):
+            batches = (datasets.training_batches(s, range(VIEWS), draw, 3) for s in (scene, large))
+            for found, expected in itertools.islice(zip(*batches), 9):
+                assert all(np.array_equal(a, b) for a, b in zip(found, expected))
+        assert capsys.readouterr().out.count("decoded only once") == (1 - again)
+        monkeypatch.setattr(datasets, "read_view", None)     # the second time nothing is decoded
+    assert sorted(path.name for path in folder.iterdir()) == ["cameras.npz", "image", "mask", "pictures_1.cache"]
+
+
+def test_the_file_of_a_large_scene_is_made_anew_when_a_picture_changes(folder, large):
+    before = datasets.load_scene(folder)
+    save(folder / "image" / "001.png", np.full((HEIGHT, WIDTH, 3), 77, np.uint8))
+    scene = datasets.load_scene(folder)
+    assert (scene.images[1] == 77).all() and np.array_equal(scene.images[0], large.images[0])
+    store_of(folder).unlink()       # an open one is not touched
+    assert np.array_equal(before.images, large.images) and (datasets.load_scene(folder).images[1] == 77).all()
+    small = datasets.load_scene(folder, 2)
+    assert small.store and small.images.shape == (VIEWS, HEIGHT // 2, WIDTH // 2, 3)
+
+
+def test_a_damaged_file_of_a_large_scene_is_made_anew(folder, large):
+    datasets.load_scene(folder)
+    whole = store_of(folder).read_bytes()
+    for damaged in (b"", b"x", whole[:-1], whole[1:], whole[:-8] + b"\xff" * 8, whole.replace(b'"size"', b'"sizf"'),
+                    whole.replace(b'"key": "', b'"key": "0'), whole + b"0",
+                    whole.replace(b'"runs": [[', b'"runs": [[9')):
+        store_of(folder).write_bytes(damaged)
+        assert np.array_equal(datasets.load_scene(folder).images, large.images)
+        assert store_of(folder).read_bytes() == whole
+    runs = VIEWS * HEIGHT * WIDTH * 4
+    store_of(folder).write_bytes(whole[:runs] + b"\xff" * 4 + whole[runs + 4:])
+    with pytest.raises(helper.UserError, match="pictures_1.cache: damaged; remove it"):
+        next(datasets.training_batches(datasets.load_scene(folder), range(VIEWS), datasets.Draw(9, 0, 0.5, VIEWS)))
+
+
+def test_a_large_scene_where_there_is_no_room(folder, large, monkeypatch, capsys):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(helper.UserError, match="pictures_1.cache: cannot be written .*free some space"):
+            datasets.load_scene(folder)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 99, 1))
+    scene = datasets.load_scene(folder)
+    assert scene.store is None and np.array_equal(scene.images, large.images)
+    assert "the disk has 0.0 GB left, so the pictures are held in memory" in capsys.readouterr().err
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(picture_store, "free_memory", lambda: 0)
+    with pytest.raises(helper.UserError, match="too many for the memory, and the disk cannot be written; free some"):
+        datasets.load_scene(folder)
+    assert not store_of(folder).exists() and not list(folder.glob(".*"))
+
+
+def test_a_wrong_picture_of_a_large_scene_leaves_no_file(folder, large):
+    save(folder / "mask" / "002.png", np.zeros((HEIGHT, WIDTH), np.uint8))
+    with pytest.raises(helper.UserError, match="002.png: the mask of view 2 is empty"):
+        datasets.load_scene(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["cameras.npz", "image", "mask"]
+
+
+def test_processes_that_start_at_once_decode_a_large_scene_once(folder, large, monkeypatch):
+    read, seen = datasets.read_view, []
+    monkeypatch.setattr(datasets, "read_view", lambda *wanted: (seen.append(wanted), time.sleep(0.02),
+                                                                read(*wanted))[2])
+    with ThreadPool(3) as pool:
+        scenes = pool.map(datasets.load_scene, [folder] * 3)
+    assert len(seen) == VIEWS + 1       # the first one is read for its size too
+    assert all(np.array_equal(scene.images, large.images) for scene in scenes)
+
+
+@pytest.mark.parametrize("share", [0, 0.3, 1])
+def test_a_region_knows_its_pixels(share):
+    chosen = np.random.default_rng(3).random((7, 9)) < share
+    region = picture_store.Region.of(chosen)
+    assert region.size == chosen.sum()
+    assert np.array_equal(region.pixels(np.arange(region.size)), np.flatnonzero(chosen))
 
 
 # --- the real thing ---------------------------------------------------------------------------------------------------

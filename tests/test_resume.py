@@ -13,6 +13,7 @@ import nnabla as nn
 import numpy as np
 import pytest
 
+import datasets
 import evaluate
 import extract
 import helper
@@ -565,6 +566,13 @@ def test_a_change_for_one_run(home, capfd):
                        ("train.steps", "write section.key=value"), ("train.steps=[", "is not valid YAML")):
         assert start(home, "refused", "--set", word) == 2
         assert says in capfd.readouterr().err and not (home / "refused_tiny").exists()
+
+
+def test_a_run_on_a_scene_that_is_too_large_for_the_memory(home, monkeypatch):
+    monkeypatch.setattr(datasets, "IN_MEMORY", 0)
+    assert start(home, "large") == 0
+    (home / "tiny" / "pictures_1.cache").unlink()
+    same_as_straight(home, "large")
 
 
 def test_a_run_of_several_views_per_step(home, monkeypatch, capfd):
