@@ -5,7 +5,7 @@ import os
 import struct
 import sys
 import warnings
-from typing import NamedTuple
+from typing import NamedTuple, Tuple
 
 import numpy as np
 
@@ -29,9 +29,18 @@ MOST_SCANS = 50             # per JPEG; each scan passes over all pixels, and pr
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")  # Pillow runs external programs for some others (EPS)
 COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's 8-bit modes
 WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # tag numbers of TIFF and EXIF
+MODEL, FOCAL_LENGTH, FILM_FOCAL_LENGTH = 272, 37386, 41989
 FURTHER_TAGS = (34665, 34853, 40965)        # tags that point to further directories: EXIF, GPS, interoperability
 # {field type: bytes per value}
 TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+
+
+class Header(NamedTuple):
+    """What a picture file says of itself."""
+    size: Tuple[int, int]   # width and height as stored
+    orientation: int        # EXIF orientation, 1 to 8
+    kind: str               # Pillow's name of the format
+    lens: Tuple             # EXIF: the camera's model (bytes), its focal length in mm and as of 35 mm film; 0 if absent
 
 
 class Picture(NamedTuple):
@@ -157,12 +166,50 @@ def read_picture(path, convert):
         orientation = stored_orientation(file) if is_tiff else 1
         picture.load()
         if not is_tiff:     # a PNG's EXIF data may follow its pixels
-            exif = picture.info.get("exif", b"")
-            orientation = stored_orientation(io.BytesIO(exif[6:] if exif.startswith(b"Exif\0\0") else exif))
+            orientation = stored_orientation(exif_file(picture))
         pixels = convert(eight_bits(path, picture))
         if is_tiff:         # Pillow applies the orientation to TIFF alone; undo it
             pixels = np.ascontiguousarray(turn(pixels, {6: 8, 8: 6}.get(orientation, orientation)))
         return Picture(pixels, orientation, kind)
+
+
+def read_header(path):
+    """Return the Header of a picture file. Raises UserError if it is unreadable or too large."""
+    width, height = picture_size(path)
+    with opened(path) as (picture, file):
+        if picture.format == "TIFF":
+            content = file
+        else:
+            if picture.format == "PNG":
+                picture.load()      # its EXIF data may follow its pixels
+            content = exif_file(picture)
+        return Header((width, height), stored_orientation(content), picture.format, lens_tags(content))
+
+
+def exif_file(picture):
+    """Return the EXIF data of Pillow's picture as a binary file, which is empty if there are none."""
+    exif = picture.info.get("exif", b"")
+    return io.BytesIO(exif[6:] if exif.startswith(b"Exif\0\0") else exif)
+
+
+def lens_tags(file):
+    """Return Header's `lens` from a TIFF file or EXIF data."""
+    entries = directory(file)
+    exif = [entry for tag, _, _, value in entries if tag == FURTHER_TAGS[0] for entry in directory(file, value)]
+    order = ">" if file.seek(0) == 0 and file.read(2) == b"MM" else "<"
+    model, focal, film = b"", 0.0, 0
+    for tag, _, count, value in entries + exif:
+        if tag == MODEL and 4 < count < 200:
+            file.seek(value)
+            model = file.read(count).rstrip(b"\0 ")
+        elif tag == FOCAL_LENGTH:
+            file.seek(value)
+            parts = file.read(8)
+            above, below = struct.unpack(order + "II", parts) if len(parts) == 8 else (0, 1)
+            focal = above / below if below else 0.0
+        elif tag == FILM_FOCAL_LENGTH:
+            film = value
+    return model, focal, film
 
 
 def eight_bits(path, picture):
@@ -191,6 +238,11 @@ def colours(picture):
 def alpha(picture):
     """Return an (H, W) bool mask, True where Pillow's picture is more than half opaque."""
     return np.asarray(picture.convert("RGBA").getchannel("A")) > 127    # via RGBA: palettes may be transparent, too
+
+
+def grey(picture):
+    """Return the brightness of Pillow's picture, (H, W) uint8."""
+    return np.asarray(picture.convert("RGB").convert("L"))
 
 
 def on_object(picture):
