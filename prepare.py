@@ -1,6 +1,7 @@
-"""Make a scene for train.py from photographs with cameras and masks, or check an existing scene.
+"""Make a scene for train.py from photographs, or check an existing scene.
 
-    python prepare.py FOLDER --output data/mine     from a COLMAP model, transforms.json, ...; see --help
+    python prepare.py FOLDER --output data/mine     from photographs, with a COLMAP model or others' cameras if there
+    python prepare.py shoe.mp4 --output data/mine   from a video
     python prepare.py data/mine --check             says what is wrong, in which view, and what to do
 
 Both find the object's region from cameras and masks, the visual hull, and draw prepare_{scene}.png in the current
@@ -25,7 +26,7 @@ import datasets
 import helper
 from files import folders, pictures, writing
 from helper import UserError
-from scenes import camera_files, checks, mask_files, overview
+from scenes import camera_files, checks, mask_files, overview, photographs
 from scenes.views import read_view
 from scenes.visual_hull import Ball, Hull, enclosing_sphere, make_look, normalised
 
@@ -33,22 +34,25 @@ KEPT = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg"}   # the formats that a sce
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make a scene from photographs with cameras and masks, or check one.",
+    parser = argparse.ArgumentParser(description="Make a scene from photographs or a video, or check one.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"Cameras are {camera_files.FORMATS}.")
-    parser.add_argument("input", help="a folder of photographs and cameras, or a camera file; with --check a scene")
+    parser.add_argument("input", help="a folder of photographs, a video, or a camera file; with --check a scene")
     parser.add_argument("--output", help="the scene's folder, new or empty")
     parser.add_argument("--check", action="store_true", help="check the scene `input`; writes nothing but the picture")
     parser.add_argument("--images", metavar="FOLDER", help="the photographs, if not where the format has them")
     parser.add_argument("--masks", metavar="FOLDER|alpha|background", help="where the masks come from; by default the "
                         "folder masks/ or mask/, else the alpha channel; background: what differs from the border")
     parser.add_argument("--threshold", type=float, help="of --masks background, in grey levels; found by default")
+    parser.add_argument("--frames", type=int, default=60, help="how many frames to take of a video")
     parser.add_argument("--downscale", type=int, default=1, help="shrink the images by this whole factor")
     args = parser.parse_args()
     if args.check:
         return check(args.input)
     if args.output is None:
         raise UserError("--output is missing: the folder for the scene, such as data/mine (or --check a scene)")
+    if not 10 <= args.frames <= 1000:
+        raise UserError(f"--frames must be 10 to 1000, not {args.frames}")
     if args.downscale < 1:
         raise UserError(f"--downscale must be 1 or more, not {args.downscale}")
     if args.threshold is not None and not 0 < args.threshold < 255:
@@ -60,9 +64,12 @@ def main():
 
 def prepare(args):
     """Make the scene args.output. Raise UserError, and write no scene, if something is wrong."""
-    views, what = camera_files.read_views(args.input, args.images)
+    folders.check_new(args.output)
+    alone, root = photographs.without_cameras(args.input, args.images), Path(args.input)
+    root = root if root.is_dir() else root.parent
+    source = photographs.find_cameras(alone, args.output, args.frames) if alone else args.input
+    views, what = camera_files.read_views(source, None if alone else args.images)
     check_photographs(views)
-    root = Path(args.input) if Path(args.input).is_dir() else Path(args.input).parent
     sources = mask_files.mask_sources(views, args.masks, root)
     print(f"read {what}; masks: {sources[0] if isinstance(sources[0], str) else sources[0].parent}")
     with folders.new_folder(args.output) as folder:

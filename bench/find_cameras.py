@@ -41,8 +41,7 @@ def main():
     true_poses = [datasets.view_camera(Path(args.scene) / "cameras.npz", matrices, place)[1] for place in places]
     off = cameras.errors(np.stack([view.pose for view in views]), np.stack(true_poses))
     print(f"{len(views)} of {len(images)} views placed; left out: {found.left_out}")
-    print(f"centres off by {off.translation.mean():.5f} radii on average, {off.translation.max():.5f} at most; rotations "
-          f"by {off.rotation.mean():.3f} degrees, {off.rotation.max():.3f} at most")
+    print("cameras", cameras.in_words(off, 1.0))
     print(f"{wall:.0f} s wall, {used.ru_utime + used.ru_stime:.0f} s user and system, {os.cpu_count()} cores")
 
 

@@ -1,4 +1,4 @@
-"""Bounded reading of untrusted pictures: PNG, JPEG, TIFF, WebP, BMP and PPM, recognised by content."""
+"""Bounded reading of untrusted pictures: PNG, JPEG, TIFF, WebP, BMP and PPM, recognised by content. And HEIC."""
 import contextlib
 import io
 import os
@@ -27,6 +27,7 @@ MOST_PIXELS = 80 * 10 ** 6  # per picture; a small file may decompress to more t
 MOST_BYTES = 10 ** 9        # per file; MOST_PIXELS with four 16-bit channels need less
 MOST_SCANS = 50             # per JPEG; each scan passes over all pixels, and progressive JPEGs have about ten
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")  # Pillow runs external programs for some others (EPS)
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")    # in its first bytes
 COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's 8-bit modes
 WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # tag numbers of TIFF and EXIF
 MODEL, FOCAL_LENGTH, FILM_FOCAL_LENGTH = 272, 37386, 41989
@@ -124,7 +125,9 @@ def opened(path):
             file.seek(0)
             check_scans(path, file)
             file.seek(0)
-            with Image.open(file, formats=FORMATS) as picture:
+            formats = FORMATS + heic_format(path, file)
+            file.seek(0)
+            with Image.open(file, formats=formats) as picture:
                 if picture.width * picture.height > MOST_PIXELS:
                     raise too_large(path)
                 yield picture, file
@@ -134,6 +137,23 @@ def opened(path):
         raise too_large(path) from error
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
         raise unreadable(path, error) from error
+
+
+def heic_format(path, file):
+    """Return Pillow's names of the formats that an open file requires beyond FORMATS: ("HEIF",) for HEIC, else ().
+
+    Raises UserError if pillow-heif, which reads HEIC, is missing.
+    """
+    head = file.read(12)
+    if head[4:8] != b"ftyp" or head[8:] not in HEIC_BRANDS:
+        return ()
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise UserError(f"{path}: HEIC, for which pillow-heif is needed: pip install -r requirements-photos.txt; or "
+                        "convert it to PNG or JPEG") from error
+    pillow_heif.register_heif_opener()
+    return ("HEIF",)
 
 
 def too_large(path):
@@ -149,7 +169,8 @@ def unreadable(path, error):
     elif isinstance(error, UnidentifiedImageError):
         with open(str(path), "rb") as file:
             if file.read(8)[4:] == b"ftyp":
-                return UserError(f"{path}: HEIC, AVIF or a video, which cannot be read; convert it to PNG or JPEG")
+                return UserError(f"{path}: AVIF, a damaged HEIC or a video, which cannot be read; convert it to PNG or "
+                                 "JPEG")
         reason = "it is not PNG, JPEG, TIFF, WebP or BMP, or is truncated"
     return UserError(f"{path}: cannot be read as an image ({reason}); replace this file")
 
@@ -233,6 +254,11 @@ def has_alpha(picture):
 def colours(picture):
     """Return the RGB colours of Pillow's picture, (H, W, 3) uint8."""
     return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
+
+
+def colours_and_alpha(picture):
+    """Return the colours of Pillow's picture, and its alpha channel if it has one, (H, W, 3 or 4) uint8."""
+    return np.asarray(picture.convert("RGBA")) if has_alpha(picture) else colours(picture)
 
 
 def alpha(picture):

@@ -32,7 +32,7 @@ FILM_DIAGONAL = 43.27       # mm, of 35 mm film
 LEAST_VIEWS = 3
 STILL = 0.002               # of the diagonal: a match that moves less stands still
 SURE_CENTRE = 0.004         # of the longer side: the principal point is refined if it is known better than that
-BETTER = ("take 30 to 60 sharp pictures in even light, all around it and from two heights, each overlapping the next by "
+BETTER = ("take 30 to 60 sharp pictures in even light, all around and from two heights, each overlapping the next by "
           "two thirds; lay newspaper or other texture under an object that has none of its own")
 
 
@@ -73,7 +73,7 @@ def find_cameras(paths, work, in_sequence=False):
     """
     library()
     if len(paths) < LEAST_VIEWS:
-        raise UserError(f"{work.name}: {len(paths)} photograph{'s' * (len(paths) != 1)}; cameras are found from at least "
+        raise UserError(f"only {len(paths)} photograph{'s' * (len(paths) != 1)}; cameras are found from at least "
                         f"{LEAST_VIEWS}, better dozens: " + BETTER)
     state = signature(paths, in_sequence)
     done = read_state(work)
@@ -378,8 +378,8 @@ def judged(models, progress):
     places = {number: index for index, number in enumerate(progress.numbers)}
     if len(second) >= max(LEAST_VIEWS, count // 5):
         names = [progress.paths[min(places[number] for number in group)].name for group in (groups[0], second)]
-        raise UserError(f"the photographs fall into two groups, of {len(groups[0])} (with {names[0]}) and {len(second)} "
-                        f"(with {names[1]}), that do not connect; take pictures in between, or give one group alone")
+        raise UserError(f"the photographs fall into two groups that do not connect, {len(groups[0])} with {names[0]} "
+                        f"and {len(second)} with {names[1]}; take pictures in between, or give one group alone")
     if len(groups[0]) < LEAST_VIEWS or 2 * len(groups[0]) < count:
         texts = list(reasons.values())
         raise UserError(f"only {len(groups[0])} of {count} photographs could be placed; most often: "
