@@ -4,6 +4,7 @@ Everything lies in a working folder: `images/`, the features and matches in `dat
 COLMAP model that other programs open, too. An interrupted search goes on from the features and matches found so far.
 """
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -92,8 +93,7 @@ def find_cameras(paths, work, in_sequence=False):
                         "again") from error
     if turning:
         print("notice: the camera stood still and the object turned; the cameras are found from what moves")
-    refine(model)
-    write_model(model, work)
+    write_model(refined(model), work)
     writing.write_bytes(work / "state.json", json.dumps({"photographs": state, "left_out": left_out}).encode())
     return Found(work, left_out)
 
@@ -405,29 +405,24 @@ def reason(progress, index, placed):
 
 # --- refinement -------------------------------------------------------------------------------------------------------
 
-def refine(model):
-    """Adjust all cameras and points of a pycolmap.Reconstruction once more, with free principal points where they are
-    well determined. COLMAP holds them at the image's centre, which turns all cameras by a common angle."""
+def refined(model):
+    """Return a pycolmap.Reconstruction whose cameras and points are adjusted once more, with free principal points.
+
+    COLMAP holds these at the image's centre, which turns all cameras by a common angle. If the data do not tell where
+    they are, as where the camera never rolls or comes nearer, the result is `model` itself.
+    """
     pycolmap = library()
-    before = {number: np.array(camera.params) for number, camera in model.cameras.items()}
-    poses = {number: frame.rig_from_world for number, frame in model.frames.items() if frame.has_pose}
-    points = {number: np.array(point.xyz) for number, point in model.points3D.items()}
+    trial = copy.deepcopy(model)
     options = pycolmap.BundleAdjustmentOptions()
     options.refine_principal_point, options.print_summary = True, False
     config = pycolmap.BundleAdjustmentConfig()
-    for number in model.reg_image_ids():
+    for number in trial.reg_image_ids():
         config.add_image(number)
     config.fix_gauge(pycolmap.BundleAdjustmentGauge.TWO_CAMS_FROM_WORLD)
-    adjuster = pycolmap.create_default_ceres_bundle_adjuster(options, config, model)
+    adjuster = pycolmap.create_default_ceres_bundle_adjuster(options, config, trial)
     adjuster.solve()
-    if not all(known_centre(model, adjuster)):
-        for number, params in before.items():
-            model.cameras[number].params = params
-        for number, pose in poses.items():
-            model.frames[number].rig_from_world = pose
-        for number, place in points.items():
-            model.points3D[number].xyz = place
-    model.update_point_3d_errors()
+    trial.update_point_3d_errors()
+    return trial if all(known_centre(trial, adjuster)) else model
 
 
 def known_centre(model, adjuster):
