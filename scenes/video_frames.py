@@ -108,7 +108,8 @@ def read_frames(video, **options):
     try:
         yield next(frames)
     except (OSError, RuntimeError, StopIteration, ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{video}: cannot be read as a video (damaged, or of an unknown kind); export it as MP4") \
+        raise UserError(f"{video}: cannot be read as a video (it ends too early, is damaged, or of an unknown kind); "
+                        "export it as MP4") \
             from error
     try:
         yield from frames
