@@ -209,7 +209,7 @@ def read_header(path):
 
 def exif_file(picture):
     """Return the EXIF data of Pillow's picture as a binary file, which is empty if there are none."""
-    exif = picture.info.get("exif", b"")
+    exif = picture.info.get("exif") or b""
     return io.BytesIO(exif[6:] if exif.startswith(b"Exif\0\0") else exif)
 
 
@@ -219,11 +219,11 @@ def lens_tags(file):
     exif = [entry for tag, _, _, value in entries if tag == FURTHER_TAGS[0] for entry in directory(file, value)]
     order = ">" if file.seek(0) == 0 and file.read(2) == b"MM" else "<"
     model, focal, film = b"", 0.0, 0
-    for tag, _, count, value in entries + exif:
+    for tag, kind, count, value in entries + exif:
         if tag == MODEL and 4 < count < 200:
             file.seek(value)
             model = file.read(count).rstrip(b"\0 ")
-        elif tag == FOCAL_LENGTH:
+        elif tag == FOCAL_LENGTH and kind == 5:     # two integers
             file.seek(value)
             parts = file.read(8)
             above, below = struct.unpack(order + "II", parts) if len(parts) == 8 else (0, 1)
