@@ -88,8 +88,8 @@ def recognise(source):
         near = [str(folder) for folder in datasets.neighbours(source) if cameras_of_folder(folder, False)]
         if near:
             raise UserError(f"{source}: no cameras found here, but in {pictures.listed(near, 3)}; name that folder")
-        raise UserError(f"{source}: neither photographs nor cameras found; wanted are photographs, a video, or "
-                        f"{FORMATS}")
+        raise UserError(f"{source}: no cameras found, and no photographs or video to find them from; wanted "
+                        f"are photographs, or {FORMATS}")
     check_is_file(source)
     for fits, reader in ((source.suffix == ".json" and "transforms" in source.name, read_transforms),
                          (source.suffix == ".json", read_krt),

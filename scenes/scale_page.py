@@ -24,9 +24,10 @@ main { display: flex; gap: 12px } figure { flex: 1; margin: 0; min-width: 0 } se
 .mark b { position: absolute; left: 16px; top: -6px; text-shadow: 0 0 3px #fff, 0 0 3px #fff }
 .one { color: #d60000 } .two { color: #0047d6 }
 #lens { position: fixed; width: 180px; height: 180px; border: 1px solid #444; display: none; pointer-events: none;
-  image-rendering: pixelated; background-repeat: no-repeat }
-#lens::after { content: ""; position: absolute; left: 89px; top: 80px; width: 1px; height: 20px; background: #f0f;
-  box-shadow: 0 0 0 0 #f0f, 0 9px 0 0 transparent }
+  image-rendering: pixelated; background: #222 no-repeat }
+#lens::before, #lens::after { content: ""; position: absolute; background: #f0f }
+#lens::before { left: 90px; top: 78px; width: 1px; height: 25px }
+#lens::after { left: 78px; top: 90px; width: 25px; height: 1px }
 #option { display: block; padding: 8px; background: #fff; border: 1px solid #bbb; min-height: 1.4em; user-select: all;
   overflow-wrap: anywhere } input { font: inherit; width: 8em }
 </style></head><body>

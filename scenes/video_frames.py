@@ -19,6 +19,7 @@ CORNERS = 200           # points that are followed from frame to frame
 LEAST_MOTION = 0.5      # of the shorter side: the motion in a whole video that is worth a search
 MOST_FRAMES = 20000     # of a video; 11 minutes of 30 per second
 LEAST_FRAMES = 10       # of a video that ends early
+LAST = 4                # frames that are left out: where a video ends early, they may be damaged
 
 
 class Measures(NamedTuple):
@@ -70,6 +71,8 @@ def measure(video):
     if len(sharpness) < LEAST_FRAMES:
         raise UserError(f"{video}: only {len(sharpness)} frames can be read; give a whole video, of a slow walk around "
                         "the object")
+    if len(sharpness) >= 30:
+        del sharpness[-LAST:], steps[-LAST:]
     measures = Measures(np.array(sharpness), np.cumsum(steps), min(before.shape))
     if measures.motion[-1] < LEAST_MOTION * measures.side:
         raise UserError(f"{video}: next to nothing moves in it; walk around the object, or turn it, while you film")
