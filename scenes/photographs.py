@@ -4,6 +4,7 @@ The working folder `{output}_colmap` holds the photographs in `images/`: links t
 PNG files of the others (HEIC, turned by EXIF), and a video's frames. Cameras are those of structure_from_motion.
 """
 import os
+import sys
 from pathlib import Path
 from typing import List, NamedTuple
 
@@ -79,7 +80,7 @@ def find_cameras(source, output, frames):
         paths = gathered(source.paths, work / "images")
     found = structure_from_motion.find_cameras(paths, work, source.is_video)
     for name, reason in found.left_out:
-        print(f"look: {name}: left out, {reason}")
+        print(f"look: {name}: left out, {reason}", file=sys.stderr)
     print(f"{work}: the cameras of {len(paths) - len(found.left_out)} of {len(paths)} photographs, a COLMAP model")
     return work
 

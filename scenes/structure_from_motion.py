@@ -95,6 +95,7 @@ def find_cameras(paths, work, in_sequence=False):
         print("notice: the camera stood still and the object turned; the cameras are found from what moves")
     write_model(refined(model), work)
     writing.write_bytes(work / "state.json", json.dumps({"photographs": state, "left_out": left_out}).encode())
+    path.with_name("pairs.txt").unlink(missing_ok=True)
     return Found(work, left_out)
 
 
