@@ -26,7 +26,7 @@ from files.picture_store import PictureStore, Region
 from helper import ORDER, PIXELS, UserError, check_is_file, decompose_projection, pixel_rays, random_numbers
 
 SUFFIXES = (".png", ".jpg", ".jpeg")                            # of a scene's pictures
-PHOTOGRAPHS = SUFFIXES + (".tif", ".tiff", ".webp", ".bmp")     # of the photographs that a scene is made from
+PHOTOGRAPHS = SUFFIXES + (".tif", ".tiff", ".webp", ".bmp", ".heic", ".heif")   # of photographs to make a scene from
 OUTLINE_BAND = 1 / 40       # pixels this near to the mask's outline count as outline; in units of the shorter side
 OBJECT_SHARE = 3 / 4        # share of the rays away from the outline that are drawn on the object
 IN_MEMORY = 1 << 30         # bytes of a scene's pictures, 4 per pixel; more are kept in a file

@@ -5,11 +5,19 @@
 writes image/, mask/ and cameras.npz (training views first, then held-out ones), surface.ply (100,000 points of the
 exact surface with normals, in the unit sphere's coordinates) and scene.json (the settings). The same settings give the
 same bytes. `--camera-noise 3 3` adds cameras_linear_init.npz, the same cameras with noise.
+
+    python make_scene.py --floor --output data/table
+    python make_scene.py --floor --video walk.mp4
+
+make pictures such as users take: a painted teapot on a floor before a busy background, photographed or filmed on a walk
+around it. `--floor white`, `black` and `clutter` are other places.
 """
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 
+import cv2
 import imageio.v2 as imageio
 import numpy as np
 import skimage.measure
@@ -19,7 +27,8 @@ from scipy.spatial.transform import Rotation
 
 import helper
 import ray_tracer
-from files import folders
+from files import folders, writing
+from scenes import surroundings
 
 # --- the object: balls swept along discs, a circle and lines; z is up -------------------------------------------------
 
@@ -81,6 +90,7 @@ BACKGROUND = 0.25
 OBJECT_RADIUS = 0.79  # the object lies in this sphere, which fills the images
 SURFACE_SAMPLES = 100000
 DISTANCE = 2.75  # of the cameras from the origin
+WALK = 3.0  # the same of the cameras on a floor
 SCALE, OFFSET = 250.0, (40.0, -70.0, 620.0)  # radius and centre of the unit sphere in world units, such as millimetres
 
 
@@ -116,9 +126,15 @@ def paint(points):
     return (weights[..., None] * colours).sum(axis=0) / weights.sum(axis=0)[:, None]
 
 
-def shade(points, directions):
+def painted(points):
+    """Return the albedo (N, 3) of the teapot on a floor: that of `paint` with speckles, so that pictures match."""
+    return paint(points) * surroundings.speckles(points)[:, None]
+
+
+def shade(points, directions, albedo=paint):
     """Return the colour (N, 3) float32 in [0, 1] of surface `points` (N, 3) seen along `directions` (N, 3).
 
+    albedo: a function of the points, `paint` or `painted`.
     Ambient light from sky and ground, less in creases; a sun without cast shadows; its highlight (Blinn, 1977).
     """
     normals = exact_normals(points)
@@ -129,7 +145,7 @@ def shade(points, directions):
     halfway /= lengths(halfway)[:, None]
     highlight = 0.4 * np.maximum((normals * halfway).sum(axis=1), 0) ** 25 * np.minimum(4 * sun, 1)
     light = ambient * (0.4 + 0.6 * openness)[:, None] + 0.55 * sun[:, None]
-    return np.clip(paint(points) * light + highlight[:, None], 0, 1).astype(np.float32)
+    return np.clip(albedo(points) * light + highlight[:, None], 0, 1).astype(np.float32)
 
 
 def surface_mesh(resolution=128):
@@ -191,6 +207,32 @@ def camera_intrinsics(size):
     return np.array([[focal, 0, (size - 1) / 2], [0, focal, (size - 1) / 2], [0, 0, 1]])
 
 
+def sphere_cameras(views, held_out, size):
+    """Return the helper.Cameras of the scene without a floor: all around, the held-out ones last."""
+    poses = [look_at(DISTANCE * direction, np.zeros(3), (0, 0, 1) if abs(direction[2]) < 0.99 else (0, 1, 0))
+             for direction in view_directions(views, held_out)]
+    return [helper.Camera(camera_intrinsics(size), pose, (size, size)) for pose in poses]
+
+
+def walk_camera(angle, size):
+    """Return the helper.Camera of a walk around the object at an angle in radians, once around in 2 pi.
+
+    It is held by hand: height, distance and aim vary smoothly. Images have size x 0.75 size pixels.
+    """
+    height, away = np.radians(36 + 9 * np.sin(2 * angle + 0.5)), WALK * (1 + 0.06 * np.sin(3 * angle))
+    eye = away * np.array((np.cos(height) * np.cos(angle), np.cos(height) * np.sin(angle), np.sin(height)))
+    target = np.array((0.05 * np.sin(5 * angle), 0.05 * np.cos(4 * angle), -0.05 + 0.05 * np.sin(7 * angle)))
+    shape, focal = (3 * size // 4, size), 1.0 * size
+    intrinsics = np.array([[focal, 0, (shape[1] - 1) / 2], [0, focal, (shape[0] - 1) / 2], [0, 0, 1]])
+    return helper.Camera(intrinsics, look_at(eye, target, (0.03 * np.sin(2 * angle), 0, 1)), shape)
+
+
+def walk_cameras(views, held_out, size):
+    """Return the helper.Cameras of a walk: `views` in even steps around the object, then others between them."""
+    steps = [*np.arange(views), *(np.floor(np.arange(held_out) * views / max(1, held_out)) + 0.5)]
+    return [walk_camera(2 * np.pi * step / views, size) for step in steps]
+
+
 def world_matrices(intrinsics, pose):
     """Return world_mat and scale_mat, both (4, 4): K [R | t] in world units, and the unit sphere to world units.
 
@@ -228,36 +270,67 @@ def render(intrinsics, pose, size):
     return image, np.where(hit, 255, 0).astype(np.uint8).reshape(size, size)
 
 
+def floor_scene(kind, turned=0.0):
+    """Return the teapot in surroundings of a kind, as a surroundings.Scene. turned: see surroundings.Surroundings."""
+    around = surroundings.make_surroundings(kind)._replace(turned=turned)
+    scene = surroundings.Scene(exact_sdf, partial(shade, albedo=painted), SUN, around)
+    return scene._replace(light=surroundings.floor_light(scene))
+
+
 # --- the scene on disk ------------------------------------------------------------------------------------------------
 
-def write_scene(folder, views, held_out, size, camera_noise):
+def write_scene(folder, cameras, render_view, camera_noise):
     """Write the scene to an empty folder. Return the fraction of pixels that show the object.
 
+    cameras: helper.Cameras. render_view: the index and the Camera of a view to its image and mask, as from `render`.
     camera_noise: the degrees and percent of `disturbed`, None for no noisy cameras.
     """
     (folder / "image").mkdir()
     (folder / "mask").mkdir()
-    intrinsics, cameras, noisy, covered = camera_intrinsics(size), {}, {}, []
-    rng = np.random.default_rng(0)
-    directions = view_directions(views, held_out)
-    digits = max(3, len(str(len(directions) - 1)))  # names that sort as the views do
-    for view, direction in enumerate(tqdm.tqdm(directions, unit="view", dynamic_ncols=True)):
-        up = (0, 0, 1) if abs(direction[2]) < 0.99 else (0, 1, 0)
-        pose = look_at(DISTANCE * direction, np.zeros(3), up)
-        image, mask = render(intrinsics, pose, size)
+    matrices, noisy, covered, rng = {}, {}, [], np.random.default_rng(0)
+    digits = max(3, len(str(len(cameras) - 1)))  # names that sort as the views do
+    for view, camera in enumerate(tqdm.tqdm(cameras, unit="view", dynamic_ncols=True)):
+        image, mask = render_view(view, camera)
         imageio.imwrite(folder / "image" / f"{view:0{digits}d}.png", image)
         imageio.imwrite(folder / "mask" / f"{view:0{digits}d}.png", mask)
-        cameras[f"world_mat_{view}"], cameras[f"scale_mat_{view}"] = world_matrices(intrinsics, pose)
+        k, pose = camera.intrinsics, camera.pose
+        matrices[f"world_mat_{view}"], matrices[f"scale_mat_{view}"] = world_matrices(k, pose)
         if camera_noise:
-            noisy[f"world_mat_{view}"], noisy[f"scale_mat_{view}"] = world_matrices(
-                intrinsics, disturbed(pose, *camera_noise, rng))
+            pose = disturbed(pose, *camera_noise, rng)
+            noisy[f"world_mat_{view}"], noisy[f"scale_mat_{view}"] = world_matrices(k, pose)
         covered.append((mask > 0).mean())
-    np.savez(folder / "cameras.npz", **cameras)
+    np.savez(folder / "cameras.npz", **matrices)
     if camera_noise:
         np.savez(folder / "cameras_linear_init.npz", **noisy)
     surface = surface_samples(SURFACE_SAMPLES, np.random.default_rng(0))
     trimesh.Trimesh(surface, vertex_normals=exact_normals(surface), process=False).export(folder / "surface.ply")
     return np.mean(covered)
+
+
+def write_video(path, kind, size, frames, turntable):
+    """Write a video of a walk once around the teapot on a floor, which stands in surroundings of a kind.
+
+    turntable: the camera stands still, and the object turns with a disc under it. Its light turns with it. Some frames
+    are blurred, as where a hand moves.
+    """
+    scene = floor_scene(kind)
+    with writing.video_writer(path) as append:
+        for frame in tqdm.trange(frames, unit="frame", dynamic_ncols=True):
+            angle = 2 * np.pi * frame / frames
+            camera = walk_camera(angle, size)
+            if turntable:
+                camera = camera._replace(pose=turned_pose(walk_camera(0, size).pose, angle))
+                scene = scene._replace(around=scene.around._replace(turned=angle))
+            image = surroundings.render(scene, camera, np.random.default_rng(frame))[0]
+            blur = int(round(size / 40 * max(0, np.sin(2 * np.pi * frame / 17)) ** 4))
+            append(image if turntable or not blur else cv2.blur(image, (2 * blur + 1, 1)))
+
+
+def turned_pose(pose, angle):
+    """Return a pose (4, 4) turned about the z axis of the world by an angle in radians."""
+    turn = np.eye(4)
+    turn[:3, :3] = surroundings.vertical_turn(angle)
+    return turn @ pose
 
 
 def made_already(output, settings):
@@ -276,34 +349,66 @@ def made_already(output, settings):
     return True
 
 
-def main():
+def parse_arguments():
+    """Return the command line's arguments. Raise UserError for values that are out of range or do not go together."""
     parser = argparse.ArgumentParser(description="Make the embedded scene.",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--output", default="data/demo", help="the scene's folder")
     parser.add_argument("--views", type=int, default=32, help="training views, all around")
     parser.add_argument("--held-out", type=int, default=6, help="further views, to evaluate on")
-    parser.add_argument("--size", type=int, default=96, help="pixels along the sides of an image")
+    parser.add_argument("--size", type=int, help="pixels along the longer sides of an image; 96, with --floor 400")
     parser.add_argument("--camera-noise", type=float, nargs=2, metavar=("DEGREES", "PERCENT"),
                         help="also write cameras_linear_init.npz, to train cameras from: the cameras turned by about "
                              "so many degrees and moved by about so many percent of their distance")
+    parser.add_argument("--floor", nargs="?", const="textured", choices=surroundings.KINDS,
+                        help="put the object, painted, on a floor in a room, and the cameras on a walk around it; "
+                             "textured if no place is named")
+    parser.add_argument("--video", metavar="FILE", help="with --floor: write only a video (.mp4) of the walk")
+    parser.add_argument("--frames", type=int, default=250, help="of the video, 25 per second")
+    parser.add_argument("--turntable", action="store_true", help="with --video: the object turns, the camera stands")
     args = parser.parse_args()
+    args.size = (400 if args.floor else 96) if args.size is None else args.size
     for flag, value, least, most in (("--views", args.views, 1, 1000), ("--held-out", args.held_out, 0, 1000),
-                                     ("--size", args.size, 8, 1024)):
+                                     ("--size", args.size, 8, 1024), ("--frames", args.frames, 2, 10000)):
         if not least <= value <= most:
             raise helper.UserError(f"{flag} must be {least} to {most}, not {value}")
     if args.camera_noise and not all(0 <= value <= 30 for value in args.camera_noise):
         raise helper.UserError(f"--camera-noise must be two numbers from 0 to 30, not {args.camera_noise}")
+    if args.video and not args.floor or args.turntable and not args.video:
+        raise helper.UserError("--video needs --floor, and --turntable needs --video; add what is missing")
+    if args.video and Path(args.video).suffix.lower() != ".mp4":
+        raise helper.UserError(f"--video {args.video}: the name must end in .mp4")
+    return args
+
+
+def main():
+    args = parse_arguments()
+    if args.video:
+        write_video(args.video, args.floor, args.size, args.frames, args.turntable)
+        print(f"{args.video}: {args.frames} frames")
+        return
     output = Path(args.output)
     settings = {"made by": "make_scene.py", "views": args.views, "held_out": args.held_out, "size": args.size}
     if args.camera_noise:
         settings["camera_noise"] = args.camera_noise
+    if args.floor:
+        settings["floor"] = args.floor
     if made_already(output, settings):
         print(f"{output}: is there already, made with these settings")
         return
-    with folders.new_folder(output) as scene:
-        covered = write_scene(scene, args.views, args.held_out, args.size, args.camera_noise)
-        (scene / "scene.json").write_text(json.dumps(settings) + "\n")
-    print(f"{output}: {args.views} views to train on and {args.held_out} held out, {args.size}x{args.size} "
+    cameras = (walk_cameras if args.floor else sphere_cameras)(args.views, args.held_out, args.size)
+    scene = floor_scene(args.floor) if args.floor else None
+
+    def render_view(view, camera):
+        if scene is None:
+            return render(camera.intrinsics, camera.pose, args.size)
+        return surroundings.render(scene, camera, np.random.default_rng(view))
+
+    with folders.new_folder(output) as folder:
+        covered = write_scene(folder, cameras, render_view, args.camera_noise)
+        (folder / "scene.json").write_text(json.dumps(settings) + "\n")
+    height, width = cameras[0].shape
+    print(f"{output}: {args.views} views to train on and {args.held_out} held out, {width}x{height} "
           f"pixels, {covered:.0%} of them on the object; surface.ply holds its exact surface")
 
 

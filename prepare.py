@@ -1,19 +1,22 @@
-"""Make a scene for train.py from photographs with cameras and masks, or check an existing scene.
+"""Make a scene for train.py from photographs, or check an existing scene.
 
-    python prepare.py FOLDER --output data/mine     from a COLMAP model, transforms.json, ...; see --help
+    python prepare.py FOLDER --output data/mine     from photographs, with a COLMAP model or others' cameras if there
+    python prepare.py shoe.mp4 --output data/mine   from a video
     python prepare.py data/mine --check             says what is wrong, in which view, and what to do
+    python prepare.py data/mine --scale-by "..."    puts the scene into a unit; see scenes/scale.py
 
-Both find the object's region from cameras and masks, the visual hull, and draw prepare_{scene}.png in the current
+They find the object's region from cameras and masks, the visual hull, and draw prepare_{scene}.png in the current
 folder: the cameras around the unit sphere, and the hull's outline over the photographs. The outlines fit the masks only
 if cameras, masks and their order are right.
 
-Both judge alike. A line that begins with `wrong` means that the scene is of no use: it is not written, and the exit
+They judge alike. A line that begins with `wrong` means that the scene is of no use: it is not written, and the exit
 status is 2. A line with `look` names views to look at; the scene is written, and the status is 0. A `notice` is worth
 knowing.
 """
 import argparse
 import os
 import re
+import shlex
 import shutil
 from functools import partial
 from pathlib import Path
@@ -25,7 +28,7 @@ import datasets
 import helper
 from files import folders, pictures, writing
 from helper import UserError
-from scenes import camera_files, checks, mask_files, overview
+from scenes import camera_files, checks, mask_files, overview, photographs, scale, scale_page
 from scenes.views import read_view
 from scenes.visual_hull import Ball, Hull, enclosing_sphere, make_look, normalised
 
@@ -33,22 +36,31 @@ KEPT = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg"}   # the formats that a sce
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Make a scene from photographs with cameras and masks, or check one.",
+    parser = argparse.ArgumentParser(description="Make a scene from photographs or a video, or check one.",
                                      formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog=f"Cameras are {camera_files.FORMATS}.")
-    parser.add_argument("input", help="a folder of photographs and cameras, or a camera file; with --check a scene")
+    parser.add_argument("input", help="a folder of photographs, a video, or a camera file; with --check a scene")
     parser.add_argument("--output", help="the scene's folder, new or empty")
     parser.add_argument("--check", action="store_true", help="check the scene `input`; writes nothing but the picture")
     parser.add_argument("--images", metavar="FOLDER", help="the photographs, if not where the format has them")
     parser.add_argument("--masks", metavar="FOLDER|alpha|background", help="where the masks come from; by default the "
                         "folder masks/ or mask/, else the alpha channel; background: what differs from the border")
     parser.add_argument("--threshold", type=float, help="of --masks background, in grey levels; found by default")
+    parser.add_argument("--frames", type=int, default=60, help="how many frames to take of a video")
     parser.add_argument("--downscale", type=int, default=1, help="shrink the images by this whole factor")
+    parser.add_argument("--scale-by", nargs="?", const="", metavar="MARKS", help="put the scene into the unit in which "
+                        f"two clicked points have a distance, as {scale.EXAMPLE}; without a value, write the page on "
+                        "which to click them")
     args = parser.parse_args()
+    args.marks = scale.read_marks(args.scale_by) if args.scale_by else None
     if args.check:
         return check(args.input)
+    if args.output is None and args.scale_by is not None:
+        return give_unit(Path(args.input), args.marks)
     if args.output is None:
         raise UserError("--output is missing: the folder for the scene, such as data/mine (or --check a scene)")
+    if not 10 <= args.frames <= 1000:
+        raise UserError(f"--frames must be 10 to 1000, not {args.frames}")
     if args.downscale < 1:
         raise UserError(f"--downscale must be 1 or more, not {args.downscale}")
     if args.threshold is not None and not 0 < args.threshold < 255:
@@ -60,35 +72,84 @@ def main():
 
 def prepare(args):
     """Make the scene args.output. Raise UserError, and write no scene, if something is wrong."""
-    views, what = camera_files.read_views(args.input, args.images)
+    folders.check_new(args.output)
+    alone, root = photographs.without_cameras(args.input, args.images), Path(args.input)
+    root = root if root.is_dir() else root.parent
+    source = photographs.find_cameras(alone, args.output, args.frames) if alone else args.input
+    views, what = camera_files.read_views(source, None if alone else args.images)
     check_photographs(views)
-    root = Path(args.input) if Path(args.input).is_dir() else Path(args.input).parent
     sources = mask_files.mask_sources(views, args.masks, root)
     print(f"read {what}; masks: {sources[0] if isinstance(sources[0], str) else sources[0].parent}")
     with folders.new_folder(args.output) as folder:
         looks, intrinsics = write_pictures(folder, views, sources, args.threshold, args.downscale)
         hint = partial(mask_files.background_hint, views, args.threshold) if sources[0] == "background" else no_hint
-        sphere, findings = judge_and_draw(looks, args.output, mask_hint=hint)
+        poses, growth = [view.pose for view in views], 1.0
+        if args.marks:
+            growth = scale.factor(args.marks, written_cameras(folder, intrinsics, poses))
+        sphere, hull, findings = judge_and_draw(looks, args.output, mask_hint=hint)
         picture = picture_path(args.output)
         wrong = [finding for finding in findings if finding.level == checks.WRONG]
         if wrong:
             where = f"view {wrong[0].view} ({looks[wrong[0].view].name}): " if wrong[0].view >= 0 else ""
             raise UserError(f"{args.output}: not written; {where}{wrong[0].text}; see {picture}")
-        write_cameras(folder / "cameras.npz", [view.pose for view in views], intrinsics, sphere)
+        sphere, poses = Ball(growth * sphere.centre, growth * sphere.radius), [grown(pose, growth) for pose in poses]
+        write_cameras(folder / "cameras.npz", poses, intrinsics, sphere)
     print(f"{args.output}: {len(views)} views; the unit sphere lies at {np.array2string(sphere.centre, precision=4)}, "
-          f"radius {sphere.radius:.4g}; look at {lines_to_look_at(findings)}{picture}")
+          f"radius {sphere.radius:.4g}; {size_in_words(hull, sphere.radius)}; look at "
+          f"{lines_to_look_at(findings)}{picture}")
+    if args.scale_by == "" or alone and not args.marks:
+        write_scale_page(Path(args.output))
+
+
+def grown(pose, growth):
+    """Return a pose (4, 4) in a world that has grown by a factor."""
+    pose = pose.copy()
+    pose[:3, 3] *= growth
+    return pose
+
+
+def written_cameras(folder, intrinsics, poses):
+    """Return the helper.Cameras of a scene's images with these intrinsics (N, 3, 3) and poses (N, 4, 4)."""
+    images = datasets.picture_files(folder / "image")[0]
+    return [helper.Camera(k, pose, scale.image_shape(image)) for k, pose, image in zip(intrinsics, poses, images)]
+
+
+def size_in_words(hull, radius):
+    """Return what the object measures, by its normalised Hull and the unit sphere's radius, in words."""
+    if len(hull.points) < 10:
+        return "the object's size is unknown"
+    sides = radius * scale.extents(hull.points)
+    return f"the object measures about {' x '.join(f'{side:.3g}' for side in sides)} in the cameras' unit"
+
+
+def give_unit(scene, marks):
+    """Put an existing scene into the unit of scale.Marks, or write the page to make them if marks is None."""
+    if marks is None:
+        return write_scale_page(scene)
+    growth = scale.scale_scene(scene, marks)
+    print(f"{scene}: grown by {growth:.6g}; its earlier cameras are kept in {scale.KEPT}")
+    return check(scene)
+
+
+def write_scale_page(scene):
+    """Write the page on which to click the points of --scale-by for the scene in a folder."""
+    path = Path(f"prepare_{scene_name(scene)}_scale.html")
+    scale_page.write_page(path, scene, f"python prepare.py {shlex.quote(str(scene))}")
+    print(f"to give the scene a unit, open {path} in a browser")
 
 
 def check(scene):
     """Judge the scene in a folder as `prepare` does. Raise UserError if something is wrong."""
     looks, matrices = read_scene(Path(scene))
     findings = checks.judge_scale([matrices[f"scale_mat_{index}"] for index in range(len(looks))])
-    findings = judge_and_draw(looks, scene, findings, sphere=Ball(np.zeros(3), 1.0))[1]
+    _, hull, findings = judge_and_draw(looks, scene, findings, sphere=Ball(np.zeros(3), 1.0))
     count = checks.num_lines(findings, checks.WRONG)
     if count:
         raise UserError(f"{scene}: {count} thing{'s' * (count > 1)} to mend, in the lines above; see "
                         f"{picture_path(scene)}")
-    print(f"{scene}: {len(looks)} views, nothing wrong; look at {lines_to_look_at(findings)}{picture_path(scene)}")
+    size = size_in_words(hull, np.cbrt(np.linalg.det(matrices["scale_mat_0"][:3, :3])))
+    print(f"{scene}: {len(looks)} views, nothing wrong; {size}; look at "
+          f"{lines_to_look_at(findings)}{picture_path(scene)}")
 
 
 # --- judging ----------------------------------------------------------------------------------------------------------
@@ -102,8 +163,8 @@ def judge_and_draw(looks, scene, findings=(), sphere=None, mask_hint=no_hint):
     """Judge Looks, print the findings and draw the picture.
 
     scene: its folder, for messages. findings: earlier ones. sphere: the unit sphere as a Ball, None to find it.
-    mask_hint: returns words to append to findings of masks. Returns the sphere and all findings. Raises UserError if
-    fewer than two masks show something.
+    mask_hint: returns words to append to findings of masks. Returns the sphere, the normalised Hull and all findings.
+    Raises UserError if fewer than two masks show something.
     """
     findings = [*findings, *checks.judge_masks(looks)]
     usable = checks.usable_views(looks)
@@ -125,7 +186,7 @@ def judge_and_draw(looks, scene, findings=(), sphere=None, mask_hint=no_hint):
     findings = checks.with_mask_hint([*findings, *checks.judge_sphere(hull, looks, odd)], mask_hint)
     checks.print_findings(findings, looks)
     overview.draw(picture_path(scene), picture_title(scene, len(looks), findings), looks, hull, findings)
-    return sphere, findings
+    return sphere, hull, findings
 
 
 def picture_path(scene):

@@ -90,6 +90,13 @@ def stands_at(handle, path):
         return False
 
 
+def check_new(path):
+    """Raise UserError if `path` exists and is not an empty folder."""
+    target = Path(os.path.abspath(path))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{path}: exists already and is not empty; choose another --output or remove it")
+
+
 @contextlib.contextmanager
 def new_folder(path):
     """Yield a temporary folder beside `path`, and rename it to `path` if the block succeeds.
@@ -98,8 +105,7 @@ def new_folder(path):
     """
     target = Path(os.path.abspath(path))
     try:
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise UserError(f"{path}: exists already and is not empty; choose another --output or remove it")
+        check_new(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=str(target.parent)) as temporary:
             folder = Path(temporary) / target.name

@@ -1,11 +1,11 @@
-"""Bounded reading of untrusted pictures: PNG, JPEG, TIFF, WebP, BMP and PPM, recognised by content."""
+"""Bounded reading of untrusted pictures: PNG, JPEG, TIFF, WebP, BMP and PPM, recognised by content. And HEIC."""
 import contextlib
 import io
 import os
 import struct
 import sys
 import warnings
-from typing import NamedTuple
+from typing import NamedTuple, Tuple
 
 import numpy as np
 
@@ -27,11 +27,21 @@ MOST_PIXELS = 80 * 10 ** 6  # per picture; a small file may decompress to more t
 MOST_BYTES = 10 ** 9        # per file; MOST_PIXELS with four 16-bit channels need less
 MOST_SCANS = 50             # per JPEG; each scan passes over all pixels, and progressive JPEGs have about ten
 FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "BMP", "PPM")  # Pillow runs external programs for some others (EPS)
+HEIC_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"mif1", b"msf1")    # in its first bytes
 COLOURS = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr")  # Pillow's 8-bit modes
 WIDTH, HEIGHT, ORIENTATION = 256, 257, 274  # tag numbers of TIFF and EXIF
+MODEL, FOCAL_LENGTH, FILM_FOCAL_LENGTH = 272, 37386, 41989
 FURTHER_TAGS = (34665, 34853, 40965)        # tags that point to further directories: EXIF, GPS, interoperability
 # {field type: bytes per value}
 TAG_SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+
+
+class Header(NamedTuple):
+    """What a picture file says of itself."""
+    size: Tuple[int, int]   # width and height as stored
+    orientation: int        # EXIF orientation, 1 to 8
+    kind: str               # Pillow's name of the format
+    lens: Tuple             # EXIF: the camera's model (bytes), its focal length in mm and as of 35 mm film; 0 if absent
 
 
 class Picture(NamedTuple):
@@ -115,7 +125,9 @@ def opened(path):
             file.seek(0)
             check_scans(path, file)
             file.seek(0)
-            with Image.open(file, formats=FORMATS) as picture:
+            formats = FORMATS + heic_format(path, file)
+            file.seek(0)
+            with Image.open(file, formats=formats) as picture:
                 if picture.width * picture.height > MOST_PIXELS:
                     raise too_large(path)
                 yield picture, file
@@ -125,6 +137,23 @@ def opened(path):
         raise too_large(path) from error
     except Exception as error:  # Pillow's readers raise OSError, SyntaxError, ValueError, struct.error, ...
         raise unreadable(path, error) from error
+
+
+def heic_format(path, file):
+    """Return Pillow's names of the formats that an open file requires beyond FORMATS: ("HEIF",) for HEIC, else ().
+
+    Raises UserError if pillow-heif, which reads HEIC, is missing.
+    """
+    head = file.read(12)
+    if head[4:8] != b"ftyp" or head[8:] not in HEIC_BRANDS:
+        return ()
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise UserError(f"{path}: HEIC, for which pillow-heif is needed: pip install -r requirements-photos.txt; or "
+                        "convert it to PNG or JPEG") from error
+    pillow_heif.register_heif_opener()
+    return ("HEIF",)
 
 
 def too_large(path):
@@ -140,7 +169,8 @@ def unreadable(path, error):
     elif isinstance(error, UnidentifiedImageError):
         with open(str(path), "rb") as file:
             if file.read(8)[4:] == b"ftyp":
-                return UserError(f"{path}: HEIC, AVIF or a video, which cannot be read; convert it to PNG or JPEG")
+                return UserError(f"{path}: AVIF, a damaged HEIC or a video, which cannot be read; convert it to PNG or "
+                                 "JPEG")
         reason = "it is not PNG, JPEG, TIFF, WebP or BMP, or is truncated"
     return UserError(f"{path}: cannot be read as an image ({reason}); replace this file")
 
@@ -157,12 +187,50 @@ def read_picture(path, convert):
         orientation = stored_orientation(file) if is_tiff else 1
         picture.load()
         if not is_tiff:     # a PNG's EXIF data may follow its pixels
-            exif = picture.info.get("exif", b"")
-            orientation = stored_orientation(io.BytesIO(exif[6:] if exif.startswith(b"Exif\0\0") else exif))
+            orientation = stored_orientation(exif_file(picture))
         pixels = convert(eight_bits(path, picture))
         if is_tiff:         # Pillow applies the orientation to TIFF alone; undo it
             pixels = np.ascontiguousarray(turn(pixels, {6: 8, 8: 6}.get(orientation, orientation)))
         return Picture(pixels, orientation, kind)
+
+
+def read_header(path):
+    """Return the Header of a picture file. Raises UserError if it is unreadable or too large."""
+    width, height = picture_size(path)
+    with opened(path) as (picture, file):
+        if picture.format == "TIFF":
+            content = file
+        else:
+            if picture.format == "PNG":
+                picture.load()      # its EXIF data may follow its pixels
+            content = exif_file(picture)
+        return Header((width, height), stored_orientation(content), picture.format, lens_tags(content))
+
+
+def exif_file(picture):
+    """Return the EXIF data of Pillow's picture as a binary file, which is empty if there are none."""
+    exif = picture.info.get("exif") or b""
+    return io.BytesIO(exif[6:] if exif.startswith(b"Exif\0\0") else exif)
+
+
+def lens_tags(file):
+    """Return Header's `lens` from a TIFF file or EXIF data."""
+    entries = directory(file)
+    exif = [entry for tag, _, _, value in entries if tag == FURTHER_TAGS[0] for entry in directory(file, value)]
+    order = ">" if file.seek(0) == 0 and file.read(2) == b"MM" else "<"
+    model, focal, film = b"", 0.0, 0
+    for tag, kind, count, value in entries + exif:
+        if tag == MODEL and 4 < count < 200:
+            file.seek(value)
+            model = file.read(count).rstrip(b"\0 ")
+        elif tag == FOCAL_LENGTH and kind == 5:     # two integers
+            file.seek(value)
+            parts = file.read(8)
+            above, below = struct.unpack(order + "II", parts) if len(parts) == 8 else (0, 1)
+            focal = above / below if below else 0.0
+        elif tag == FILM_FOCAL_LENGTH:
+            film = value
+    return model, focal, film
 
 
 def eight_bits(path, picture):
@@ -188,9 +256,19 @@ def colours(picture):
     return np.asarray(picture if picture.mode == "RGB" else picture.convert("RGB"))
 
 
+def colours_and_alpha(picture):
+    """Return the colours of Pillow's picture, and its alpha channel if it has one, (H, W, 3 or 4) uint8."""
+    return np.asarray(picture.convert("RGBA")) if has_alpha(picture) else colours(picture)
+
+
 def alpha(picture):
     """Return an (H, W) bool mask, True where Pillow's picture is more than half opaque."""
     return np.asarray(picture.convert("RGBA").getchannel("A")) > 127    # via RGBA: palettes may be transparent, too
+
+
+def grey(picture):
+    """Return the brightness of Pillow's picture, (H, W) uint8."""
+    return np.asarray(picture.convert("RGB").convert("L"))
 
 
 def on_object(picture):

@@ -24,6 +24,7 @@ MAX_NAME = 4096             # bytes of a name in a COLMAP file; a longer one mea
 MOST_TEXT = 20 * 10 ** 6    # bytes of a text file that is read whole; parsed JSON may take forty times the memory
 MOST_LINE = 10 ** 8         # characters of a line of COLMAP's, which may hold all keypoints of an image
 MOST_VIEWS = 20000
+MOST_POINTS = 10 ** 7
 MAX_PART, MAX_PATH = 255, 1000  # bytes of a file's name, the usual limit, and of a path in a camera file
 FARTHEST = 1e12             # the largest number in a camera; beyond, double precision gives noise
 LONGEST_SIDE = 10 ** 6      # pixels of a camera's image
@@ -87,8 +88,8 @@ def recognise(source):
         near = [str(folder) for folder in datasets.neighbours(source) if cameras_of_folder(folder, False)]
         if near:
             raise UserError(f"{source}: no cameras found here, but in {pictures.listed(near, 3)}; name that folder")
-        raise UserError(f"{source}: no cameras found; wanted is {FORMATS}. From photographs alone COLMAP makes them: "
-                        "colmap automatic_reconstructor --dense 0 --workspace_path FOLDER --image_path FOLDER/images")
+        raise UserError(f"{source}: no cameras found, and no photographs or video to find them from; wanted "
+                        f"are photographs, or {FORMATS}")
     check_is_file(source)
     for fits, reader in ((source.suffix == ".json" and "transforms" in source.name, read_transforms),
                          (source.suffix == ".json", read_krt),
@@ -377,12 +378,18 @@ def unpack(file, layout):
     return struct.unpack("<" + layout, content)
 
 
-def binary_rows(path, read_row):
-    """Return [read_row(file), ...] for the entries of a COLMAP binary file. Raise UserError if it is damaged."""
+def binary_rows(path, read_row, most=None):
+    """Return [read_row(file), ...] for the entries of a COLMAP binary file. Raise UserError if it is damaged.
+
+    most: how many entries there may be, None for as many as there may be views.
+    """
     try:
         with open(str(path), "rb") as file:
             count, = unpack(file, "Q")
-            check_count(path, count)
+            if most is None:
+                check_count(path, count)
+            elif count > most:
+                raise ValueError(f"it has more than {most} entries")
             rows = [read_row(file) for _ in range(count)]
             if file.read(1):
                 raise ValueError("it goes on after its last entry: not COLMAP's, or damaged")
@@ -429,6 +436,48 @@ def parse_int(word):
     if len(word) > 20:
         raise ValueError
     return int(word)
+
+
+def read_points3d(model):
+    """Return the sparse points of the COLMAP model in a folder, and which images see them.
+
+    Returns points (N, 3) float64, in the model's world units, and a list of N arrays of the images' numbers in the
+    model. N is 0 if the model has no points. Raises UserError if the file is damaged.
+    """
+    path = Path(model) / "points3D.bin"
+    rows = (binary_points3d(path) if path.is_file() else
+            text_points3d(path.with_suffix(".txt")) if path.with_suffix(".txt").is_file() else [])
+    points = np.array([point for point, _ in rows], np.float64).reshape(-1, 3)
+    kept = np.isfinite(points).all(axis=1)
+    return points[kept], [images for (_, images), good in zip(rows, kept) if good]
+
+
+def binary_points3d(path):
+    """Return (x, y, z), the numbers of the images that see it, of each point in a points3D.bin."""
+    size = os.path.getsize(str(path))
+
+    def row(file):
+        values = unpack(file, "Q3d3BdQ")
+        if file.tell() + 8 * values[-1] > size:
+            raise ValueError("it ends too early: truncated, or not COLMAP's")
+        return values[1:4], np.frombuffer(file.read(8 * values[-1]), "<i4")[::2]    # image and keypoint in turn
+    return binary_rows(path, row, most=MOST_POINTS)
+
+
+def text_points3d(path):
+    """Return the rows of a points3D.txt as binary_points3d does."""
+    rows = []
+    for index, line in text_lines(path):
+        words = line.split()
+        if words and not words[0].startswith("#"):
+            try:
+                rows.append(([float(word) for word in words[1:4]], np.array(words[8::2], np.int32)))
+            except (ValueError, OverflowError):
+                raise UserError(f"{path}, line {index}: wanted are number, x, y, z, colour, error, and pairs of image "
+                                "and keypoint") from None
+            if len(rows[-1][0]) < 3:
+                raise UserError(f"{path}, line {index}: has no x, y, z")
+    return rows
 
 
 def text_cameras(path):

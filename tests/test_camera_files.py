@@ -191,7 +191,7 @@ def test_the_folder_above_or_below_is_named(form, tmp_path):
         message = refusal(camera_files.read_views, folder)
         assert f"in {source}; name that folder" in message
     (tmp_path / "empty").mkdir()
-    assert "colmap automatic_reconstructor" in refusal(camera_files.read_views, tmp_path / "empty")
+    assert "no photographs or video" in refusal(camera_files.read_views, tmp_path / "empty")
 
 
 def test_pipes_and_folders_are_refused(tmp_path):

@@ -12,6 +12,7 @@ import datasets
 import helper
 import make_scene
 from conftest import ROOT
+from scenes import surroundings
 
 VIEWS, HELD_OUT, SIZE = 5, 2, 48
 COMMAND = [str(ROOT / "make_scene.py"), "--output", "scenes/small", "--views", str(VIEWS),
@@ -336,3 +337,107 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make_scene.main()
     assert not contents(tmp_path)
+
+
+# --- on a floor -------------------------------------------------------------------------------------------------------
+
+FLOOR_VIEWS, FLOOR_SIZE = 3, 80
+
+
+@pytest.fixture(scope="module")
+def floor_scenes(tmp_path_factory):
+    """Return the folders of small scenes on a floor, by kind."""
+    folder = tmp_path_factory.mktemp("floors")
+    for kind in surroundings.KINDS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(make_scene, "surface_samples", lambda count, rng: np.zeros((count, 3), np.float32))
+            patch.setattr(sys, "argv", ["make_scene.py", "--floor", kind, "--output", str(folder / kind), "--views",
+                                        str(FLOOR_VIEWS), "--held-out", "1", "--size", str(FLOOR_SIZE)])
+            make_scene.main()
+    return {kind: folder / kind for kind in surroundings.KINDS}
+
+
+@pytest.mark.parametrize("kind", surroundings.KINDS)
+def test_masks_on_a_floor_show_where_the_cameras_see_the_object(kind, floor_scenes, samples):
+    loaded = datasets.load_scene(floor_scenes[kind])
+    height, width = loaded.images.shape[1:3]
+    assert (height, width) == (3 * FLOOR_SIZE // 4, FLOOR_SIZE) and len(loaded.names) == FLOOR_VIEWS + 1
+    for image, mask, k, pose in zip(loaded.images, loaded.masks, loaded.intrinsics, loaded.poses):
+        local = (samples - pose[:3, 3]) @ pose[:3, :3] @ k.T
+        u, v = np.rint(local[:, :2] / local[:, 2:]).astype(int).T
+        shown = np.zeros((height, width), bool)
+        shown[np.clip(v, 0, height - 1), np.clip(u, 0, width - 1)] = True
+        assert (shown & mask).sum() / (shown | mask).sum() > 0.9
+        assert 0.08 < mask.mean() < 0.25
+        outside = image[~mask].astype(float)
+        busy, bright = outside.std(axis=0).mean(), outside.mean()
+        assert (bright > 200) if kind == "white" else (bright < 12) if kind == "black" else busy > 15
+
+
+def test_every_place_has_its_own_surroundings(floor_scenes):
+    first = [imageio.imread(folder / "image" / "000.png").astype(int) for folder in floor_scenes.values()]
+    for one in range(4):
+        for other in range(one):
+            assert np.abs(first[one] - first[other]).mean() > 1
+
+
+def test_the_floor_is_where_its_pixels_are(floor_scenes):
+    # A texture on the floor must move as a plane does: the homography between two views carries one to the other.
+    loaded = datasets.load_scene(floor_scenes["textured"])
+    x, y = np.meshgrid(np.linspace(-1.5, 1.5, 61), np.linspace(-1.5, 1.5, 61))
+    points = np.stack([x.ravel(), y.ravel(), np.full(x.size, surroundings.FLOOR)], axis=1)
+    looks = []
+    for view in (0, FLOOR_VIEWS):       # the held-out view is half a step from the first
+        local = (points - loaded.poses[view][:3, 3]) @ loaded.poses[view][:3, :3] @ loaded.intrinsics[view].T
+        uv = np.rint(local[:, :2] / local[:, 2:]).astype(int)
+        inside = ((uv >= 0) & (uv < loaded.masks.shape[:0:-1])).all(axis=1)
+        u, v = np.where(inside[:, None], uv, 0).T
+        looks.append((loaded.images[view][v, u].mean(axis=1), inside & ~loaded.masks[view][v, u]))
+    both = looks[0][1] & looks[1][1]
+    assert both.sum() > 300
+    assert np.corrcoef(looks[0][0][both], looks[1][0][both])[0, 1] > 0.5
+
+
+def test_clutter_stands_on_the_floor_and_hides_what_is_behind_it():
+    scene = surroundings.Scene(make_scene.exact_sdf, make_scene.shade, make_scene.SUN,
+                               surroundings.make_surroundings("clutter"))
+    thing = next(thing for thing in scene.around.things if not thing.ball)
+    above = np.array([*thing.place, 2.0], np.float32)
+    down = np.array([[0.0, 0.0, -1.0]], np.float32)
+    t = surroundings.surroundings_colours(scene, above, down, 0.01)[1]
+    assert 2 - t[0] == pytest.approx(surroundings.FLOOR + 2 * thing.half[2], abs=1e-5)
+    beside = surroundings.surroundings_colours(scene, np.array([1.1, 0, 2.0], np.float32), down, 0.01)[1]
+    assert 2 - beside[0] == pytest.approx(surroundings.FLOOR, abs=1e-5)
+
+
+def test_on_a_turntable_the_room_stands_still():
+    camera = make_scene.walk_camera(0.0, 64)
+    first = surroundings.render(make_scene.floor_scene("textured"), camera)
+    angle = 1.0
+    turned = surroundings.render(make_scene.floor_scene("textured", angle), camera._replace(
+        pose=make_scene.turned_pose(camera.pose, angle)))
+    far = np.zeros(first[1].shape, bool)
+    far[:5] = True      # the upper rows show no shadow
+    same = np.abs(first[0].astype(int) - turned[0]).max(axis=2) <= 2
+    assert same[far].mean() > 0.99 and (first[1] != turned[1]).mean() > 0.01
+
+
+def test_a_video_of_the_walk(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["make_scene.py", "--floor", "--video", "walk.mp4", "--frames", "6", "--size",
+                                      "64"])
+    make_scene.main()
+    assert capsys.readouterr().out == "walk.mp4: 6 frames\n" and [p.name for p in tmp_path.iterdir()] == ["walk.mp4"]
+    with imageio.get_reader("walk.mp4") as video:
+        frames = [frame for frame in video]
+    assert len(frames) == 6 and frames[0].shape == (48, 64, 3)
+    assert np.abs(frames[0].astype(int) - frames[3]).mean() > 10
+
+
+@pytest.mark.parametrize("options, says", [
+    (("--video", "walk.mp4"), "--video needs --floor"), (("--floor", "--turntable"), "--turntable needs --video"),
+    (("--floor", "--video", "walk.png"), "--video walk.png: the name must end in .mp4"),
+    (("--floor", "--video", "walk.mp4", "--frames", "1"), "--frames must be 2"),
+])
+def test_bad_options_of_a_floor_are_refused_in_one_line(refused, options, says):
+    assert says in refused(*options)
