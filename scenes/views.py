@@ -23,12 +23,13 @@ class PinholeView(NamedTuple):
 def read_view(view, mask_source, threshold):
     """Read a camera_files.View as a PinholeView.
 
-    mask_source: a path, "alpha" or "background"; threshold: for mask_files.background_mask. A picture is turned by its
+    mask_source: a path, "alpha", "background", or a function that makes the mask (H, W) bool of the image without
+    distortion; threshold: for mask_files.background_mask. A picture is turned by its
     EXIF orientation if only then it fits its camera, or photograph and mask fit each other. Raises UserError for
     pictures that cannot be read, sizes that do not fit and distortion that cannot be undone.
     """
     photograph = pictures.read_picture(view.image, pictures.colours)
-    drawn = mask_source in ("alpha", "background")
+    drawn = callable(mask_source) or mask_source in ("alpha", "background")
     stored_mask, mask_doubt = None if drawn else pictures.read_picture(mask_source, pictures.on_object), False
     shape = view.size[::-1] if view.size else None if drawn else stored_mask.pixels.shape
     image, image_doubt = pictures.as_meant(photograph, shape)
@@ -38,15 +39,19 @@ def read_view(view, mask_source, threshold):
         if not mask_files.has_alpha(view.image):
             raise UserError(f"{view.image}: has no alpha channel; put masks into a folder and name it with --masks")
         mask = pictures.as_meant(pictures.read_picture(view.image, pictures.alpha), shape)[0]
+    elif callable(mask_source):
+        mask = None
     else:
         mask, mask_doubt = pictures.as_meant(stored_mask, image.shape)
-    if mask.shape != image.shape[:2]:
+    if mask is not None and mask.shape != image.shape[:2]:
         raise UserError(f"{mask_source}: {datasets.says_size(mask.shape)}, but its photograph {view.image.name} is "
                         f"{datasets.says_size(image.shape)}; a mask has its photograph's size")
     intrinsics = resized_intrinsics(view, image.shape)
     if view.distortion:
         image = undistorted(image, intrinsics, view)
-        mask = undistorted(mask.astype(np.uint8) * 255, intrinsics, view) > 127
+        mask = mask if mask is None else undistorted(mask.astype(np.uint8) * 255, intrinsics, view) > 127
+    if mask is None:
+        mask = mask_source(image)
     return PinholeView(image, mask, intrinsics, photograph, [view.image] * image_doubt + [mask_source] * mask_doubt)
 
 
