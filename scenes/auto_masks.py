@@ -37,12 +37,13 @@ SETTLED = 0.003         # share of the masks that a last round changes at most
 CELLS = 80              # of the grid of the hull, along each side
 REACH = 1.6             # the grid's half side, in radii of the object's points
 LINK = 0.25             # points as far apart as this share of the pictures' half height at the object are connected
+ALIKE = 0.35            # of two groups of points, if one is so much less in the middle both may be the object's
 TOLERATED = 0.12        # share of the masks that a point of the hull may miss
 LEAST_SEEN = 0.15       # share of the views that must have a point of the hull in their pictures
 FEWEST_POINTS = 30      # below, the object is looked for where the cameras' axes meet
 REFINED = 800           # pixels of the longer side of the pictures in which the outline is found at last
 BAND = 0.06             # half width of the band of step 4, in radii of the object
-DEEP = 4.0              # what the hull can say at most, on the scale of segmentation.SURE
+DEEP = 2.5              # what the hull can say at most, on the scale of segmentation.SURE
 UNKNOWN = 31            # the bin of pixels that no other view shows on the table
 
 
@@ -198,8 +199,11 @@ def half_height(look, centre):
 
 
 def middle_group(points, looks, link):
-    """Return which points (N,) bool are the object's: of the groups that are connected by steps of `link`, the one with
-    the most points in the middle of the pictures."""
+    """Return which points (N,) bool are the object's.
+
+    Points that are connected by steps of `link` are a group. The object's are the group with the most points in the
+    middle of the pictures, and those that are nearly as much in the middle.
+    """
     if not len(points):
         return np.zeros(0, bool)
     aside = np.zeros(len(points))
@@ -211,7 +215,9 @@ def middle_group(points, looks, link):
     pairs = cKDTree(points).query_pairs(link, output_type="ndarray")
     graph = coo_matrix((np.ones(len(pairs), bool), pairs.T), (len(points),) * 2)
     group = connected_components(graph, directed=False)[1]
-    return group == np.bincount(group, np.exp(-(aside / 0.35) ** 2)).argmax()
+    sizes, central = np.bincount(group), np.bincount(group, np.exp(-(aside / 0.35) ** 2))
+    best = central.argmax()
+    return ((central / sizes > ALIKE * central[best] / sizes[best]) & (central > 0.02 * central[best]))[group]
 
 
 def ball_points(centre, radius):
@@ -323,7 +329,7 @@ def carved(grid, projections, masks):
     """Return the Hull of the grid's points that lie in enough of the masks that could show them."""
     seen, met = votes(grid.points, projections, np.stack(masks))
     least = max(2, LEAST_SEEN * len(masks))
-    return Hull(grid.points[(seen >= least) & (met >= (1 - TOLERATED) * seen - 0.5)], grid.spacing)
+    return Hull(grid.points[(seen >= least) & (met >= (1 - TOLERATED) * seen)], grid.spacing)
 
 
 @compiled

@@ -43,7 +43,12 @@ def find_features(image, intrinsics):
     """Return the Features of an image (H, W, 3) uint8, RGB, which is shrunk to SIDE on the longer side at most."""
     factor = -(-max(image.shape) // SIDE)
     grey = cv2.cvtColor(datasets.shrink_image(image, factor), cv2.COLOR_RGB2GRAY)
-    keys, descriptors = cv2.SIFT_create(nfeatures=FEATURES, contrastThreshold=0.02).detectAndCompute(grey, None)
+    sift, middle = cv2.SIFT_create(contrastThreshold=0.02), (np.array(grey.shape[::-1]) - 1) / 2
+
+    def worth(key):     # a busy background has the strongest features, but the object is what the cameras look at
+        return key.response * (0.1 + np.exp(-4 * (np.abs((key.pt - middle) / middle) ** 2).max()))
+
+    keys, descriptors = sift.compute(grey, sorted(sift.detect(grey), key=worth, reverse=True)[:FEATURES])
     places = np.array([key.pt for key in keys], np.float64).reshape(-1, 2)
     descriptors = np.zeros((0, 128), np.uint8) if descriptors is None else descriptors.astype(np.uint8)  # whole numbers
     return Features(places, descriptors, datasets.shrink_intrinsics(intrinsics, factor))

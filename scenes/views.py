@@ -29,29 +29,28 @@ def read_view(view, mask_source, threshold):
     pictures that cannot be read, sizes that do not fit and distortion that cannot be undone.
     """
     photograph = pictures.read_picture(view.image, pictures.colours)
-    drawn = callable(mask_source) or mask_source in ("alpha", "background")
-    stored_mask, mask_doubt = None if drawn else pictures.read_picture(mask_source, pictures.on_object), False
+    drawn = callable(mask_source) or mask_source in mask_files.DRAWN
+    stored_mask = None if drawn else pictures.read_picture(mask_source, pictures.on_object)
     shape = view.size[::-1] if view.size else None if drawn else stored_mask.pixels.shape
     image, image_doubt = pictures.as_meant(photograph, shape)
+    intrinsics, mask_doubt = resized_intrinsics(view, image.shape), False
+    if callable(mask_source):
+        image = undistorted(image, intrinsics, view) if view.distortion else image
+        return PinholeView(image, mask_source(image), intrinsics, photograph, [view.image] * image_doubt)
     if mask_source == "background":
         mask = mask_files.background_mask(image, threshold)
     elif mask_source == "alpha":
         if not mask_files.has_alpha(view.image):
             raise UserError(f"{view.image}: has no alpha channel; put masks into a folder and name it with --masks")
         mask = pictures.as_meant(pictures.read_picture(view.image, pictures.alpha), shape)[0]
-    elif callable(mask_source):
-        mask = None
     else:
         mask, mask_doubt = pictures.as_meant(stored_mask, image.shape)
-    if mask is not None and mask.shape != image.shape[:2]:
+    if mask.shape != image.shape[:2]:
         raise UserError(f"{mask_source}: {datasets.says_size(mask.shape)}, but its photograph {view.image.name} is "
                         f"{datasets.says_size(image.shape)}; a mask has its photograph's size")
-    intrinsics = resized_intrinsics(view, image.shape)
     if view.distortion:
         image = undistorted(image, intrinsics, view)
-        mask = mask if mask is None else undistorted(mask.astype(np.uint8) * 255, intrinsics, view) > 127
-    if mask is None:
-        mask = mask_source(image)
+        mask = undistorted(mask.astype(np.uint8) * 255, intrinsics, view) > 127
     return PinholeView(image, mask, intrinsics, photograph, [view.image] * image_doubt + [mask_source] * mask_doubt)
 
 
