@@ -156,7 +156,7 @@ def find_masks(looks, points, subject=None):
             masks = list(pool.map(partial(one_mask, number), tables, extra, bins, costs, labels.masks, labels.inside,
                                   limits, sizes))
             before, hull = labels.masks, carved(grid, projections, masks)
-            labels = next_labels(looks, masks, hull)
+            labels = next_labels(looks, masks, hull, region.table is None)
             bar.update()
             if np.mean([overlap(*pair) for pair in zip(before, masks)]) > 1 - SETTLED:
                 bar.total = bar.n
@@ -276,12 +276,20 @@ def first_labels(looks, region, sizes, limits):
                    in zip(inside, sizes, limits)])
 
 
-def next_labels(looks, masks, hull):
-    """Return the Labels after a round, from its masks and their Hull."""
+def next_labels(looks, masks, hull, cautious):
+    """Return the Labels after a round, from its masks and their Hull.
+
+    cautious: the object's colours are learnt in its middle rather. Where the table is not known, its shadow would creep
+    into them from round to round.
+    """
     shapes = [silhouette(hull, look) for look in looks]
-    return Labels(masks, [signed_distance(shape) for shape in shapes],
-                  [(mask & shape).astype(np.float64) for mask, shape in zip(masks, shapes)],
-                  [(~mask).astype(np.float64) for mask in masks])
+    inside = [signed_distance(shape) for shape in shapes]
+    weights = [(mask & shape).astype(np.float64) for mask, shape in zip(masks, shapes)]
+    if cautious:
+        for weight, mask, distance in zip(weights, masks, inside):
+            deep = np.minimum(signed_distance(mask), distance) / (0.2 * np.sqrt(mask.sum() / np.pi) + 0.2)
+            weight *= np.clip(deep, 0.1, 1)
+    return Labels(masks, inside, weights, [(~mask).astype(np.float64) for mask in masks])
 
 
 def signed_distance(mask):
