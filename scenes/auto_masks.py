@@ -41,6 +41,7 @@ ALIKE = 0.35            # of two groups of points, if one is so much less in the
 TOLERATED = 0.12        # share of the masks that a point of the hull may miss
 LEAST_SEEN = 0.15       # share of the views that must have a point of the hull in their pictures
 FEWEST_POINTS = 30      # below, the object is looked for where the cameras' axes meet
+LEAST_CONTRAST = 1.5    # between the object's pixels and others, on the scale of segmentation.SURE
 REFINED = 800           # pixels of the longer side of the pictures in which the outline is found at last
 BAND = 0.06             # half width of the band of step 4, in radii of the object
 DEEP = 2.5              # what the hull can say at most, on the scale of segmentation.SURE
@@ -162,7 +163,20 @@ def find_masks(looks, points, subject=None):
                 bar.total = bar.n
                 break
     looks = [look._replace(mask=mask) for look, mask in zip(looks, labels.masks)]
+    check_contrast(looks, [table[b] + more for table, b, more in zip(tables, bins, extra)])
     return Found(looks, tables, extra, sizes, agreements(hull, looks))
+
+
+def check_contrast(looks, evidence):
+    """Raise UserError unless the masks of most Looks show something that differs from what is around it.
+
+    evidence: arrays (h, w), of what colours and table say.
+    """
+    differ = [says[look.mask].mean() - says[~look.mask].mean() for look, says in zip(looks, evidence)
+              if look.mask.any() and not look.mask.all()]
+    if len(differ) < max(2, len(looks) / 2) or np.median(differ) < LEAST_CONTRAST:
+        raise UserError("--masks auto: no object was found that stands out from its surroundings in most photographs; "
+                        "draw a box around it in one, --subject VIEW:X0,Y0,X1,Y1, or give masks")
 
 
 def overlap(one, other):

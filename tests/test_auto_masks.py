@@ -96,7 +96,7 @@ def test_a_box_says_which_object_is_meant(tmp_path, monkeypatch):
 
     scene = make_scene.floor_scene("black")
     scene = scene._replace(sdf=two_teapots, shade=lambda points, _: albedo(points).astype(np.float32), light=None)
-    cameras = make_scene.walk_cameras(10, 0, 200)
+    cameras = make_scene.walk_cameras(8, 0, 160)
     looks, truth, features = [], [], []
     for camera in cameras:
         image, mask = surroundings.render(scene, camera, np.random.default_rng(0))
