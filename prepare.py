@@ -162,7 +162,7 @@ def picture_title(scene, num_views, findings):
     counts = [f"{checks.num_lines(findings, checks.WRONG) or 'nothing'} wrong"]
     counts += [f"{checks.num_lines(findings, checks.LOOK)} to look at"] * bool(checks.num_lines(findings, checks.LOOK))
     return (f"{scene_name(scene)}: {num_views} views, {', '.join(counts)}.   White: mask.   Orange: visual hull; it "
-            "hides the white where they agree.   Blue: unit sphere.")
+            "hides the white where they agree.   Blue: unit sphere.   %: agreement of mask and hull, worst first.")
 
 
 def scene_name(scene):
