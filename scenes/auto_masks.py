@@ -443,7 +443,12 @@ def refined(found, index, image):
     evidence += resampled(found.extra[index], enlarge, small.shape)
     evidence[np.abs(inside) > band] = 0
     evidence += 4 * DEEP * np.clip(np.abs(inside) / band - 1, 0, 1) * np.sign(inside)
-    outline = segmentation.cut(evidence, segmentation.edge_costs(small), inside > 0)
+    outline, near = inside > 0, np.abs(inside) <= 2 * band
+    if not near.any():
+        return whole(image) & outline.any()
+    rows, columns = (slice(*(np.flatnonzero(near.any(axis=axis))[[0, -1]] + (0, 1))) for axis in (1, 0))
+    outline[rows, columns] = segmentation.cut(evidence[rows, columns], segmentation.edge_costs(small)[:, rows, columns],
+                                              outline[rows, columns])
     return resampled(outline, factor, image.shape) > 0.5
 
 
