@@ -62,6 +62,14 @@ class Region(NamedTuple):
     table: Optional[sparse_points.Plane]
 
 
+class Sight(NamedTuple):
+    """What stays the same of a view from round to round."""
+    bins: np.ndarray        # (h, w) int32, of the pixels' colours
+    costs: np.ndarray       # (2, h, w), segmentation.edge_costs
+    limit: np.ndarray       # (h, w) bool, where the object may be
+    size: float             # the object's radius in pixels
+
+
 class Labels(NamedTuple):
     """The state between two rounds, a list entry for each view, all arrays (h, w)."""
     masks: List[np.ndarray]     # bool
@@ -75,7 +83,7 @@ class Found(NamedTuple):
     looks: List[Look]           # shrunk, with the masks
     tables: List[np.ndarray]    # of each view, what each bin of colours says: segmentation.colour_evidence
     extra: List[np.ndarray]     # (h, w): what the table says
-    sizes: np.ndarray           # (V,) the object's radius in pixels of the shrunk views
+    sizes: List[float]          # the object's radius in pixels of the shrunk views
     agreed: np.ndarray          # (V,) intersection over union of the masks and the hull
 
 
@@ -138,24 +146,21 @@ def read_subject(text, views):
 def find_masks(looks, points, subject=None):
     """Return what is Found in Looks (their masks do not matter) and sparse points (N, 3). subject: a Subject, with the
     box in the look's pixels."""
-    poses = np.stack([look.pose for look in looks])
-    region = find_region(looks, points, poses, subject)
+    region = find_region(looks, points, np.stack([look.pose for look in looks]), subject)
     grid = region_grid(region)
-    bins = [segmentation.colour_bins(look.image) for look in looks]
-    costs = [segmentation.edge_costs(look.image) for look in looks]
-    residuals = table_residuals(looks, region) if region.table else None
-    limits = [silhouette(grid, look) for look in looks]
+    sights = [make_sight(look, region, grid) for look in looks]
     if subject is not None:
-        limits[subject.view] &= box_mask(subject.box, limits[subject.view].shape)
-    sizes = np.array([radius_pixels(look, region) for look in looks])
-    labels, hull = first_labels(looks, region, sizes, limits), grid
+        limit = sights[subject.view].limit
+        limit &= box_mask(subject.box, limit.shape)
+    residuals = table_residuals(looks, region) if region.table else None
+    labels, hull = first_labels(looks, region, sights), grid
     projections = np.stack([look.intrinsics @ np.linalg.inv(look.pose)[:3] for look in looks])
     with ThreadPoolExecutor(os.cpu_count()) as pool, tqdm(total=ROUNDS, desc="masks", unit="round",
                                                           dynamic_ncols=True) as bar:
         for number in range(ROUNDS):
-            tables, extra = models(labels, bins, residuals)
-            masks = list(pool.map(partial(one_mask, number), tables, extra, bins, costs, labels.masks, labels.inside,
-                                  limits, sizes))
+            tables, extra = models(labels, sights, residuals)
+            evidence = [table[sight.bins] + more for table, sight, more in zip(tables, sights, extra)]
+            masks = list(pool.map(partial(one_mask, number), sights, evidence, labels.masks, labels.inside))
             before, hull = labels.masks, carved(grid, projections, masks)
             labels = next_labels(looks, masks, hull, region.table is None)
             bar.update()
@@ -163,8 +168,15 @@ def find_masks(looks, points, subject=None):
                 bar.total = bar.n
                 break
     looks = [look._replace(mask=mask) for look, mask in zip(looks, labels.masks)]
-    check_contrast(looks, [table[b] + more for table, b, more in zip(tables, bins, extra)])
-    return Found(looks, tables, extra, sizes, agreements(hull, looks))
+    check_contrast(looks, evidence)
+    return Found(looks, tables, extra, [sight.size for sight in sights], agreements(hull, looks))
+
+
+def make_sight(look, region, grid):
+    """Return the Sight of a Look. grid: region_grid's."""
+    size = look.intrinsics[0, 0] * region.radius / np.linalg.norm(look.pose[:3, 3] - region.centre)
+    return Sight(segmentation.colour_bins(look.image), segmentation.edge_costs(look.image), silhouette(grid, look),
+                 max(1.0, size))
 
 
 def check_contrast(looks, evidence):
@@ -260,11 +272,6 @@ def region_grid(region):
     return Hull(points, spacing)
 
 
-def radius_pixels(look, region):
-    """Return the region's radius in a Look's pixels."""
-    return max(1.0, look.intrinsics[0, 0] * region.radius / np.linalg.norm(look.pose[:3, 3] - region.centre))
-
-
 def box_mask(box, shape):
     """Return the mask (h, w) bool of a box (x0, y0, x1, y1)."""
     rows, columns = np.mgrid[:shape[0], :shape[1]]
@@ -273,21 +280,21 @@ def box_mask(box, shape):
 
 # --- a round ----------------------------------------------------------------------------------------------------------
 
-def first_labels(looks, region, sizes, limits):
+def first_labels(looks, region, sights):
     """Return the first Labels: the convex outline of the object's points in each view, with weights that fall off."""
     masks = []
-    for look, limit in zip(looks, limits):
+    for look, sight in zip(looks, sights):
         pixels, depth = project(region.points, look)
         mask = np.zeros(look.mask.shape, np.uint8)
         if (depth > 0).sum() > 2:
             far = 4 * max(mask.shape)
             corners = cv2.convexHull(np.clip(pixels[depth > 0], -far, far).astype(np.float32))
             cv2.fillConvexPoly(mask, np.rint(corners[:, 0]).astype(np.int32), 1)
-        masks.append((mask > 0) & limit)
+        masks.append((mask > 0) & sight.limit)
     inside = [signed_distance(mask) for mask in masks]
-    return Labels(masks, inside, [np.clip(0.5 + d / (0.3 * size), 0, 1) for d, size in zip(inside, sizes)],
-                  [np.where(limit, np.clip(-d / (0.5 * size), 0, 1), 1) for d, size, limit
-                   in zip(inside, sizes, limits)])
+    depths = [distance / sight.size for distance, sight in zip(inside, sights)]
+    return Labels(masks, inside, [np.clip(0.5 + depth / 0.3, 0, 1) for depth in depths],
+                  [np.where(sight.limit, np.clip(-depth / 0.5, 0, 1), 1) for depth, sight in zip(depths, sights)])
 
 
 def next_labels(looks, masks, hull, cautious):
@@ -315,13 +322,13 @@ def signed_distance(mask):
     return cv2.distanceTransform(mask, cv2.DIST_L2, 5) - cv2.distanceTransform(1 - mask, cv2.DIST_L2, 5)
 
 
-def models(labels, bins, residuals):
+def models(labels, sights, residuals):
     """Return for each view what each bin of colours says, and an array (h, w) of what the table says.
 
-    bins: of the pixels' colours, (h, w) each; residuals: table_residuals', None without a table.
+    residuals: table_residuals', None without a table.
     """
-    inner = [segmentation.histogram(*pair) for pair in zip(bins, labels.object)]
-    outer = [segmentation.histogram(*pair) for pair in zip(bins, labels.background)]
+    inner = [segmentation.histogram(sight.bins, weights) for sight, weights in zip(sights, labels.object)]
+    outer = [segmentation.histogram(sight.bins, weights) for sight, weights in zip(sights, labels.background)]
     common = sum(inner), sum(outer)
     tables = [segmentation.colour_evidence(own, common) for own in zip(inner, outer)]
     if residuals is None:
@@ -335,16 +342,17 @@ def models(labels, bins, residuals):
     return tables, [says[residual] for residual in residuals]
 
 
-def one_mask(number, table, extra, bins, costs, before, inside, limit, size):
-    """Return the mask (h, w) bool of a view in round `number`, from the models, the edges and the last hull.
+def one_mask(number, sight, evidence, before, inside):
+    """Return the mask (h, w) bool of a view in round `number`, from its evidence, its edges and the last hull.
 
-    The hull's word counts more in its depth, and from round to round.
+    evidence: (h, w), what colours and table say; before, inside: of its Labels. The hull's word counts more in its
+    depth, and from round to round.
     """
-    evidence = table[bins] + extra + 1.5 * np.tanh(inside / ((0.15 if number else 0.5) * size))
-    deep = np.clip((np.abs(inside) / size - 0.08) / 0.1, 0, 1)
-    evidence += DEEP * min(1, number / 3) * deep * np.sign(inside)
-    evidence[~limit] = -2 * DEEP
-    return segmentation.cut(evidence, costs, before)
+    depth = inside / sight.size
+    evidence = evidence + 1.5 * np.tanh(depth / (0.15 if number else 0.5))
+    evidence += DEEP * min(1, number / 3) * np.clip((np.abs(depth) - 0.08) / 0.1, 0, 1) * np.sign(depth)
+    evidence[~sight.limit] = -8
+    return segmentation.cut(evidence, sight.costs, before)
 
 
 def carved(grid, projections, masks):
