@@ -28,7 +28,7 @@ import datasets
 import helper
 from files import folders, pictures, writing
 from helper import UserError
-from scenes import camera_files, checks, mask_files, overview, photographs, scale, scale_page
+from scenes import auto_masks, camera_files, checks, mask_files, overview, photographs, scale, scale_page
 from scenes.views import read_view
 from scenes.visual_hull import Ball, Hull, enclosing_sphere, make_look, normalised
 
@@ -43,8 +43,12 @@ def main():
     parser.add_argument("--output", help="the scene's folder, new or empty")
     parser.add_argument("--check", action="store_true", help="check the scene `input`; writes nothing but the picture")
     parser.add_argument("--images", metavar="FOLDER", help="the photographs, if not where the format has them")
-    parser.add_argument("--masks", metavar="FOLDER|alpha|background", help="where the masks come from; by default the "
-                        "folder masks/ or mask/, else the alpha channel; background: what differs from the border")
+    parser.add_argument("--masks", metavar="FOLDER|auto|rembg|alpha|background",
+                        help="where the masks come from; by default masks/ or mask/, else the alpha channel, "
+                             "else auto: the object that the cameras look at; rembg: by that package; background: what "
+                             "differs from the border")
+    parser.add_argument("--subject", metavar="VIEW:X0,Y0,X1,Y1", help="of --masks auto: a box around the object in one "
+                        "photograph, by name or number, in pixels: left, top, right, bottom")
     parser.add_argument("--threshold", type=float, help="of --masks background, in grey levels; found by default")
     parser.add_argument("--frames", type=int, default=60, help="how many frames to take of a video")
     parser.add_argument("--downscale", type=int, default=1, help="shrink the images by this whole factor")
@@ -80,9 +84,11 @@ def prepare(args):
     check_photographs(views)
     sources = mask_files.mask_sources(views, args.masks, root)
     print(f"read {what}; masks: {sources[0] if isinstance(sources[0], str) else sources[0].parent}")
+    drawn, sources = sources[0], mask_makers(views, sources, args.subject)
     with folders.new_folder(args.output) as folder:
         looks, intrinsics = write_pictures(folder, views, sources, args.threshold, args.downscale)
-        hint = partial(mask_files.background_hint, views, args.threshold) if sources[0] == "background" else no_hint
+        hint = {"background": partial(mask_files.background_hint, views, args.threshold),
+                "auto": auto_hint}.get(drawn, no_hint)
         poses, growth = [view.pose for view in views], 1.0
         if args.marks:
             growth = scale.factor(args.marks, written_cameras(folder, intrinsics, poses))
@@ -138,6 +144,18 @@ def write_scale_page(scene):
     print(f"to give the scene a unit, open {path} in a browser")
 
 
+def mask_makers(views, sources, subject):
+    """Return the sources of mask_files.mask_sources, with functions that make the masks in place of auto and rembg.
+
+    subject: the value of --subject, or None. Raises UserError if it is given for other masks.
+    """
+    if subject is not None and sources[0] != "auto":
+        raise UserError("--subject is of --masks auto; add that, or leave it out")
+    if sources[0] == "auto":
+        return auto_masks.mask_makers(views, auto_masks.read_subject(subject, views) if subject is not None else None)
+    return [mask_files.rembg_masks()] * len(views) if sources[0] == "rembg" else sources
+
+
 def check(scene):
     """Judge the scene in a folder as `prepare` does. Raise UserError if something is wrong."""
     looks, matrices = read_scene(Path(scene))
@@ -157,6 +175,11 @@ def check(scene):
 def no_hint():
     """Return the hint for masks of which there is nothing to say."""
     return ""
+
+
+def auto_hint():
+    """Return the hint for masks that were found by auto_masks.py."""
+    return " (of --masks auto; a box around the object, --subject VIEW:X0,Y0,X1,Y1, helps where it took another thing)"
 
 
 def judge_and_draw(looks, scene, findings=(), sphere=None, mask_hint=no_hint):
@@ -199,7 +222,7 @@ def picture_title(scene, num_views, findings):
     counts = [f"{checks.num_lines(findings, checks.WRONG) or 'nothing'} wrong"]
     counts += [f"{checks.num_lines(findings, checks.LOOK)} to look at"] * bool(checks.num_lines(findings, checks.LOOK))
     return (f"{scene_name(scene)}: {num_views} views, {', '.join(counts)}.   White: mask.   Orange: visual hull; it "
-            "hides the white where they agree.   Blue: unit sphere.")
+            "hides the white where they agree.   Blue: unit sphere.   %: agreement of mask and hull, worst first.")
 
 
 def scene_name(scene):

@@ -13,17 +13,18 @@ from files import pictures
 from helper import UserError
 from scenes.camera_files import natural_key
 
+DRAWN = ("auto", "rembg", "alpha", "background")     # masks that are made from the photographs themselves
 DARK = 40   # grey levels: a background is dark below this; what differs from it by less counts as dark, too
 
 
 def mask_sources(views, choice, root):
-    """Return the source of each view's mask: a Path, "alpha" or "background".
+    """Return the source of each view's mask: a Path, or a word of DRAWN.
 
     choice: the value of --masks. If None, the first of these: the masks named in the camera file; a folder masks/ or
-    mask/ in the folder `root`, or beside the photographs or their folder; the alpha channel. Raises UserError if there
-    is none.
+    mask/ in the folder `root`, or beside the photographs or their folder; the alpha channel; "auto". Raises UserError
+    for a folder without a mask for each view.
     """
-    if choice in ("alpha", "background"):
+    if choice in DRAWN:
         return [choice] * len(views)
     if choice is not None:
         return masks_in(Path(choice), views)
@@ -35,8 +36,7 @@ def mask_sources(views, choice, root):
                 return masks_in(folder, views)
     if has_alpha(views[0].image):
         return ["alpha"] * len(views)
-    raise UserError(f"{root}: no masks found; put them into {root / 'masks'} under the names of the photographs, or "
-                    "say --masks FOLDER, --masks alpha, or --masks background for an object before a plain background")
+    return ["auto"] * len(views)
 
 
 def masks_in(folder, views):
@@ -46,7 +46,8 @@ def masks_in(folder, views):
     otherwise.
     """
     if not os.path.isdir(str(folder)):
-        raise UserError(f"--masks {str(folder)[:1000]}: no such folder; name one, or alpha or background")
+        raise UserError(f"--masks {str(folder)[:1000]}: no such folder; name one, or {', '.join(DRAWN[:-1])} or "
+                        f"{DRAWN[-1]}")
     found = [mask_named(folder, view.image) for view in views]
     if len(set(found) - {None}) < len(views):
         files = datasets.picture_files(folder, datasets.PHOTOGRAPHS)[0]
@@ -82,6 +83,20 @@ def has_alpha(path):
     """Tell whether the picture at `path` has transparent colours."""
     with pictures.opened(path) as (picture, _):
         return pictures.has_alpha(picture)
+
+
+def rembg_masks():
+    """Return a function that makes the mask (H, W) bool of an image (H, W, 3) uint8 by the package rembg.
+
+    Raises UserError if it is not installed.
+    """
+    try:
+        import rembg
+    except ImportError as error:
+        raise UserError("--masks rembg: the package rembg is not installed; pip install \"rembg[cpu]\", or say --masks "
+                        "auto") from error
+    session = rembg.new_session()
+    return lambda image: cleaned(np.asarray(rembg.remove(image, session=session, only_mask=True)) > 127)
 
 
 def background_mask(image, threshold=None):

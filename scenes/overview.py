@@ -10,29 +10,38 @@ import numpy as np
 import helper
 from files import writing
 from scenes.checks import NOTICE
-from scenes.visual_hull import ray_distances, silhouette
+from scenes.visual_hull import agreements, ray_distances, silhouette
 
-MOST_TILES = 35     # photographs shown
+MOST_TILES = 400    # photographs shown
+COLUMNS, SHEET = 5, 1250    # of the photographs: at most so many in a row, and the row's pixels
+SIDE = 680          # pixels of the cameras' drawings, on the left
 ORANGE, WHITE, BLUE, RED = (255, 140, 20), (255, 255, 255), (70, 150, 255), (230, 40, 40)
 
 
 def draw(path, title, looks, hull, findings):
-    """Write the picture of normalised Looks and their Hull to `path`; views with findings, notices apart, are red."""
+    """Write the picture of normalised Looks and their Hull to `path`.
+
+    The views come in the order of their agreement with the hull, the worst first; those with findings, notices apart,
+    are red.
+    """
     from matplotlib.figure import Figure  # slow to import, and not needed where nothing is drawn
     wrong = {finding.view for finding in findings if finding.level != NOTICE}
-    # Wrong views first, then a spread over the others.
-    shown = sorted(range(len(looks)), key=lambda i: (i not in wrong, (i * 7919) % len(looks)))[:MOST_TILES]
-    sheet = contact_sheet(looks, sorted(shown), hull, wrong)
-    figure = Figure(figsize=(15, 15 * 0.64 * sheet.shape[0] / sheet.shape[1] + 0.9), dpi=80)
-    figure.suptitle(printable(title), fontsize=13, x=0.01, ha="left", parse_math=False)
-    height = 1 - 0.6 / figure.get_figheight()
+    shares = agreements(hull, looks) if len(hull.points) else np.zeros(len(looks))
+    shown = sorted(range(len(looks)), key=lambda index: (shares[index], index not in wrong))[:MOST_TILES]
+    sheet = contact_sheet(looks, shown, shares, hull, wrong)
+    top, width, height = 60, SIDE + sheet.shape[1], max(sheet.shape[0], 2 * SIDE)
+    figure = Figure(figsize=(width / 100, (top + height) / 100), dpi=100)
+    figure.suptitle(printable(title), fontsize=13, x=0.01, y=1 - 20 / (top + height), ha="left", va="top",
+                    parse_math=False)
     for place, (name, elevation, azimuth) in enumerate((("from the side", 18, -60), ("from above", 89.9, -90))):
-        axes = figure.add_axes((0.0, height * (0.5 - 0.5 * place), 0.35, 0.5 * height), projection="3d")
+        low = height - (place + 1) * SIDE
+        axes = figure.add_axes((0, low / (top + height), SIDE / width, SIDE / (top + height)), projection="3d")
         draw_cameras(axes, looks, hull.points, wrong)
         axes.view_init(elevation, azimuth)
-        figure.text(0.01, height * (1 - 0.5 * place) - 0.01, name, fontsize=10, va="top")
-    axes = figure.add_axes((0.35, 0.005, 0.645, height - 0.01))
-    axes.imshow(sheet, interpolation="lanczos")
+        figure.text(0.01, (low + SIDE - 10) / (top + height), name, fontsize=10, va="top")
+    axes = figure.add_axes((SIDE / width, (height - sheet.shape[0]) / (top + height), sheet.shape[1] / width,
+                            sheet.shape[0] / (top + height)))
+    axes.imshow(sheet, interpolation="nearest")     # pixel by pixel
     axes.set_axis_off()
     with writing.replacing(path) as temporary, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # the font lacks some letters of a name; it draws boxes
@@ -41,11 +50,15 @@ def draw(path, title, looks, hull, findings):
 
 # --- the photographs --------------------------------------------------------------------------------------------------
 
-def contact_sheet(looks, shown, hull, wrong):
-    """Return an image (H, W, 3) uint8 of the Looks with the indices `shown`, in rows. wrong: the indices in red."""
-    tiles, columns = [], int(np.ceil(np.sqrt(1.3 * len(shown))))
-    width = 1200 // columns
-    ratio = max(looks[i].mask.shape[0] / looks[i].mask.shape[1] for i in shown)
+def contact_sheet(looks, shown, shares, hull, wrong):
+    """Return an image (H, W, 3) uint8 of the Looks with the indices `shown`, in rows.
+
+    shares: of all Looks, the agreement of mask and hull, from 0 to 1. wrong: the indices in red.
+    """
+    tiles, ratio = [], max(looks[i].mask.shape[0] / looks[i].mask.shape[1] for i in shown)
+    fits = [n for n in range(1, COLUMNS) if -(-len(shown) // n) * (SHEET / n * ratio + 20) <= 2 * SIDE]
+    columns = fits[0] if fits else COLUMNS
+    width = SHEET // columns - 2
     for index in shown:
         look = looks[index]
         tile = np.full((int(np.ceil(width * ratio)) + 20, width, 3), 255, np.uint8)
@@ -54,7 +67,7 @@ def contact_sheet(looks, shown, hull, wrong):
         if index in wrong:
             cv2.rectangle(picture, (0, 0), (picture.shape[1] - 1, picture.shape[0] - 1), RED, 5)
         tile[20:20 + picture.shape[0], :picture.shape[1]] = picture[:tile.shape[0] - 20]
-        name = printable(f"{index}: {look.name}")[:width // 8]
+        name = printable(f"{index}: {100 * shares[index]:.0f} %  {look.name}")[:width // 8]
         cv2.putText(tile, name, (2, 15), cv2.FONT_HERSHEY_SIMPLEX, 0.45, ink, 1, cv2.LINE_AA)
         tiles.append(cv2.copyMakeBorder(tile, 0, 2, 2, 2, cv2.BORDER_CONSTANT, value=WHITE))
     tiles += [np.full_like(tiles[0], 255)] * (-len(tiles) % columns)

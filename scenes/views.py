@@ -23,15 +23,20 @@ class PinholeView(NamedTuple):
 def read_view(view, mask_source, threshold):
     """Read a camera_files.View as a PinholeView.
 
-    mask_source: a path, "alpha" or "background"; threshold: for mask_files.background_mask. A picture is turned by its
+    mask_source: a path, "alpha", "background", or a function that makes the mask (H, W) bool of the image without
+    distortion; threshold: for mask_files.background_mask. A picture is turned by its
     EXIF orientation if only then it fits its camera, or photograph and mask fit each other. Raises UserError for
     pictures that cannot be read, sizes that do not fit and distortion that cannot be undone.
     """
     photograph = pictures.read_picture(view.image, pictures.colours)
-    drawn = mask_source in ("alpha", "background")
-    stored_mask, mask_doubt = None if drawn else pictures.read_picture(mask_source, pictures.on_object), False
+    drawn = callable(mask_source) or mask_source in mask_files.DRAWN
+    stored_mask = None if drawn else pictures.read_picture(mask_source, pictures.on_object)
     shape = view.size[::-1] if view.size else None if drawn else stored_mask.pixels.shape
     image, image_doubt = pictures.as_meant(photograph, shape)
+    intrinsics, mask_doubt = resized_intrinsics(view, image.shape), False
+    if callable(mask_source):
+        image = undistorted(image, intrinsics, view) if view.distortion else image
+        return PinholeView(image, mask_source(image), intrinsics, photograph, [view.image] * image_doubt)
     if mask_source == "background":
         mask = mask_files.background_mask(image, threshold)
     elif mask_source == "alpha":
@@ -43,7 +48,6 @@ def read_view(view, mask_source, threshold):
     if mask.shape != image.shape[:2]:
         raise UserError(f"{mask_source}: {datasets.says_size(mask.shape)}, but its photograph {view.image.name} is "
                         f"{datasets.says_size(image.shape)}; a mask has its photograph's size")
-    intrinsics = resized_intrinsics(view, image.shape)
     if view.distortion:
         image = undistorted(image, intrinsics, view)
         mask = undistorted(mask.astype(np.uint8) * 255, intrinsics, view) > 127

@@ -441,6 +441,25 @@ def test_check_of_a_good_scene_and_its_picture(truth, run, tmp_path):
     assert not (np.abs(picture.astype(int) - overview.RED).max(axis=2) < 20).mean() > 0.001
 
 
+def test_the_picture_shows_every_view_with_its_agreement_the_worst_first(truth, tmp_path, monkeypatch):
+    k, poses, images, masks = truth
+    looks = [make_look(name, image, mask > 0, k, pose) for name, pose, image, mask in zip(NAMES, poses, images, masks)]
+    hull = find_hull(looks)
+    looks[5] = looks[5]._replace(mask=np.roll(looks[5].mask, 12, axis=1))
+    looks[2] = looks[2]._replace(mask=np.roll(looks[2].mask, 5, axis=1))
+    drawn, sheet = [], overview.contact_sheet
+
+    def noted(looks, shown, shares, *rest):
+        drawn.append((shown, shares))
+        return sheet(looks, shown, shares, *rest)
+
+    monkeypatch.setattr(overview, "contact_sheet", noted)
+    overview.draw(tmp_path / "picture.png", "title", looks, hull, [])
+    (shown, shares), picture = drawn[0], pictures.read_image(tmp_path / "picture.png")
+    assert shown[:2] == [5, 2] and sorted(shown) == list(range(VIEWS)) and shares[5] < shares[2] < 0.95 < shares[0]
+    assert picture.shape[1] > 1800      # a tile is at least 240 pixels wide
+
+
 @pytest.mark.parametrize("name", ["o$\\frac{$", "$x$ & 100%", "\u4e2d\u6587"])
 def test_a_picture_of_any_name(name, truth, run, tmp_path, recwarn):
     source = unnormalised(tmp_path / "input", truth)
