@@ -148,11 +148,11 @@ def visible(depths, u, v, distance, slack):
     around the place hit nothing, the point's place in the picture is not sure, and it counts as hidden.
     """
     rows, columns = depths.shape
-    free = 1.0
-    for i in (int(np.floor(v)), int(np.floor(v)) + 1):
-        for j in (int(np.floor(u)), int(np.floor(u)) + 1):
+    top, left, free = int(np.floor(v)), int(np.floor(u)), 0.0
+    for i in (top, top + 1):
+        for j in (left, left + 1):
             near = depths[min(max(i, 0), rows - 1), min(max(j, 0), columns - 1)]
-            if near == np.inf:
-                return 0.0
-            free = min(free, max(0.0, 0.5 * (near - distance) / slack + 1.5))
-    return free
+            if near != np.inf:
+                share = (1 - abs(v - i)) * (1 - abs(u - j))
+                free += share * min(max(0.5 * (near - distance) / slack + 1.5, 0.0), 1.0)
+    return max(2 * free - 1, 0.0)   # none where half of what is around hides the point
