@@ -371,8 +371,8 @@ def judged(models, progress):
         raise UserError(f"the photographs fall into two groups that do not connect, {len(groups[0])} with {names[0]} "
                         f"and {len(second)} with {names[1]}; take pictures in between, or give one group alone")
     if len(groups[0]) < LEAST_VIEWS or 2 * len(groups[0]) < count:
-        texts = list(reasons.values())
-        raise UserError(f"only {len(groups[0])} of {count} photographs could be placed; most often: "
+        texts, some = list(reasons.values()), f"only {len(groups[0])}" if groups[0] else "none"
+        raise UserError(f"{some} of {count} photographs could be placed; most often: "
                         f"{max(texts, key=texts.count)}; {BETTER}")
     for image in models[0].images.values():
         image.name = progress.paths[places[image.image_id]].name

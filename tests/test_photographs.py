@@ -146,7 +146,7 @@ def test_refusals_say_how_to_photograph_better(truth, refused, tmp_path):
     save(tmp_path / "two", truth[2][:2])
     assert "only 2 photographs" in refused("two", "--output", "mine")
     save(tmp_path / "plain", [np.full((90, 120, 3), 200 + index, np.uint8) for index in range(5)])
-    assert "0 of 5 photographs could be placed; most often: it shows too little texture" in \
+    assert "none of 5 photographs could be placed; most often: it shows too little texture" in \
         refused("plain", "--output", "mine")
     save(tmp_path / "others", [random_image(index)[:150, :200] for index in range(4)])
     assert "matches no other photograph" in refused("others", "--output", "mine")
