@@ -84,8 +84,8 @@ def prepare(args):
     check_photographs(views)
     sources = mask_files.mask_sources(views, args.masks, root)
     print(f"read {what}; masks: {sources[0] if isinstance(sources[0], str) else sources[0].parent}")
-    drawn, sources = sources[0], mask_makers(views, sources, args.subject)
-    with folders.new_folder(args.output) as folder:
+    with folders.new_folder(args.output) as folder:     # it refuses a full one before the masks take their time
+        drawn, sources = sources[0], mask_makers(views, sources, args.subject)
         looks, intrinsics = write_pictures(folder, views, sources, args.threshold, args.downscale)
         hint = {"background": partial(mask_files.background_hint, views, args.threshold),
                 "auto": auto_hint}.get(drawn, no_hint)

@@ -157,7 +157,7 @@ def test_the_mask_decides_the_orientation_if_the_camera_has_no_size(tmp_path, ca
 # --- missing and misplaced files --------------------------------------------------------------------------------------
 
 class Arguments:
-    images = masks = threshold = None
+    images = masks = threshold = subject = None
     downscale = 1
 
     def __init__(self, source, output):
