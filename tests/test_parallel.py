@@ -237,6 +237,15 @@ def test_one_process_writes_and_an_epoch_has_fewer_steps(home):
     assert (progress["step"], progress["views"], progress["ranks"]) == (STEPS * EPOCHS, VIEWS, RANKS)
 
 
+def test_several_views_of_each_process(home):
+    """Check that processes of 2 views each go on together; three of them see 6 views per step, so all 4 in each."""
+    config = [write_config(home, train__steps=3, train__views_per_step=2, train__outline_fraction=0.5)] * RANKS
+    statuses, said, errors = start(home, "views", config=config)
+    assert statuses == [0] * RANKS and "views_tiny/model_00002.h5" in said[0], errors
+    progress = checkpoints.load_state(home / "views_tiny", {}).progress
+    assert (progress["step"], progress["steps"], progress["views_per_step"]) == (3, 1, 2)
+
+
 @pytest.mark.parametrize("failing, number", [(0, signal.SIGTERM), (2, signal.SIGINT)])
 def test_where_one_is_told_to_stop_all_do_and_go_on(home, failing, number):
     name = f"stopped{failing}"
