@@ -247,11 +247,17 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
             timed_part("learn", lambda: (grid.learn_heard(), grid.learn(*step.uniform_points())))
         timed_part("update", solver.update)
         num_surface.append(graph.directions.shape[0])
+    count_search(evaluations, sdf.search, before, num_steps)
+    return seconds, evaluations, np.mean(num_surface)
+
+
+def count_search(evaluations: Dict[str, float], search: Optional[Callable], before: Dict[str, int],
+                 num_steps: int) -> None:
+    """Add the evaluations per step of a search on a GPU since `before`. It keeps no count of its calls."""
     for kind, so_far in before.items():
         title = kind if kind == "refinement" else "samples"
-        evaluations[title] += (sdf.search.evaluations[kind] - so_far) / num_steps
-        evaluations[title + " calls"] = np.nan      # the search keeps no count of its calls
-    return seconds, evaluations, np.mean(num_surface)
+        evaluations[title] += (search.evaluations[kind] - so_far) / num_steps
+        evaluations[title + " calls"] = np.nan
 
 
 def print_steps(seconds: Dict[str, List[float]], evaluations: Dict[str, float], num_surface: float, num_rays: int,
