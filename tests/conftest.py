@@ -31,9 +31,11 @@ def reference(request):
 def write_demo_config(path, changes, **sections):
     """Write config/demo.yaml with changed keys to `path`, and return the path.
 
+    The tests' runs take the rays of one view per step, whatever the demo takes.
     sections: {section: {key: value}}; changes: {section__key: value}, applied last, None removes the key.
     """
     tree = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
+    tree["train"].update(views_per_step=1, rays=128, learning_rate=2.0e-3)
     for section, keys in sections.items():
         tree[section].update(keys)
     for name, value in changes.items():

