@@ -317,12 +317,12 @@ def test_a_resumed_run_with_cameras_is_the_one_that_was_not_interrupted(folder):
 
 def test_cameras_are_trained_by_the_rays_of_several_views_too(folder):
     """Check that the errors fall, and that the run goes on bit for bit; 3 views per step do not divide the 8."""
-    several = {"train__views_per_step": 3, "train__steps": 150, "train__validations": 3}
+    several = {"train__views_per_step": 3, "train__steps": 90, "train__validations": 3}
     train(folder, "--monitor-path", "several", **several)
     errors = series(folder / "several_tiny", "camera_rotation")
     assert errors[-1] < errors[0]
     (folder / "several_tiny").rename(folder / "several_whole")
-    train(folder, "--monitor-path", "several", **{**several, "train__steps": 50})
+    train(folder, "--monitor-path", "several", **{**several, "train__steps": 30})
     train(folder, "--monitor-path", "several", "--resume", **several)
     found, wanted = (checkpoints.read_arrays(folder / name / "state.h5")[0] for name in ("several_tiny",
                                                                                          "several_whole"))
