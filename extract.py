@@ -32,7 +32,7 @@ from assets.surface import Surface, cut_by_sphere, in_sphere
 from config import settings
 from files import writing
 from metrics import meshes
-from ray_tracer import compiled
+from tracing.compiling import compiled
 from training import cameras, checkpoints
 
 SLACK = 1.5         # assumed bound on the sdf's slope; a steeper sdf may lose parts that touch no other part

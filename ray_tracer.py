@@ -34,8 +34,9 @@ from typing import Callable, NamedTuple, Optional, Tuple
 
 import numpy as np
 
+from tracing.compiling import compiled
 from tracing.cones import Cones
-from tracing.sdf_grid import MAX_SLOPE, Rays, SdfGrid, compiled
+from tracing.sdf_grid import MAX_SLOPE, Rays, SdfGrid
 
 Sdf = Callable[[np.ndarray], np.ndarray]    # points (N, 3) float32 -> (N,) float32
 

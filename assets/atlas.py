@@ -8,7 +8,7 @@ import xatlas
 from scipy.cluster.vq import kmeans2
 from scipy.spatial import cKDTree
 
-from tracing.sdf_grid import compiled
+from tracing.compiling import compiled
 
 FACES_PER_PATCH = 400   # xatlas's time grows with the square of the faces that it gets at once
 MOST_PATCHES = 512

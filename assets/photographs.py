@@ -10,7 +10,7 @@ from tqdm import tqdm
 import helper
 import ray_tracer
 from assets.baking import Points
-from tracing.sdf_grid import compiled
+from tracing.compiling import compiled
 
 MOST_RAYS = 1 << 16     # traced per view; larger photographs get a smaller depth map
 CHUNK = 1 << 15         # rays traced together

@@ -169,7 +169,7 @@ class Sdf:
     """The sdf of layers, a list of Variables (v, g, b), as network.sdf_evaluator describes it. Threads may share it."""
 
     SIZES = tuple(size for k in range(8, 14) for size in (2 ** k, 3 * 2 ** (k - 1))) + (2 ** 14,)
-    half_precision = None       # search has the use of it
+    half_precision = None       # only `search` chooses by it
 
     def __init__(self, layers: Layers):
         self.layers, self.launching = layers, threading.Lock()

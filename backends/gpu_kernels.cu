@@ -30,7 +30,7 @@ KERNEL encode(const float *x, float *encoded, float *derivative, Int columns, In
     if (derivative) derivative[at] = slope;
 }
 
-// A thread has four columns: there are many rows, and a block of one column each has too little to do.
+// A thread has four columns. With one, a block would have too little to do.
 #define EACH_FOUR \
     const Int row = blockIdx.x, first = 4 * (blockIdx.y * (Int)blockDim.x + threadIdx.x), base = row * pitch; \
     if (first >= inputs) return; \

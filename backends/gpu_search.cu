@@ -3,8 +3,8 @@
 // those of ray_tracer.py, where each function is explained.
 //
 // Rows of `rays`: origin, direction, near end and length of the chord, whether a hit is wanted. t, table, state (R, S):
-// the samples' distances; their sdf, or a lower bound of it; and what is known there. A sample that is known in half
-// precision may be off by `error`, which its value in the table has less.
+// the samples' distances; their sdf, or a lower bound of it; and what is known there. A value in half precision may be
+// off by `error`; the table holds it minus that.
 typedef long long Int;
 #define KERNEL extern "C" __global__ void
 enum State : unsigned char { BOUNDED, ROUGH, EXACT };

@@ -96,7 +96,8 @@ def image_bytes(image):
 
 
 def write_image(path, image):
-    """Write `image` (H, W, 3) or (H, W), floats in [0, 1] or uint8, to `path` atomically, format by suffix."""
+    """Write `image` (H, W), (H, W, 3) or (H, W, 4), floats in [0, 1] or uint8, to `path` atomically, format by suffix.
+    """
     import imageio.v2 as imageio  # imported here, as only writers of images need it
     with replacing(path) as temporary:
         imageio.imwrite(temporary, image_bytes(image))

@@ -30,7 +30,7 @@ from helper import UserError
 from scenes import segmentation, sparse_points
 from scenes.views import read_view
 from scenes.visual_hull import SMALL, Hull, Look, agreements, make_look, project, silhouette
-from tracing.sdf_grid import compiled
+from tracing.compiling import compiled
 
 ROUNDS = 8              # at most
 SETTLED = 0.003         # share of the masks that a last round changes at most

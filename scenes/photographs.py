@@ -8,9 +8,6 @@ import sys
 from pathlib import Path
 from typing import List, NamedTuple
 
-import cv2
-import numpy as np
-
 import datasets
 from files import pictures, writing
 from helper import UserError
@@ -150,6 +147,5 @@ def write_plain(path, target, upright):
         target.unlink()
     picture = pictures.read_picture(path, pictures.colours_and_alpha)
     pixels = pictures.turn(picture.pixels, picture.orientation) if upright else picture.pixels
-    done, content = cv2.imencode(".png", np.ascontiguousarray(pixels[..., [2, 1, 0, 3][:pixels.shape[2]]]))
-    writing.write_bytes(target, content.tobytes())
+    writing.write_image(target, pixels)
     os.utime(str(target), ns=(date, date))

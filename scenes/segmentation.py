@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
-from tracing.sdf_grid import compiled
+from tracing.compiling import compiled
 
 BINS = (16, 32, 32)     # of a colour histogram, along L, a and b
 SURE = 4.0              # the most that a pixel's colour can say, as a logarithm of a ratio of likelihoods

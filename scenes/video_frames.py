@@ -50,9 +50,7 @@ def take(video, folder, count):
     for file in folder.glob("frame_*.png"):
         file.unlink()
     paths = write_frames(video, chosen, folder)
-    if len(paths) < LEAST_FRAMES:
-        raise UserError(f"{video}: only {len(paths)} frames can be read; give a whole video, of a slow walk around the "
-                        "object")
+    check_enough(video, len(paths))
     writing.write_bytes(note, json.dumps({"wanted": wanted, "names": [path.name for path in paths]}).encode())
     return paths
 
@@ -68,15 +66,20 @@ def measure(video):
         if len(sharpness) == MOST_FRAMES:
             print(f"notice: {video}: only its first {MOST_FRAMES} frames are used")
             break
-    if len(sharpness) < LEAST_FRAMES:
-        raise UserError(f"{video}: only {len(sharpness)} frames can be read; give a whole video, of a slow walk around "
-                        "the object")
+    check_enough(video, len(sharpness))
     if len(sharpness) >= 30:
         del sharpness[-LAST:], steps[-LAST:]
     measures = Measures(np.array(sharpness), np.cumsum(steps), min(before.shape))
     if measures.motion[-1] < LEAST_MOTION * measures.side:
         raise UserError(f"{video}: next to nothing moves in it; walk around the object, or turn it, while you film")
     return measures
+
+
+def check_enough(video, count):
+    """Raise UserError if only so few frames of a video can be read that no search is worth it."""
+    if count < LEAST_FRAMES:
+        raise UserError(f"{video}: only {count} frames can be read; give a whole video, of a slow walk around the "
+                        "object")
 
 
 def moved(before, frame):

@@ -1,7 +1,7 @@
 """Which rays pass narrowly by the surface: found from what a trace evaluates anyway, and a little more."""
 import numpy as np
 
-from tracing.sdf_grid import compiled
+from tracing.compiling import compiled
 
 
 class Cones:

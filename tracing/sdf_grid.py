@@ -9,10 +9,10 @@ shows how much of its margin a ray has needed.
 """
 from typing import Callable, NamedTuple, Optional
 
-import numba
 import numpy as np
 
 from backends.cpu_kernels import CORES, Split, block_of, on_all_cores
+from tracing.compiling import compiled
 
 MAX_SLOPE = 1.5     # assumed bound on the sdf's slope, by which samples are skipped
 ERROR_SLOPE = 2.0   # assumed bound on the slope of the grid's error
@@ -24,9 +24,6 @@ SPARE = 1.2         # a margin is at least this many times what a ray has lately
 FORGET = 1e-3       # ... and falls by this share with each ray of its level
 MIN_PER_CORE = 1 << 14      # samples; with fewer, handing them over takes longer than the work
 
-# Decorates loops over rays: compiled at the first call, cached beside this file. No fastmath, so that products and sums
-# round as NumPy's do.
-compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 
 
 class Rays(NamedTuple):

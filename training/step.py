@@ -35,11 +35,9 @@ def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng, grid: Optional
     alone; rng: of the samples' places; grid: what is known of the sdf. It hears all values, and learns nothing yet.
     """
     settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
-    half_precision, search = sdf.half_precision, sdf.search
-    if grid:
-        sdf, half_precision = grid.listening(sdf), half_precision and grid.listening(half_precision)
-    t, hit_in_mask = ray_tracer.hit_or_least_sdf(sdf, batch.origins, batch.directions, batch.mask, grid=grid,
-                                                 half_precision_sdf=half_precision, search=search,
+    heard = grid.listening(sdf) if grid else sdf
+    t, hit_in_mask = ray_tracer.hit_or_least_sdf(heard, batch.origins, batch.directions, batch.mask, grid=grid,
+                                                 half_precision_sdf=sdf.half_precision, search=sdf.search,
                                                  rng=rng, **settings)
     return Placed(batch.origins + t[:, None] * batch.directions, hit_in_mask)
 
