@@ -3,6 +3,7 @@
 The sdf reaches the tracer and the extraction as a plain callable, from sdf_evaluator(), and the colours from shader().
 As a script, it draws the zero contour of the initial sdf: `python network.py -Ds 512 -R 0.75`.
 """
+import math
 import time
 from functools import partial
 from types import ModuleType
@@ -21,6 +22,8 @@ from config.settings import Network
 from files import writing
 
 Weights = Union[cpu.PackedWeights, gpu.FoldedWeights]
+
+FEWEST_ROWS = 64        # of a shading on a GPU
 
 # --- parameters -------------------------------------------------------------------------------------------------------
 
@@ -134,8 +137,10 @@ chunk: int = 4096) -> Tuple[np.ndarray, np.ndarray]:
     its normal. without: as in `rendering`. Returns rgb (N, 3) in [0, 1] and the sdf's gradient (N, 3), float32.
     """
     rows = min(chunk, len(points))
+    if not on_cpu():        # a GPU's kernels are prepared for each number of rows, so these are few
+        rows = min(chunk, 2 ** math.ceil(math.log2(max(rows, FEWEST_ROWS))))
     rgb, normals = np.empty((len(points), 3), np.float32), np.empty((len(points), 3), np.float32)
-    if rows == 0:
+    if not len(points):
         return rgb, normals
     x, view = nn.Variable((rows, 3)), nn.Variable((rows, 3))
     with nn.no_grad():

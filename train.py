@@ -143,8 +143,8 @@ class Training:
         self.grid = None
         if self.world.size == 1:        # of several processes, each would remember what it alone has seen
             self.grid = state and checkpoints.grid_of(state) or remembered(self.sdf, conf.train.rays)
-        self.step = TrainingStep(conf.network.without, LossWeights(conf.train.mask_weight, conf.train.eikonal_weight),
-                                 conf.train.rays, want_grad_rays=self.camera_solver is not None)
+        self.step = TrainingStep(conf.network.without, LossWeights.of(conf.train), conf.train.rays,
+                                 want_grad_rays=self.camera_solver is not None)
         # After an epoch's last step its render and its model may still be missing, so the epoch is finished once more.
         self.first_epoch = max(self.first_step - 1, 0) // self.epochs.length
         due = self.epochs.is_due(self.first_epoch, conf.train.validations)

@@ -4,7 +4,7 @@ With gpu.py, nnabla's host side starts a thousand kernels in a step, and the GPU
 few dozen calls. Losses, solver and all parameters stay nnabla's. cpu.py and gpu.py offer the same names.
 """
 import threading
-from typing import List, Tuple
+from typing import List, Tuple, Union
 
 import cupy
 import nnabla as nn
@@ -12,7 +12,7 @@ import numpy as np
 from nnabla.ext_utils import get_extension_context
 from nnabla.function import PythonFunction
 
-from backends import gpu, gpu_kernels, gpu_search
+from backends import gpu_kernels, gpu_search
 from backends.architecture import array_sizes
 from backends.gpu import Layers
 from backends.gpu_kernels import page_locked
@@ -22,7 +22,7 @@ class Gpu:
     """The GPU that set_up has chosen: nnabla's context, and the kernels."""
     context: nn.Context = None
     device: gpu_kernels.Device = None
-    spare: dict = {}        # {(sizes, rows): Evaluations that no SurfaceEvaluation holds}
+    spare: dict = {}        # {(class, sizes, rows): passes of gpu_kernels that nothing holds}
 
 
 def set_up(device_id: str) -> None:
@@ -46,6 +46,23 @@ def sizes_of(layers: Layers) -> Tuple[Tuple[int, int], ...]:
     return tuple(map(tuple, array_sizes(layers).tolist()))
 
 
+Passes = Union[gpu_kernels.Evaluation, gpu_kernels.Rendering]
+
+
+def take(kind: type, layers: Layers, rows: int) -> Passes:
+    """Return passes of a class of gpu_kernels for `rows` rows, with the layers' weights; spare ones where there are."""
+    key = kind, sizes_of(layers), rows
+    spare = Gpu.spare.setdefault(key, [])
+    passes = spare.pop() if spare else kind(Gpu.device, *key[1:])
+    passes.weights.fold(pointers(layers))
+    return passes
+
+
+def give_back(passes: Passes) -> None:
+    """Let others use the passes' buffers."""
+    Gpu.spare[type(passes), passes.weights.sizes, passes.rows].append(passes)
+
+
 # --- the evaluation of a training step --------------------------------------------------------------------------------
 
 class SurfaceEvaluation:
@@ -66,12 +83,11 @@ class SurfaceEvaluation:
             self.leaves += hits
 
     def forward(self) -> None:
-        key = self.sizes, self.points.shape[0]
         with Gpu.device.current():
-            if not self.held:
-                spare = Gpu.spare.setdefault(key, [])
-                self.held = spare.pop() if spare else gpu_kernels.Evaluation(Gpu.device, *key)
-            self.held.weights.fold(pointers(self.layers))
+            if self.held:
+                self.held.weights.fold(pointers(self.layers))
+            else:
+                self.held = take(gpu_kernels.Evaluation, self.layers, self.points.shape[0])
             results = [pointer(leaf.data, write=True) for leaf in self.leaves]
             self.held.implicit_forward(pointer(self.points.data), results + [0] * (5 - len(results)), self.num_hits)
         for leaf in self.leaves:
@@ -86,7 +102,7 @@ class SurfaceEvaluation:
             held.weights.fold_backward(gradients_of(self.layers))
             if self.want_grad_points:
                 self.gradient = held.grad_points.get()
-        Gpu.spare[self.sizes, held.rows].append(held)
+        give_back(held)
         self.held = None
 
     def grad_points(self) -> np.ndarray:
@@ -110,8 +126,8 @@ def folded_weights(layers: Layers) -> Layers:
 
 
 def implicit(x: nn.Variable, weights: Layers) -> Tuple[nn.Variable, nn.Variable, nn.Variable]:
-    """As network.implicit, in nnabla's functions, as only renders take it; weights: the layers."""
-    return gpu.implicit(x, gpu.folded_weights(weights))
+    """As network.implicit, without a gradient, as only renders take it; weights: the layers."""
+    return ImplicitFunction(weights)(x)
 
 
 def rendering(h: nn.Variable, weights: Layers) -> nn.Variable:
@@ -119,14 +135,14 @@ def rendering(h: nn.Variable, weights: Layers) -> nn.Variable:
 
     In training h takes a gradient. Then the backward pass also adds to the gradients of the parameters.
     """
-    return RenderingFunction(weights)(h) if h.need_grad else gpu.rendering(h, gpu.folded_weights(weights))
+    return RenderingFunction(weights, training=h.need_grad)(h)
 
 
-class RenderingFunction(PythonFunction):
-    """Input: the renderer's input. Output: rgb.
+class Function(PythonFunction):
+    """A function of nnabla's whose passes are those of gpu_kernels, for any number of rows.
 
     The parameters are no inputs: at every step nnabla would ask Python about each of them, which takes longer than the
-    kernels. forward_impl reads them and backward_impl adds to their gradients, as SurfaceEvaluation does.
+    kernels. forward_impl reads them.
     """
 
     def __init__(self, layers: Layers):
@@ -137,30 +153,66 @@ class RenderingFunction(PythonFunction):
     def name(self):
         return type(self).__name__
 
-    def min_outputs(self):
-        return 1
-
-    def setup_impl(self, inputs, outputs):
-        outputs[0].reset_shape((inputs[0].shape[0], 3), True)
-        with Gpu.device.current():
-            self.passes = gpu_kernels.Rendering(Gpu.device, sizes_of(self.layers), inputs[0].shape[0])
-
-    def forward_impl(self, inputs, outputs):
-        with Gpu.device.current():
-            self.passes.weights.fold(pointers(self.layers))
-            self.passes.rendering_forward(pointer(inputs[0].data), pointer(outputs[0].data, write=True))
-
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        passes, add = self.passes, accum[0]
-        with Gpu.device.current():
-            passes.rendering_backward(pointer(outputs[0].grad), pointer(inputs[0].grad, write=not add), add)
-            passes.weights.fold_backward(gradients_of(self.layers))
-
     def grad_depends_output_data(self, i, o):
         return False
 
     def grad_depends_input_data(self, i, j):
         return False
+
+
+class ImplicitFunction(Function):
+    """Input: points. Outputs: sdf, feature and normal. It has no backward pass."""
+
+    def min_outputs(self):
+        return 3
+
+    def setup_impl(self, inputs, outputs):
+        for output, columns in zip(outputs, (1, sizes_of(self.layers)[-1][1] - 1, 3)):
+            output.reset_shape((inputs[0].shape[0], columns), True)
+
+    def forward_impl(self, inputs, outputs):
+        with Gpu.device.current():
+            passes = take(gpu_kernels.Evaluation, self.layers, inputs[0].shape[0])
+            sdf, feature, normal = (pointer(output.data, write=True) for output in outputs)
+            # All points are hits; what is asked of a hit beside the feature is there already.
+            passes.implicit_forward(pointer(inputs[0].data), [sdf, normal, passes.x.data.ptr, normal, feature],
+                                    passes.rows)
+            give_back(passes)
+
+    def backward_impl(self, inputs, outputs, propagate_down, accum):
+        raise NotImplementedError("a render has no gradient")
+
+
+class RenderingFunction(Function):
+    """Input: the renderer's input. Output: rgb. In training, backward_impl adds to the gradients of the parameters."""
+
+    def __init__(self, layers: Layers, training: bool):
+        super().__init__(layers)
+        self.training = training
+
+    def min_outputs(self):
+        return 1
+
+    def setup_impl(self, inputs, outputs):
+        outputs[0].reset_shape((inputs[0].shape[0], 3), True)
+        self.held = None
+
+    def forward_impl(self, inputs, outputs):
+        with Gpu.device.current():
+            if self.held:
+                self.held.weights.fold(pointers(self.layers))
+            else:
+                self.held = take(gpu_kernels.Rendering, self.layers, inputs[0].shape[0])
+            self.held.rendering_forward(pointer(inputs[0].data), pointer(outputs[0].data, write=True))
+            if not self.training:
+                give_back(self.held)
+                self.held = None
+
+    def backward_impl(self, inputs, outputs, propagate_down, accum):
+        passes, add = self.held, accum[0]
+        with Gpu.device.current():
+            passes.rendering_backward(pointer(outputs[0].grad), pointer(inputs[0].grad, write=not add), add)
+            passes.weights.fold_backward(gradients_of(self.layers))
 
 
 # --- the sdf without gradient -----------------------------------------------------------------------------------------

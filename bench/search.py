@@ -68,7 +68,7 @@ def compare(conf, scene, views, num_steps):
     solver.set_parameters(nn.get_parameters())
     sdf = counting(network.sdf_evaluator(), counted)
     grid = remembered(sdf, train.rays)
-    taken = TrainingStep(conf.network.without, LossWeights(train.mask_weight, train.eikonal_weight), train.rays)
+    taken = TrainingStep(conf.network.without, LossWeights.of(train), train.rays)
     draw = datasets.Draw(train.rays, train.seed, train.outline_fraction, train.views_per_step)
     batches = datasets.training_batches(scene, views, draw)
     for step in tqdm(range(num_steps), unit="step", dynamic_ncols=True, smoothing=0.05):

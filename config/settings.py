@@ -102,6 +102,7 @@ class Train:
     alpha_doubled_at: List[float] = key([0.125, 0.25, 0.375, 0.5, 0.625], MILESTONES,
                                         "fractions of the run at which it is doubled")
     mask_weight: float = key(100.0, between(0, 1000000), "weight of the mask loss")
+    missed_weight: float = key(1.0, between(0.001, 1000), "in it, of masked rays that miss; outside ones have 1", True)
     eikonal_weight: float = key(0.1, between(0, 1000000), "weight of the eikonal loss")
     seed: int = key(0, between(0, 2 ** 32 - 1), "seed of the initial weights, the order of views and the pixels")
     models: int = key(20, between(1, 100000), "models to save, evenly over the run; the last after the last step")

@@ -11,7 +11,7 @@ import network
 import ray_tracer
 from backends import context
 from backends.gpu import constant, row_sums
-from config.settings import Network, Tracer
+from config.settings import Network, Tracer, Train
 from tracing.sdf_grid import SdfGrid
 
 LOSSES = ("loss", "color", "mask", "eikonal")       # the total first
@@ -26,6 +26,12 @@ class Placed(NamedTuple):
 class LossWeights(NamedTuple):
     mask: float
     eikonal: float
+    missed: float = 1.0     # in the mask loss, of a ray in the object mask that misses; one outside the mask has 1
+
+    @classmethod
+    def of(cls, train: Train) -> "LossWeights":
+        """Return the weights of a configuration's section."""
+        return cls(train.mask_weight, train.eikonal_weight, train.missed_weight)
 
 
 def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng, grid: Optional[SdfGrid] = None) -> Placed:
@@ -128,6 +134,7 @@ class TrainingStep:
 
     def __init__(self, without, weights: LossWeights, num_rays, want_grad_rays=False):
         self.graph_settings, self.num_rays, self.want_grad_rays = (without, weights, num_rays), num_rays, want_grad_rays
+        self.missed_weight = weights.missed
         self.graphs, self.latest = {}, None
 
     def graph(self, num_hits) -> TrainingGraph:
@@ -145,6 +152,7 @@ class TrainingStep:
         order = np.argsort(~placed.hit_in_mask, kind="stable")       # the rays with a colour first
         color_weights = np.where(placed.hit_in_mask, batch.weights, 0.0)[order].astype(np.float32)
         mask_weights = batch.weights[order].astype(np.float32) - color_weights
+        mask_weights[batch.mask[order]] *= self.missed_weight
         uniform = rng.uniform(-1.0, 1.0, (self.num_rays // 2, 3)).astype(np.float32)
         graph.points.d = np.concatenate([placed.points[order], uniform])
         if num_surface:
