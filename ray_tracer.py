@@ -91,7 +91,7 @@ def intersect_unit_sphere(origins: np.ndarray, directions: np.ndarray) -> Tuple[
 
 def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_tracing_steps: int = 10,
           tolerance: float = 5e-5, samples: int = 100, refinement: str = "secant",
-          refinement_steps: int = 8, cones: Optional[Cones] = None) -> Tuple[np.ndarray, np.ndarray]:
+          refinement_steps: int = 8, cones: Optional[Cones] = None, search=None) -> Tuple[np.ndarray, np.ndarray]:
     """Find the first point of each ray on the surface, where it enters the object (sdf from + to -).
 
     sdf: points (N, 3) float32 -> (N,) float32.
@@ -102,6 +102,8 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
     refinement: "secant" or "bisection".
     refinement_steps: maximum per bracket. If they do not reach the tolerance, the hit is the point of least |sdf|.
     cones: finds the rays that pass narrowly by the surface; its `near` tells them afterwards. The hits stay the same.
+    search: a backends.gpu_search.Search, which finds the hits on a GPU, without sphere tracing. Only rays that may pass
+        the surface within their cones go through the stages.
 
     Returns t (R,) float32, the distance of the hit (0 for none), and hit (R,) bool. A ray that starts inside the object
     is hit only where it enters again.
@@ -112,10 +114,19 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
     near, far, meets = intersect_unit_sphere(origins, directions)
     t, hit = np.zeros(len(directions), np.float32), np.zeros(len(directions), bool)
 
+    how = Refinement(refinement == "secant", refinement_steps, tolerance)
+    rays = np.flatnonzero(meets)
+    if search and rays.size:
+        chords = Chords(np.broadcast_to(origins, directions.shape)[rays], directions[rays], np.ones(rays.size, bool),
+                        near[rays], far[rays] - near[rays])
+        fractions = np.linspace(0, 1, samples, dtype=np.float32)
+        t_found, hits, passes = search.first_hits(chords, fractions, how, Limits(), cones and cones.spread)
+        hits &= ~passes
+        t[rays[hits]], hit[rays[hits]] = t_found[hits], True
+        rays = rays[passes]
     sdf_at = _sdf_along(sdf, origins, directions)
     if cones:
         sdf_at = cones.noting(sdf_at, len(directions))
-    rays = np.flatnonzero(meets)
     ends, values, arrived, undecided = _sphere_trace(
         sdf_at, rays, np.stack([near[rays], far[rays]]), sphere_tracing_steps, tolerance)
     t[rays[arrived]] = ends[0, arrived]
@@ -125,7 +136,7 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
         cones.look_between(sdf_at, rays[met], ends[:, met], values[:, met])
 
     gaps = _march(sdf_at, rays[undecided], ends[:, undecided], values[:, undecided], samples, tolerance)
-    rays, t_found = _refine(sdf_at, *gaps, Refinement(refinement == "secant", refinement_steps, tolerance))
+    rays, t_found = _refine(sdf_at, *gaps, how)
     t[rays], hit[rays] = t_found, True
     return t, hit
 

@@ -116,7 +116,7 @@ class Training:
         self.conf, self.scene, self.views, self.folder, self.world = conf, scene, views, folder, world
         self.epochs = schedule.Epochs(conf.train.steps, datasets.epoch_steps(
             len(views), world.size * conf.train.views_per_step))
-        self.solver, self.camera_solver = S.Adam(conf.train.learning_rate), None
+        self.solver, self.camera_solver = S.Adam(conf.train.learning_rate, beta2=conf.train.adam_beta2), None
         self.solvers = {"solver": self.solver}
         if conf.train.camera_learning_rate:
             self.camera_solver = self.solvers["cameras"] = cameras.SparseAdam(conf.train.camera_learning_rate)

@@ -2,14 +2,15 @@
 // and starts these kernels and defines MAX_SLOPE, the assumed bound on the sdf's slope, and MAX_COVER. The names are
 // those of ray_tracer.py, where each function is explained.
 //
-// Rows of `rays`: origin, direction, near end and length of the chord, whether a hit is wanted. t, table, state (R, S):
-// the samples' distances; their sdf, or a lower bound of it; and what is known there. A value in half precision may be
-// off by `error`; the table holds it minus that.
+// Rows of `rays`: origin, direction, near end and length of the chord, what is wanted. t, table, state (R, S): the
+// samples' distances; their sdf, or a lower bound of it; and what is known there. A value in half precision may be off
+// by `error`; the table holds it minus that.
 typedef long long Int;
 #define KERNEL extern "C" __global__ void
 enum State : unsigned char { BOUNDED, ROUGH, EXACT };
+enum Wanted { LEAST, HIT_OR_LEAST, HIT };
 
-struct Ray { float origin[3], direction[3], near, length, want_hit; };
+struct Ray { float origin[3], direction[3], near, length, wanted; };
 
 struct List {       // the points to evaluate next: how many, which sample or gap they are of, and where
     int *count, *places;
@@ -47,7 +48,7 @@ __device__ void add(List list, Int place, const Ray &ray, float t) {
     EACH(rays) \
     THE_LIST \
     const Ray ray = all_rays[i]; \
-    const bool wanted = ray.want_hit > 0.0f; \
+    const Wanted wanted = (Wanted)(int)ray.wanted; \
     t += i * samples, table += i * samples, state += i * samples;
 
 // Set the samples' distances, and list every stride-th.
@@ -61,25 +62,25 @@ KERNEL list_every(SAMPLES, const float *fractions, Int stride) {
 }
 
 // What the known samples show, every step-th: the number of the entry, or `samples`; and the least sdf; both surely.
-__device__ Int find_entry(const float *table, const unsigned char *state, bool wanted, Int samples, Int step,
+__device__ Int find_entry(const float *table, const unsigned char *state, Wanted wanted, Int samples, Int step,
                           float tolerance, float error, float *least) {
     bool outside = false;
-    *least = 3e38f;
+    *least = wanted == HIT ? -3e38f : 3e38f;
     for (Int number = 0; number < samples; number += step) {
         if (state[number] == BOUNDED) continue;
         float most = table[number] + (state[number] == ROUGH ? 2.0f * error : 0.0f);
         if (number > 0) *least = fminf(*least, most);
         if (table[number] > tolerance) outside = true;
-        else if (outside && wanted && most <= tolerance) return number;
+        else if (outside && wanted != LEAST && most <= tolerance) return number;
     }
     return samples;
 }
 
-__device__ bool matters(const float *t, float bound, bool wanted, Int number, Int samples, Int entry, float least,
+__device__ bool matters(const float *t, float bound, Wanted wanted, Int number, Int samples, Int entry, float least,
                         float tolerance) {
     float width = t[number] - t[max(number - 1, 0LL)];
     if (number + 1 < samples) width = fmaxf(width, t[number + 1] - t[number]);
-    return wanted && number <= entry && bound <= MAX_SLOPE * width + tolerance
+    return wanted != LEAST && number <= entry && bound <= MAX_SLOPE * width + tolerance
            || entry == samples && number > 0 && bound <= least;
 }
 
@@ -124,6 +125,20 @@ KERNEL take(LIST, Int listed, const float *values, float *table, unsigned char *
     if (i == 0) *count = 0;
 }
 
+// Set passes (R,) to whether a ray may pass the surface within the radius spread * t, before it enters the object: where
+// a sample is lower than its neighbours, the sdf falls by no more than half of what its slope allows between them.
+KERNEL find_passes(SAMPLES, float spread, unsigned char *passes) {
+    EACH_RAY
+    passes[i] = 0;
+    for (Int number = 1; number < samples; number++) {
+        float before = table[number - 1], value = table[number], width = t[number] - t[number - 1], after = value;
+        if (before > tolerance && value <= tolerance) return;
+        if (number + 1 < samples) after = table[number + 1], width = fmaxf(width, t[number + 1] - t[number]);
+        if (value <= before && value <= after && 0.5f * (value + fminf(before, after) - width) <= spread * t[number])
+            passes[i] = 1;
+    }
+}
+
 // --- gaps
 
 // Set found (R, 2) to the distance of each ray's sample of least sdf, and 0; list its gaps, which are consecutive.
@@ -134,7 +149,7 @@ KERNEL list_gaps(SAMPLES, float *found, Gap *gaps, int *num_gaps, int *ray_gaps,
         if (table[number] < table[least]) least = number;
     found[2 * i] = t[least], found[2 * i + 1] = 0.0f;
     int own = 0, first = 0;
-    for (int writing = 0; wanted && writing < 2; writing++) {
+    for (int writing = 0; wanted != LEAST && writing < 2; writing++) {
         if (writing) first = atomicAdd(num_gaps, own), own = 0;
         for (Int end = 0; end < samples; end++) {
             Int start = max(end - 1, 0LL);

@@ -64,7 +64,7 @@ def main():
 def compare(conf, scene, views, num_steps):
     """Take training steps. Yield (Compared, evaluations, evaluations of the full search) at every 100th, else None."""
     train, counted, rng = conf.train, [], np.random.default_rng(0)
-    solver = S.Adam(train.learning_rate)
+    solver = S.Adam(train.learning_rate, beta2=train.adam_beta2)
     solver.set_parameters(nn.get_parameters())
     sdf = counting(network.sdf_evaluator(), counted)
     grid = remembered(sdf, train.rays)

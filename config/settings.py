@@ -93,6 +93,7 @@ class Train:
     views_per_step: int = key(1, between(1, 1024), "views that a step takes its pixels from; 1 is the paper's", True)
     outline_fraction: float = key(0.0, FRACTION, "fraction of rays near outlines; weights keep the loss unbiased", True)
     learning_rate: float = key(1e-4, above_zero(100), "learning rate of Adam")
+    adam_beta2: float = key(0.999, FRACTION, "Adam's memory of squared gradients; 0.999 is the paper's", True)
     learning_rate_halved_at: List[float] = key([0.5, 0.75], MILESTONES, "fractions of the run at which it is halved")
     learning_rate_annealing: str = key("none", one_of("none", "cosine", "exponential"),
                                        "smooth fall over the run: none, cosine or exponential", True)

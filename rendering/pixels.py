@@ -26,7 +26,7 @@ BACKGROUNDS = {"white": 1.0, "black": 0.0, "transparent": None}
 
 class View(NamedTuple):
     """What is seen, and from where."""
-    sdf: ray_tracer.Sdf         # such as network.sdf_evaluator's
+    sdf: ray_tracer.Sdf         # such as network.sdf_evaluator's, whose `search` serves, too
     shade: Callable             # points and directions (N, 3) to rgb and normals (N, 3), as network.shader's
     camera: helper.Camera
     tracer: object              # the configuration's section, of which every key is an option of ray_tracer.trace
@@ -103,13 +103,13 @@ def _pixels(wanted: np.ndarray) -> np.ndarray:
 def _sample(view: View, uv: np.ndarray, find_near: bool = False) -> _Samples:
     """Trace and shade the rays through pixel coordinates uv (n, 2); near is all False without find_near."""
     origin, directions = helper.pixel_rays(uv, view.camera.intrinsics, view.camera.pose)
-    count = len(uv)
+    count, search = len(uv), getattr(view.sdf, "search", None)
     found = _Samples(np.zeros(count, np.float32), np.zeros(count, bool), np.zeros(count, bool),
                      np.zeros((count, 3), np.float32), np.zeros((count, 3), np.float32))
     for start in range(0, count, CHUNK):
         rays, part = directions[start:start + CHUNK], slice(start, start + CHUNK)
         cones = Cones(_angle(view.camera.intrinsics, SUBPIXELS)) if find_near else None
-        t, hit = ray_tracer.trace(view.sdf, origin, rays, cones=cones, **vars(view.tracer))
+        t, hit = ray_tracer.trace(view.sdf, origin, rays, cones=cones, search=search, **vars(view.tracer))
         found.t[part], found.hit[part] = t, hit
         found.rgb[part][hit], found.normals[part][hit] = view.shade(origin + t[hit, None] * rays[hit], rays[hit])
         if cones:

@@ -7,10 +7,12 @@ import nnabla as nn
 import numpy as np
 import pytest
 
+import helper
 import network
 from backends import context, gpu
-from config.settings import Network
+from config.settings import Network, Tracer
 from ray_tracer import hit_or_least_sdf
+from rendering import pixels
 from training.step import LOSSES, LossWeights, TrainingGraph
 
 
@@ -186,6 +188,42 @@ def test_the_search_on_the_gpu_finds_what_the_hosts_search_finds(on_gpu, net, sh
         assert np.array_equal(t[~hit], wanted_t[~hit])      # the same samples, bit for bit
         assert (np.abs(sdf((origins + t[:, None] * directions)[hit])) <= 5e-5).all()
         assert np.abs(t - wanted_t)[hit].max() <= 5e-3 and np.median(np.abs(t - wanted_t)[hit]) <= 5e-5
+
+
+@pytest.mark.parametrize("net", [Network(128, 5, 6), Network(512, 256, 9)])
+def test_a_render_by_the_search_on_the_gpu_is_the_same(on_gpu, net):
+    rng = np.random.default_rng(0)
+    network.initialize(net, rng)
+    for parameter in nn.get_parameters().values():
+        parameter.d = parameter.d * (1 + 0.05 * rng.normal(size=parameter.shape))
+    sdf, shade = network.sdf_evaluator(), network.shader(net)
+    pose = np.eye(4)
+    pose[2, 3] = -3
+    camera = helper.Camera(np.array([[300.0, 0, 100], [0, 300, 100], [0, 0, 1]]), pose, (200, 200))
+    for _ in range(2):      # the error that is assumed settles
+        areas, centres = pixels.render_areas(sdf, shade, camera, Tracer())
+    exact_areas, exact_centres = pixels.render_areas(lambda x: sdf(x), shade, camera, Tracer())
+    both = centres.hit & exact_centres.hit
+    assert 0.1 < both.mean() < 0.9 and (centres.hit != exact_centres.hit).mean() < 1e-3
+    apart = np.abs(centres.depth - exact_centres.depth)[both]
+    assert np.median(apart) <= 5e-5 and apart.max() <= 5e-3      # where rays graze, the tolerance is far along them
+    assert (areas.alpha != exact_areas.alpha).mean() < 2e-3
+    for ours, exact in ((areas.rgb, exact_areas.rgb), (areas.normals, exact_areas.normals)):
+        assert np.abs(ours - exact)[both].mean() < 1e-3
+
+
+@pytest.mark.parametrize("count", [1, 70, 5000])
+def test_colours_and_normals_are_those_of_nnablas_functions(on_gpu, monkeypatch, count):
+    net, rng = Network(128, 5, 6), np.random.default_rng(0)
+    new_network(net, rng)
+    points, directions = rng.normal(size=(2, count, 3)).astype(np.float32)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    found = [network.shade(points, directions), network.shade(points), network.shade(points, directions)]
+    assert all(np.array_equal(*pair) for pair in zip(found[0], found[2]))
+    monkeypatch.setattr(context, "cuda", None)
+    for (rgb, normals), given in zip(found, ((points, directions), (points,))):
+        wanted_rgb, wanted_normals = network.shade(*given)
+        assert np.abs(rgb - wanted_rgb).max() < 1e-4 and np.abs(normals - wanted_normals).max() < 1e-4
 
 
 # --- where CuPy cannot be used ----------------------------------------------------------------------------------------

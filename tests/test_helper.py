@@ -297,7 +297,7 @@ def test_numbers_beyond_any_use(tmp_path, tree, number):
 def test_bounds_are_told_and_allowed(tmp_path, tree, section, key):
     kind, (allowed, says) = SECTIONS[section][key].type, SECTIONS[section][key].metadata["allowed"]
     bounds = [float(word) for word in says.split() if word[0].isdigit()]
-    most = bounds[-1] if key not in ("radius", "outline_fraction") else 0.99
+    most = bounds[-1] if key not in ("radius", "outline_fraction", "adam_beta2") else 0.99
     assert allowed(kind(most)) and not allowed(kind(most * 1.02 + 1))
     tree[section][key] = int(most * 2 + 1)
     assert f"{section}.{key} must be {says}, not {tree[section][key]}" in refusal(tmp_path, tree)

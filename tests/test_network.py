@@ -4,13 +4,15 @@ import time
 
 import nnabla as nn
 import nnabla.functions as F
+import nnabla.solvers as S
 import numpy as np
 import pytest
 
+import datasets
 import network
 from backends import architecture, cpu_kernels, gpu
 from config.settings import Network
-from training.step import LOSSES, LossWeights, TrainingGraph
+from training.step import LOSSES, LossWeights, Placed, TrainingGraph, TrainingStep
 
 
 def relative_error(found, wanted):
@@ -96,6 +98,28 @@ def test_losses_and_their_gradient_equal_the_original(reference_network, monkeyp
         scope, layer, part = name.split("/")
         wanted = reference_network[f"grad/{scope}_network/{layer}/{part}"]
         assert relative_error(parameter.g, wanted.T.reshape(parameter.shape)) <= 1e-4, name
+
+
+def test_a_weight_of_missed_rays_is_that_of_masked_rays_without_a_hit():
+    """Of six rays two are hits in the mask, two miss it although masked, and two are outside."""
+    rng, net = np.random.default_rng(0), Network(64, 5, 4)
+    network.initialize(net, rng)
+    mask, hits = np.array([1, 1, 1, 1, 0, 0], bool), np.array([1, 0, 0, 1, 0, 0], bool)
+    directions = np.tile(np.float32([0, 0, 1]), (6, 1))
+    points = np.float32([[0, 0, -0.6], [0.7, 0, 0], [0, 0.9, 0], [0.1, 0, -0.59], [0.65, 0, 0], [0, -0.8, 0]])
+    batch = datasets.Batch(np.zeros(1, np.int64), points - 3 * directions, directions,
+                           np.zeros((6, 3), np.float32), mask, np.float32([1, 2, 1, 1, 3, 0.5]))
+
+    def losses(missed):
+        step = TrainingStep((), LossWeights(100.0, 0.1, missed), 6)
+        found = step.compute_gradients(S.Adam(), batch, Placed(points, hits), 50.0, np.random.default_rng(1))
+        return {name: float(found[name].d) for name in found}
+
+    entropy = np.logaddexp(0, 50.0 * network.sdf_evaluator()(points) * np.where(mask, 1, -1)) * batch.weights / 300
+    once, thrice = losses(1.0), losses(3.0)
+    assert once["mask"] == pytest.approx(entropy[~hits].sum(), rel=1e-4)
+    assert thrice["mask"] - once["mask"] == pytest.approx(2 * entropy[mask & ~hits].sum(), rel=1e-4)
+    assert (thrice["color"], thrice["eikonal"]) == (once["color"], once["eikonal"])
 
 
 def test_a_ray_along_the_surface_keeps_its_slope_and_its_sign():

@@ -96,6 +96,29 @@ def test_the_rays_through_the_centres_are_those_of_render_view():
         assert np.array_equal(one, other)
 
 
+class Search:
+    """A search of hits as backends.gpu_search.Search is, which takes every third ray to pass the surface narrowly."""
+
+    def first_hits(self, chords, fractions, how, limits, spread):
+        assert chords.want_hit.all() and np.all(np.diff(fractions) > 0) and spread > 0
+        t, hit = ray_tracer.trace(ball, chords.origins, chords.directions, tolerance=how.tolerance)
+        return np.where(hit, t, chords.near), hit, np.arange(len(t)) % 3 == 0
+
+
+def test_a_search_of_a_gpu_finds_the_hits():
+    seen = camera()
+    origin, directions = helper.pixel_rays(helper.pixel_grid(*seen.shape), seen.intrinsics, seen.pose)
+    found = []
+    for search in (None, Search()):
+        cones, sdf = Cones(0.002), Counting(ball)
+        t, hit = ray_tracer.trace(sdf, origin, directions, cones=cones, search=search)
+        found.append((t, hit, cones.near(t, hit), sdf.points))
+    (t, hit, near, points), (searched_t, searched_hit, searched_near, searched_points) = found
+    assert np.array_equal(searched_t, t) and np.array_equal(searched_hit, hit) and 0 < hit.mean() < 1
+    assert near.sum() > searched_near.sum() > 0 and not (searched_near & ~near).any()
+    assert points / 4 < searched_points < points / 2        # one ray in three
+
+
 def test_only_outlines_cost_more():
     sdf, shaded, seen = Counting(ball), [], camera(256)
 
