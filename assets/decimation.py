@@ -1,4 +1,7 @@
 """Fewer faces for a mesh of an sdf's zero set: quadric decimation, then the vertices return to the zero set."""
+from itertools import product
+from typing import List, Tuple
+
 import fast_simplification
 import numpy as np
 import trimesh
@@ -11,7 +14,8 @@ from assets.surface import Surface, newton_step
 MOST_STEPS = 4          # of Newton's method
 TOLERANCE = 1e-5        # |sdf| of a vertex on the surface, in radii of the unit sphere
 LONGEST_MOVE = 0.5      # of a vertex, in lengths of the mean edge
-AGGRESSIVENESS = (7, 5, 3, 1)   # of fast-simplification; lower values take longer and do less harm
+AGGRESSIVENESS = (7, 5, 3)      # of fast-simplification; lower values take longer and do less harm
+SHARES = (1.0, 0.97, 0.94)      # of the faces that are asked for, in turn, until the mesh stays closed
 APART = 1e-3            # way of a vertex that was one with another, in distances to the centre of its faces
 FEWEST, MOST = 4, 10 ** 8       # faces
 
@@ -27,8 +31,8 @@ def decimated(mesh: trimesh.Trimesh, num_faces: int, surface: Surface) -> trimes
         return mesh
     closed = is_closed(mesh)
     vertices, faces = mesh.vertices.astype(np.float32), mesh.faces.astype(np.int32)
-    for aggressiveness in AGGRESSIVENESS:
-        few = trimesh.Trimesh(*fast_simplification.simplify(vertices, faces, target_count=num_faces,
+    for share, aggressiveness in product(SHARES, AGGRESSIVENESS):
+        few = trimesh.Trimesh(*fast_simplification.simplify(vertices, faces, target_count=round(share * num_faces),
                                                             agg=aggressiveness), process=False)
         few = few if is_closed(few) else untouched(few)
         if len(few.faces) and len(few.faces) <= 1.1 * num_faces and (is_closed(few) or not closed):
@@ -42,16 +46,80 @@ def decimated(mesh: trimesh.Trimesh, num_faces: int, surface: Surface) -> trimes
 def untouched(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     """Return a mesh whose sides no longer touch, where collapsed edges made them meet in an edge or a vertex.
 
-    Two faces on the same corners, the rest of a part without thickness, are dropped. Where several fans of faces meet
-    in a vertex, each gets a vertex of its own, a little way off. Vertices without faces are dropped.
+    Two faces on the same corners, the rest of a part without thickness, are dropped. Where several pairs of faces meet
+    in an edge, each pair gets an edge of its own, through a new vertex. Where several fans of faces meet in a vertex,
+    each gets a vertex of its own. New vertices are a little way off. Vertices without faces are dropped.
     """
-    _, groups, counts = np.unique(np.sort(mesh.faces, axis=1), axis=0, return_inverse=True, return_counts=True)
-    faces = mesh.faces[counts[groups.ravel()] == 1]
-    number = np.arange(faces.size).reshape(-1, 3)       # of each face's corners
-    first, second = faces[:, [0, 1, 2]].ravel(), faces[:, [1, 2, 0]].ravel()
-    edges = np.minimum(first, second) * len(mesh.vertices) + np.maximum(first, second)
+    _, first, groups, counts = np.unique(np.sort(mesh.faces, axis=1), axis=0, return_index=True, return_inverse=True,
+                                         return_counts=True)
+    alone = counts[groups.ravel()] == 1
+    alone[first[counts % 2 == 1]] = True
+    return apart_at_vertices(*apart_at_edges(mesh.vertices, mesh.faces[alone]))
+
+
+def edges_of(faces: np.ndarray, num_vertices: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the sides of faces in the order of their edges, and where each edge begins and how many sides it has.
+
+    A side is three times its face plus its number. Side k goes from corner k to the next one.
+    """
+    first, second = faces.ravel(), faces[:, [1, 2, 0]].ravel()
+    edges = np.minimum(first, second) * num_vertices + np.maximum(first, second)
     order = np.argsort(edges, kind="stable")
-    _, start, shared = np.unique(edges[order], return_index=True, return_counts=True)
+    return (order, *np.unique(edges[order], return_index=True, return_counts=True)[1:])
+
+
+def apart_at_edges(vertices: np.ndarray, faces: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Return vertices (V, 3) and faces (F, 3) in which no more than two faces share an edge, where that can be.
+
+    A pair of faces that has the solid between them stays together. Its faces are halved at a vertex of their own.
+    """
+    while True:
+        order, start, shared = edges_of(faces, len(vertices))
+        new_vertices, new_faces, halved = [], [], set()
+        for begin, count in zip(start[shared > 2], shared[shared > 2]):
+            sides = order[begin:begin + count]
+            if halved.isdisjoint(sides // 3):       # a face is halved at one edge at a time
+                for pair in pairs_around(vertices, faces, sides):
+                    corners = [np.roll(faces[side // 3], -(side % 3)) for side in pair]
+                    middle = vertices[corners[0][:2]].mean(axis=0)
+                    middle += APART * (vertices[[third for _, _, third in corners]].mean(axis=0) - middle)
+                    number = len(vertices) + len(new_vertices)
+                    new_vertices.append(middle)
+                    new_faces += [half for a, b, c in corners for half in ((a, number, c), (number, b, c))]
+                    halved.update(side // 3 for side in pair)
+        if not halved:
+            return vertices, faces
+        kept = np.delete(faces, list(halved), axis=0)
+        vertices, faces = np.concatenate([vertices, new_vertices]), np.concatenate([kept, new_faces])
+
+
+def pairs_around(vertices: np.ndarray, faces: np.ndarray, sides: np.ndarray) -> List[Tuple[int, int]]:
+    """Return pairs of the sides (n,) that share an edge, each pair with the solid between its faces; [] if n is odd.
+
+    sides: of edges_of. Around the edge, the solid is on one side of the faces that run along it in one direction, and
+    on the other side of those that run back.
+    """
+    corners = np.stack([np.roll(faces[side // 3], -(side % 3)) for side in sides])
+    low, high = vertices[corners[0, :2].min()], vertices[corners[0, :2].max()]
+    axis = (high - low) / max(np.linalg.norm(high - low), 1e-30)
+    away = vertices[corners[:, 2]] - low
+    across = np.cross(axis, np.eye(3)[np.abs(axis).argmin()])
+    angles = np.arctan2(away @ np.cross(axis, across), away @ across)
+    forwards, pairs = corners[:, 0] < corners[:, 1], []
+    around = list(np.argsort(angles))
+    if 2 * forwards.sum() != len(sides):
+        return []
+    while around:       # a face that runs forwards, and the one before it around the edge if that runs back
+        at = next(i for i in range(len(around)) if forwards[around[i]] and not forwards[around[i - 1]])
+        pairs.append((sides[around[at]], sides[around[at - 1]]))
+        around = [place for i, place in enumerate(around) if i not in (at, (at - 1) % len(around))]
+    return pairs
+
+
+def apart_at_vertices(vertices: np.ndarray, faces: np.ndarray) -> trimesh.Trimesh:
+    """Return the mesh of vertices (V, 3) and faces (F, 3) in which each fan of faces has a vertex of its own."""
+    number = np.arange(faces.size).reshape(-1, 3)       # of each face's corners
+    order, start, shared = edges_of(faces, len(vertices))
     one, other = order[start[shared == 2]], order[start[shared == 2] + 1]     # the two faces at an edge
     starts, ends = number.ravel(), number[:, [1, 2, 0]].ravel()
     # The two faces run along their edge in opposite directions.
@@ -60,12 +128,12 @@ def untouched(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     count, fans = connected_components(graph, directed=False)
     owners = np.empty(count, np.int64)
     owners[fans] = faces.ravel()
-    vertices, centres = mesh.vertices[owners], np.zeros((count, 3))
-    np.add.at(centres, fans, mesh.vertices[faces].mean(axis=1).repeat(3, axis=0))
+    own, centres = vertices[owners], np.zeros((count, 3))
+    np.add.at(centres, fans, vertices[faces].mean(axis=1).repeat(3, axis=0))
     centres /= np.bincount(fans, minlength=count)[:, None]
-    several = np.bincount(owners, minlength=len(mesh.vertices))[owners] > 1
-    vertices[several] += APART * (centres - vertices)[several]
-    return trimesh.Trimesh(vertices, fans.reshape(-1, 3), process=False)
+    several = np.bincount(owners, minlength=len(vertices))[owners] > 1
+    own[several] += APART * (centres - own)[several]
+    return trimesh.Trimesh(own, fans.reshape(-1, 3), process=False)
 
 
 def onto_zero_set(points: np.ndarray, surface: Surface, longest: float) -> np.ndarray:

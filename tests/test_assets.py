@@ -82,9 +82,23 @@ def test_parts_that_touch_are_taken_apart():
     pinched = trimesh.Trimesh(pinched.vertices, np.concatenate([pinched.faces, flap]), process=False)
     assert not pinched.is_watertight
     apart = decimation.untouched(pinched)
-    assert apart.is_watertight and apart.body_count == 3 and len(apart.faces) == 36
+    assert apart.is_watertight and apart.body_count == 3
+    assert len(apart.faces) == 36 + 4       # the four faces at the shared edge are halved
     assert trimesh.Trimesh(apart.vertices, apart.faces).is_watertight       # also after equal vertices are merged
     assert apart.volume == pytest.approx(3, rel=0.01)
+
+
+def test_a_part_that_touches_itself_in_one_edge_stays_closed():
+    """The four faces at the edge are linked around it, too, so that its ends cannot be taken apart."""
+    ball = trimesh.creation.icosphere(3)
+    left, right = ball.vertices[:, 0].argmin(), ball.vertices[:, 0].argmax()
+    edge, other = (next(edge for edge in ball.edges_unique if end in edge) for end in (left, right))
+    number = np.arange(len(ball.vertices))
+    number[other] = edge
+    pinched = trimesh.Trimesh(ball.vertices, number[ball.faces], process=False)
+    assert not decimation.is_closed(pinched)
+    apart = decimation.untouched(pinched)
+    assert decimation.is_closed(apart) and apart.is_winding_consistent and len(apart.faces) == len(ball.faces) + 4
 
 
 def test_a_mesh_with_as_few_faces_already_stays_as_it_is():
