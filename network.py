@@ -107,10 +107,10 @@ def rendering(x: nn.Variable, normal: nn.Variable, view: nn.Variable, feature: n
     return backend().rendering(h, weights)
 
 
-def surface_evaluation(points: nn.Variable, directions: nn.Variable,
-                       want_grad_points: bool = False) -> Union[cpu.SurfaceEvaluation, gpu.SurfaceEvaluation]:
+def surface_evaluation(points: nn.Variable, directions: nn.Variable, want_grad_points: bool,
+                       least_slope: float) -> Union[cpu.SurfaceEvaluation, gpu.SurfaceEvaluation]:
     """Return the backend's SurfaceEvaluation of the current parameters; see backends/cpu.py."""
-    return backend().SurfaceEvaluation(layer_parameters("implicit"), points, directions, want_grad_points)
+    return backend().SurfaceEvaluation(layer_parameters("implicit"), points, directions, want_grad_points, least_slope)
 
 
 # --- evaluation without gradient --------------------------------------------------------------------------------------

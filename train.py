@@ -30,7 +30,7 @@ from rendering import pixels
 from tracing.sdf_grid import SdfGrid
 from training import cameras, checkpoints, parallel, schedule
 from training.log import EpochLog
-from training.step import LOSSES, LossWeights, TrainingStep, place_points
+from training.step import LOSSES, LossSettings, TrainingStep, place_points
 
 STATE_EVERY = 120       # seconds: what a run that is killed may lose; it changes no result
 
@@ -143,7 +143,7 @@ class Training:
         self.grid = None
         if self.world.size == 1:        # of several processes, each would remember what it alone has seen
             self.grid = state and checkpoints.grid_of(state) or remembered(self.sdf, conf.train.rays)
-        self.step = TrainingStep(conf.network.without, LossWeights.of(conf.train), conf.train.rays,
+        self.step = TrainingStep(conf.network.without, LossSettings.of(conf.train), conf.train.rays,
                                  want_grad_rays=self.camera_solver is not None)
         # After an epoch's last step its render and its model may still be missing, so the epoch is finished once more.
         self.first_epoch = max(self.first_step - 1, 0) // self.epochs.length

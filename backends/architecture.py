@@ -1,5 +1,5 @@
 """The two networks of the paper (section 5.1): every constant, size and input, for all backends."""
-from typing import Protocol, Sequence, TypeVar
+from typing import Callable, Protocol, Sequence, TypeVar
 
 import numpy as np
 
@@ -65,9 +65,10 @@ def array_sizes(layers: Sequence[tuple]) -> np.ndarray:
     return np.array([v.shape for v, _, _ in layers])
 
 
-def inverse_slope(slope: Values) -> Values:
+def inverse_slope(slope: Values, least: float, maximum: Callable = np.maximum) -> Values:
     """Return 1 / slope for a ray's slope n . v, without a division by zero; an array or a Variable of any shape.
 
-    Where |slope| is near LEAST_SLOPE and below, the inverse falls to 0, with the slope's sign.
+    Where |slope| is less than `least`, the inverse falls linearly to 0, with the slope's sign. maximum(values, number):
+    the larger one of each; nnabla's for a Variable.
     """
-    return slope / (slope * slope + LEAST_SLOPE ** 2)
+    return slope / maximum(slope * slope, least ** 2)

@@ -12,7 +12,7 @@ import numpy as np
 from nnabla.function import PythonFunction
 
 from backends import cpu_kernels
-from backends.architecture import array_sizes, inverse_slope
+from backends.architecture import LEAST_SLOPE, array_sizes, inverse_slope
 from backends.cpu_kernels import Weights
 
 Layers = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]     # v (in, out), g (out,) and b (out,) of each layer
@@ -185,10 +185,12 @@ class SurfaceEvaluation:
     hit_normal (S, 3) and hit_feature (S, F), each None where S is 0. backward() carries the leaves' gradients back and
     adds to those of the parameters.
 
-    A hit has the value of its point, so one evaluation serves both.
+    A hit has the value of its point, so one evaluation serves both. least_slope: of architecture.inverse_slope.
     """
 
-    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool = False):
+    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool = False,
+                 least_slope: float = LEAST_SLOPE):
+        self.least_slope = least_slope
         self.weights, self.points, self.directions = PackedWeights(layers), points, directions
         rows, num_hits, num_features = points.shape[0], directions.shape[0], self.weights.sizes[-1, 1] - 1
         self.sdf, self.normal = (nn.Variable((rows, columns), need_grad=True) for columns in (1, 3))
@@ -216,7 +218,7 @@ class SurfaceEvaluation:
         if not grad_hits:
             grad_hits = [np.empty((0, columns), np.float32) for columns in (3, 3, self.folded.sizes[-1, 1] - 1)]
         v = self.directions.d
-        moves = -v * inverse_slope((v * self.normals[:len(v)]).sum(axis=1, keepdims=True))
+        moves = -v * inverse_slope((v * self.normals[:len(v)]).sum(axis=1, keepdims=True), self.least_slope)
         self.grads = cpu_kernels.Gradients(grad_sdf.copy(), grad_normals, grad_hits[0].copy(), *grad_hits[1:], moves)
         self.weights.backward(cpu_kernels.implicit_backward(self.kept, self.folded, self.grads))
         self.kept = None

@@ -12,7 +12,15 @@ import nnabla.functions as F
 import numpy as np
 from nnabla.ext_utils import get_extension_context
 
-from backends.architecture import POSITION_BANDS, SKIP_LAYER, SOFTPLUS_BETA, encoded_columns, has_skip, inverse_slope
+from backends.architecture import (
+    LEAST_SLOPE,
+    POSITION_BANDS,
+    SKIP_LAYER,
+    SOFTPLUS_BETA,
+    encoded_columns,
+    has_skip,
+    inverse_slope,
+)
 
 Layers = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]     # v (in, out), g (out,) and b (out,) of each layer
 FoldedWeights = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]      # W (in, out), b (out,) and the transposed W
@@ -170,8 +178,10 @@ class SurfaceEvaluation:
     gradient with respect to the point's sdf. It reaches the weights through the deltas that are there already.
     """
 
-    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool = False):
+    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool = False,
+                 least_slope: float = LEAST_SLOPE):
         self.layers, self.directions, self.num_points = layers, directions, points.shape[0]
+        self.least_slope = least_slope
         self.folded = normalized(layers)
         self.folding = F.sink(*self.folded, one_input_grad=False)
         weights = with_transposed(leaves(self.folded), layers)
@@ -205,7 +215,8 @@ class SurfaceEvaluation:
         if num_hits:
             grad_hit = grad_x[:num_hits] + through_network
             slope = row_sums(normal[:num_hits] * self.directions)
-            shift = row_sums(grad_hit * self.directions) * inverse_slope(slope) * -1.0
+            inverse = inverse_slope(slope, self.least_slope, F.maximum_scalar)
+            shift = row_sums(grad_hit * self.directions) * inverse * -1.0
             if want_grad_points:
                 others = constant(np.zeros((self.num_points - num_hits, 3)))
                 grad_points = grad_points + F.concatenate(grad_hit + shift * normal[:num_hits], others, axis=0)

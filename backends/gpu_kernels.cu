@@ -1,5 +1,5 @@
 // The loops of cpu_kernels.py for a GPU, with the same formulas in the same order. gpu_kernels.py compiles and starts
-// these kernels, lists their names, and defines BETA, of the softplus, and LEAST_SLOPE.
+// these kernels, lists their names, and defines BETA, of the softplus.
 //
 // All values are float32. The rows of all matrices are `pitch` apart. In a block, blockIdx.x is the row and each thread
 // has one column (EACH). `outputs` are a layer's, `inputs` the next layer's. Where the next one is the skip layer, it
@@ -170,7 +170,8 @@ KERNEL add_back(const float *back, const float *slopes, float *grad_z, Int hits,
 // The gradient with respect to each hit, and what its movement along the ray adds to that with respect to the sdf.
 KERNEL move_hits(const float *back, const float *from_skip, const float *encoded, const float *derivative,
                  const float *normal_encoded, const float *normals, const float *grad_hit_normals,
-                 const float *directions, float *grad_hits, float *shifts, Int columns, Int pitch) {
+                 const float *directions, float *grad_hits, float *shifts, float least_slope, Int columns,
+                 Int pitch) {
     EACH(1)
     float along = 0.0f, slope = 0.0f;
     for (Int c = 3 * row; c < 3 * row + 3; c++) {
@@ -184,7 +185,7 @@ KERNEL move_hits(const float *back, const float *from_skip, const float *encoded
         along += total * directions[c];
         slope += normals[c] * directions[c];
     }
-    shifts[row] = -along * (slope / (slope * slope + LEAST_SLOPE * LEAST_SLOPE));
+    shifts[row] = -along * (slope / fmaxf(slope * slope, least_slope * least_slope));
 }
 
 // Add the hits' rows to their points'. The shift reaches every z through its delta.

@@ -16,7 +16,7 @@ from typing import Callable, Hashable, List, NamedTuple, Sequence, Tuple
 import cupy
 import numpy as np
 
-from backends.architecture import LEAST_SLOPE, SKIP_LAYER, SOFTPLUS_BETA, has_skip
+from backends.architecture import SKIP_LAYER, SOFTPLUS_BETA, has_skip
 
 Pointer = int
 IN, OUT = 0, 1
@@ -39,7 +39,7 @@ class Device:
     def __init__(self, number: int):
         self.number = number
         with self.current():
-            self.kernels = compiled(SOURCE, KERNELS, BETA=SOFTPLUS_BETA, LEAST_SLOPE=LEAST_SLOPE)
+            self.kernels = compiled(SOURCE, KERNELS, BETA=SOFTPLUS_BETA)
             self.stream, self.recording = cupy.cuda.Stream(non_blocking=True), threading.Lock()
             self.workspace = cupy.empty(WORKSPACE, np.uint8)
             # CuPy refuses its own cuBLAS calls while a stream records.
@@ -340,9 +340,14 @@ class Evaluation:
         start("find_normal", self.rows, 3, self.back[0], self.from_skip, self.derivative, self.normal_encoded,
               self.normals, net.columns, net.pitch)
 
-    def implicit_backward(self, gradients: Gradients, num_hits: int, want_grad_points: bool) -> None:
-        """Carry a loss's gradients back to those of the folded weights and, if wanted, of the points."""
-        net, graph = self.weights, self.graph(("backward", num_hits), lambda: self.backward_block(num_hits))
+    def implicit_backward(self, gradients: Gradients, num_hits: int, want_grad_points: bool,
+                          least_slope: float) -> None:
+        """Carry a loss's gradients back to those of the folded weights and, if wanted, of the points.
+
+        least_slope: of architecture.inverse_slope.
+        """
+        net = self.weights
+        graph = self.graph(("backward", num_hits, least_slope), lambda: self.backward_block(num_hits, least_slope))
         self.device.start("take_in", num_hits + self.rows, max(net.outputs, net.columns), *gradients, self.derivative,
                           self.tangents[0], self.grad_zs[-1], self.grad_hits, self.grad_hit_normals, self.directions,
                           num_hits, net.columns, net.outputs, net.pitch)
@@ -351,13 +356,13 @@ class Evaluation:
             self.device.start("find_grad_points", self.rows, 3, self.grad_zs[-1], self.normals, self.grad_hits,
                               self.grad_points, num_hits, net.pitch)
 
-    def backward_block(self, num_hits: int) -> None:
+    def backward_block(self, num_hits: int, least_slope: float) -> None:
         net, start = self.weights, self.device.start
         self.carry_back(num_hits)
         if num_hits:
             start("move_hits", num_hits, 1, self.back[0], self.from_skip, self.inputs[0], self.derivative,
                   self.normal_encoded, self.normals, self.grad_hit_normals, self.directions, self.grad_hits,
-                  self.shifts, net.columns, net.pitch)
+                  self.shifts, np.float32(least_slope), net.columns, net.pitch)
             for layer, (inputs, outputs) in enumerate(net.sizes):
                 delta = self.deltas[layer] if layer < net.count - 1 else self.last_delta
                 start("add_hits", num_hits, max(inputs, outputs), self.shifts, delta, self.tangents[layer],

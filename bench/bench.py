@@ -38,7 +38,7 @@ from rendering import pixels  # noqa: E402
 from tracing.sdf_grid import SdfGrid  # noqa: E402
 from train import remembered  # noqa: E402
 from training import checkpoints, parallel  # noqa: E402
-from training.step import LossWeights, TrainingStep, place_points  # noqa: E402
+from training.step import LossSettings, TrainingStep, place_points  # noqa: E402
 
 # The networks and the rays per step.
 SETTINGS = {"dtu": (Network(512, 256, 9), 2048), "small": (Network(128, 64, 9), 512), "demo": (Network(96, 32, 6), 128)}
@@ -208,7 +208,7 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
     rng = np.random.default_rng(world.rank)
     solver = S.Adam(LEARNING_RATE)
     solver.set_parameters(nn.get_parameters())
-    sdf, step = network.sdf_evaluator(), TrainingStep((), LossWeights(100.0, 0.1), draw.num_rays)
+    sdf, step = network.sdf_evaluator(), TrainingStep((), LossSettings(100.0, 0.1), draw.num_rays)
     grid = remembered(sdf, draw.num_rays)
     batches = datasets.training_batches(scene, list(range(len(scene.images))), draw, process=world)
     seconds, stage, evaluations, num_surface = defaultdict(list), {}, defaultdict(float), []

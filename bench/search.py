@@ -23,7 +23,7 @@ from backends import architecture, context  # noqa: E402
 from config import settings  # noqa: E402
 from train import remembered  # noqa: E402
 from training import checkpoints, schedule  # noqa: E402
-from training.step import LossWeights, Placed, TrainingStep, place_points  # noqa: E402
+from training.step import LossSettings, Placed, TrainingStep, place_points  # noqa: E402
 
 EVERY, LINES = 100, 10      # steps between comparisons; lines of the table
 
@@ -68,7 +68,7 @@ def compare(conf, scene, views, num_steps):
     solver.set_parameters(nn.get_parameters())
     sdf = counting(network.sdf_evaluator(), counted)
     grid = remembered(sdf, train.rays)
-    taken = TrainingStep(conf.network.without, LossWeights.of(train), train.rays)
+    taken = TrainingStep(conf.network.without, LossSettings.of(train), train.rays)
     draw = datasets.Draw(train.rays, train.seed, train.outline_fraction, train.views_per_step)
     batches = datasets.training_batches(scene, views, draw)
     for step in tqdm(range(num_steps), unit="step", dynamic_ncols=True, smoothing=0.05):

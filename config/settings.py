@@ -105,6 +105,7 @@ class Train:
     mask_weight: float = key(100.0, between(0, 1000000), "weight of the mask loss")
     missed_weight: float = key(1.0, between(0.001, 1000), "in it, of masked rays that miss; outside ones have 1", True)
     eikonal_weight: float = key(0.1, between(0, 1000000), "weight of the eikonal loss")
+    least_slope: float = key(1e-6, between(1e-6, 1), "|n . v| of a hit, below which its derivative is held back", True)
     seed: int = key(0, between(0, 2 ** 32 - 1), "seed of the initial weights, the order of views and the pixels")
     models: int = key(20, between(1, 100000), "models to save, evenly over the run; the last after the last step")
     validations: int = key(40, between(1, 100000), "renders of a view to make, evenly over the run, to judge it by")

@@ -1,13 +1,14 @@
 """Make the pictures of the README and the docs, each by its option. Scenes must be where the runs' configurations say.
 
-    python docs/make_figures.py --method --initial --demo results_demo --scan65 results_scan65 scan65_cpu.png
+    python docs/make_figures.py --method --initial --demo results_demo --scan results_scan65 scan65_cpu.png
     python docs/make_figures.py --check data/demo
-    python docs/make_figures.py --psnr docs/scan65_psnr.csv --cameras docs/scan65_cameras.csv
+    python docs/make_figures.py --psnr docs/scans_psnr.csv --cameras docs/scan65_cameras.csv
     python docs/make_figures.py --turntable results_demo
     python docs/make_figures.py --outline results_demo
     python docs/make_figures.py --swapped data/demo data/blue       # a scene to train a second model on
     python docs/make_figures.py --appearance results_demo results_blue
     python docs/make_figures.py --asset results_demo
+    python docs/make_figures.py --spectrum results_scan65 results_scan24
 """
 import argparse
 import shutil
@@ -17,6 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import List, Sequence, Tuple
 
+import cv2
 import numpy as np
 import trimesh
 from matplotlib.figure import Figure
@@ -53,10 +55,11 @@ def main():
     parser.add_argument("--method", action="store_true", help="the diagram of the method")
     parser.add_argument("--initial", action="store_true", help="the initial surface, by network.py and ray_tracer.py")
     parser.add_argument("--demo", metavar="FOLDER", help="the run of make demo, after extract.py")
-    parser.add_argument("--scan65", nargs=2, metavar=("FOLDER", "PICTURE"), action="append", default=[],
-                        help="a run on DTU's scan 65, after extract.py, and the name of its picture")
+    parser.add_argument("--scan", nargs=2, metavar=("FOLDER", "PICTURE"), action="append", default=[],
+                        help="a run on a scan of DTU, after extract.py, and the name of its picture")
     parser.add_argument("--check", metavar="SCENE", help="prepare.py --check's picture of a scene")
-    parser.add_argument("--psnr", metavar="TABLE", help="PSNR over training time, of a run on DTU's scan 65")
+    parser.add_argument("--psnr", metavar="TABLE", help="PSNR over training time, of runs on DTU's scans")
+    parser.add_argument("--spectrum", nargs="+", metavar="FOLDER", help="runs' errors over spatial frequency")
     parser.add_argument("--cameras", metavar="TABLE", help="camera errors per epoch, of a run on DTU's scan 65")
     parser.add_argument("--turntable", metavar="FOLDER", help="a turntable of a run of make demo")
     parser.add_argument("--outline", metavar="FOLDER", help="part of an outline of a run of make demo, much enlarged")
@@ -79,7 +82,9 @@ def main():
         with Image.open(str(prepare.picture_path(args.check))) as picture:  # a palette saves two thirds of the file
             picture.convert("RGB").quantize(256).save(str(DOCS / "prepare.png"), optimize=True)
     if args.psnr:
-        draw_psnr(DOCS / "scan65_psnr.png", np.loadtxt(args.psnr, delimiter=",", skiprows=3))
+        draw_psnr(DOCS / "scans_psnr.png", np.loadtxt(args.psnr, delimiter=",", skiprows=7))
+    if args.spectrum:
+        draw_spectrum(DOCS / "spectrum.png", [spectrum(Path(folder), view=20) for folder in args.spectrum])
     if args.cameras:
         draw_cameras(DOCS / "scan65_cameras.png", np.loadtxt(args.cameras, delimiter=",", skiprows=3))
     if args.turntable:
@@ -97,19 +102,67 @@ def main():
                        ("the networks' render", "the asset", "its 5,000 faces", "its colours", "its normal map"))
     if args.report:
         photograph_report(Path(args.report) / report.PAGE, DOCS / "report.jpg")
-    for folder, picture in args.scan65:
+    for folder, picture in args.scan:
         write_labelled(DOCS / picture, scan_picture(Path(folder), view=20, shape=(340, 390)),
                        ("view 20", "its normals", "the extracted mesh"))
 
 
 def draw_psnr(path: Path, table: np.ndarray) -> None:
-    """Plot the PSNR over training time, table (N, 2) of seconds and dB, with the authors' code's at 480 s."""
-    figure = Figure(figsize=(6.4, 3.2), dpi=130, layout="constrained")
-    axes = figure.add_subplot(xlabel="minutes of training", ylabel="PSNR in the mask, dB", ylim=(14, 26), xlim=(0, 10))
-    axes.plot(table[:, 0] / 60, table[:, 1], "o-", color=BLUE, label="here")
-    axes.plot(8, 18.08, "D", color=ORANGE, label="the authors' code, same kind of card")
+    """Plot the PSNR over training time, table (N, 3) of scan, seconds and dB; scan 0 is the authors' code on scan 65.
+
+    A time of -1 is the end of the run, over all views at full size; -2 is the paper's, after its hours.
+    """
+    figure = Figure(figsize=(8.4, 3.4), dpi=110, layout="constrained")
+    axes = figure.add_subplot(xlabel="minutes of training", ylabel="PSNR in the mask, dB", ylim=(17, 30), xlim=(0, 8.5))
+    for scan, color in ((65, BLUE), (24, GREEN)):
+        seconds, decibels = table[table[:, 0] == scan, 1:].T
+        axes.plot(seconds[seconds > 0] / 60, decibels[seconds > 0], "o-", markersize=4, color=color,
+                  label=f"scan {scan}, view 0 at 400x300")
+        axes.plot(seconds.max() / 60, decibels[seconds == -1], "*", markersize=13, color=color,
+                  label="all 49 views at 1600x1200")
+        axes.axhline(decibels[seconds == -2], color=color, linestyle=":", linewidth=1.2, label="the same, the paper")
+    axes.plot(*(table[table[:, 0] == 0, 1:] / [60, 1]).T, "D", color=ORANGE,
+              label="scan 65, the authors' code,\n7 views at 400x300")
     axes.grid(color=GREY, alpha=0.25)
-    axes.legend(frameon=False, loc="lower right")
+    figure.legend(frameon=False, loc="outside right upper", fontsize=9)
+    figure.savefig(path)
+
+
+def spectrum(folder: Path, view: int, side: int = 256) -> Tuple[str, np.ndarray, np.ndarray]:
+    """Return the name of a run's scene, and the power of a photograph and of the render's error over frequency.
+
+    Both are of the square of `side` pixels in the middle of what the camera sees of the object, where all rays hit. The
+    powers (side / 2,) are means over the directions, of frequencies 0, 1 / side, 2 / side, ... cycles per pixel.
+    """
+    conf = load_run(folder)[0]
+    scene = datasets.load_scene(conf.data.path)
+    inside = np.pad(scene.masks[view], 1).astype(np.uint8)
+    row, column = np.unravel_index(cv2.distanceTransform(inside, cv2.DIST_L2, 5).argmax(), inside.shape)
+    corner = np.array([column, row]) - 1 - side // 2
+    intrinsics = scene.intrinsics[view].copy()
+    intrinsics[:2, 2] -= corner
+    found = rendered(conf, intrinsics, scene.poses[view], (side, side))
+    photograph = scene.images[view, corner[1]:corner[1] + side, corner[0]:corner[0] + side] / 255
+    away = np.where(found.hit[..., None], found.rgb - photograph, 0)
+    window = np.outer(np.hanning(side), np.hanning(side))[..., None]
+    frequency = np.hypot(*np.meshgrid(*[np.fft.fftfreq(side) * side] * 2)).round().astype(int).ravel()
+    powers = []
+    for image in (photograph - photograph.mean(axis=(0, 1)), away):
+        power = (np.abs(np.fft.fft2(image * window, axes=(0, 1))) ** 2).sum(axis=-1).ravel()
+        powers.append((np.bincount(frequency, power) / np.bincount(frequency))[:side // 2])
+    return Path(conf.data.path).name, powers[0], powers[1]
+
+
+def draw_spectrum(path: Path, runs: Sequence[Tuple[str, np.ndarray, np.ndarray]]) -> None:
+    """Plot the share of a photograph's power that a render's error has, over the size of details."""
+    figure = Figure(figsize=(6.4, 3.2), dpi=110, layout="constrained")
+    axes = figure.add_subplot(xlabel="cycles per pixel of 1600x1200", ylabel="power of the error / of the photograph",
+                              xscale="log", xlim=(1 / 256, 0.5), ylim=(0, 1.5))
+    for (name, photograph, error), color in zip(runs, (BLUE, GREEN, ORANGE)):
+        frequency = np.arange(len(error)) / (2 * len(error))
+        axes.plot(frequency[1:], (error / photograph)[1:], color=color, label=name)
+    axes.grid(color=GREY, alpha=0.25)
+    axes.legend(frameon=False)
     figure.savefig(path)
 
 

@@ -17,7 +17,7 @@ from backends import architecture
 from config.settings import Network
 from conftest import write_demo_config
 from training import cameras, checkpoints
-from training.step import LossWeights, TrainingGraph
+from training.step import LossSettings, TrainingGraph
 
 
 def some_poses(count, seed=0):
@@ -104,7 +104,7 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
     order = np.argsort(~hit, kind="stable")
     in_camera, t, hit, hits = in_camera[order], t[order], hit[order], hit.sum()
     monkeypatch.setattr(network, "on_cpu", lambda: numpy)
-    graph = TrainingGraph((), LossWeights(1.0, 0.7), len(t), hits + 5, want_grad_rays=True)
+    graph = TrainingGraph((), LossSettings(1.0, 0.7), len(t), hits + 5, want_grad_rays=True)
     graph.rgb.d = 2.0 * np.sign(rng.normal(size=(hits + 5, 3)))      # out of reach: |rgb - I| has no kink
     graph.color_weights.d, graph.mask_weights.d, graph.alpha.d = hit[None, :hits + 5], 1 - hit[None], 5.0
     graph.object_mask.d = rng.integers(0, 2, (len(t), 1))

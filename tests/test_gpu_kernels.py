@@ -13,7 +13,7 @@ from backends import context, gpu
 from config.settings import Network, Tracer
 from ray_tracer import hit_or_least_sdf
 from rendering import pixels
-from training.step import LOSSES, LossWeights, TrainingGraph
+from training.step import LOSSES, LossSettings, TrainingGraph
 
 
 @pytest.fixture
@@ -101,7 +101,8 @@ def test_steps_with_changing_parameters_equal_those_of_nnabla(on_gpu, monkeypatc
     def steps():
         rng = np.random.default_rng(0)
         new_network(net, rng)
-        graph = TrainingGraph((), LossWeights(100.0, 0.1), num_rays, num_hits, want_grad_rays)
+        settings = LossSettings(100.0, 0.1, least_slope=0.3 if num_hits == 3 else 1e-6)
+        graph = TrainingGraph((), settings, num_rays, num_hits, want_grad_rays)
         sdf = network.sdf_evaluator()
         for _ in range(3):
             move_parameters(rng)
@@ -120,7 +121,7 @@ def test_steps_with_changing_parameters_equal_those_of_nnabla(on_gpu, monkeypatc
 def test_gradients_are_added_to_those_that_are_there(on_gpu):
     rng = np.random.default_rng(0)
     new_network(Network(64, 5, 4), rng)
-    graph = TrainingGraph((), LossWeights(100.0, 0.1), 20, 9)
+    graph = TrainingGraph((), LossSettings(100.0, 0.1), 20, 9)
     set_inputs(graph, rng)
     once = take_step(graph)
     graph.forward()
@@ -131,7 +132,7 @@ def test_gradients_are_added_to_those_that_are_there(on_gpu):
 def test_two_evaluations_at_once_keep_apart(on_gpu):
     rng = np.random.default_rng(0)
     new_network(Network(64, 5, 7), rng)
-    graphs = [TrainingGraph((), LossWeights(100.0, 0.1), 20, num_hits, True) for num_hits in (9, 9, 4)]
+    graphs = [TrainingGraph((), LossSettings(100.0, 0.1), 20, num_hits, True) for num_hits in (9, 9, 4)]
     for graph in graphs:
         set_inputs(graph, rng)
     apart = [take_step(graph) for graph in graphs]

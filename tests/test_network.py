@@ -12,7 +12,7 @@ import datasets
 import network
 from backends import architecture, cpu_kernels, gpu
 from config.settings import Network
-from training.step import LOSSES, LossWeights, Placed, TrainingGraph, TrainingStep
+from training.step import LOSSES, LossSettings, Placed, TrainingGraph, TrainingStep
 
 
 def relative_error(found, wanted):
@@ -70,7 +70,7 @@ def reference_step(reference, num_surface):
     """The training graph of the reference's step, num_surface rows of it for the surface, with its inputs set."""
     inside = reference["hit"] & reference["object_mask"]
     order = np.argsort(~inside, kind="stable")
-    weights = LossWeights(float(reference["mask_weight"]), float(reference["eikonal_weight"]))
+    weights = LossSettings(float(reference["mask_weight"]), float(reference["eikonal_weight"]))
     graph = TrainingGraph((), weights, len(order), num_surface)
     graph.points.d = np.concatenate([reference["points"][order], reference["eikonal_points"]])
     graph.directions.d = reference["ray_directions"][order][:num_surface]
@@ -111,7 +111,7 @@ def test_a_weight_of_missed_rays_is_that_of_masked_rays_without_a_hit():
                            np.zeros((6, 3), np.float32), mask, np.float32([1, 2, 1, 1, 3, 0.5]))
 
     def losses(missed):
-        step = TrainingStep((), LossWeights(100.0, 0.1, missed), 6)
+        step = TrainingStep((), LossSettings(100.0, 0.1, missed), 6)
         found = step.compute_gradients(S.Adam(), batch, Placed(points, hits), 50.0, np.random.default_rng(1))
         return {name: float(found[name].d) for name in found}
 
@@ -123,25 +123,29 @@ def test_a_weight_of_missed_rays_is_that_of_masked_rays_without_a_hit():
 
 
 def test_a_ray_along_the_surface_keeps_its_slope_and_its_sign():
-    slopes = np.float32([-0.5, -0.05, 0.05, -1e-3, 1e-3])
-    assert architecture.inverse_slope(slopes) == pytest.approx(1 / slopes, rel=2e-6)
-    tiny = architecture.inverse_slope(np.float32([-1e-6, -1e-9, 0.0, 1e-9, 1e-6]))
-    assert np.isfinite(tiny).all() and (np.sign(tiny) == [-1, -1, 0, 1, 1]).all() and np.abs(tiny).max() <= 1e6
-    found = architecture.inverse_slope(gpu.constant(slopes))
-    found.forward()
-    assert found.d == pytest.approx(architecture.inverse_slope(slopes), rel=1e-6)
+    slopes, least = np.float32([-0.5, -0.05, 0.05, -1e-3, 1e-3]), architecture.LEAST_SLOPE
+    assert architecture.inverse_slope(slopes, least) == pytest.approx(1 / slopes, rel=2e-6)
+    tiny = architecture.inverse_slope(np.float32([-1e-6, -1e-9, 0.0, 1e-9, 1e-6]), least)
+    assert np.isfinite(tiny).all() and (np.sign(tiny) == [-1, -1, 0, 1, 1]).all() and np.abs(tiny).max() <= 1.0001e6
+    for bound in (least, 0.02):
+        found = architecture.inverse_slope(gpu.constant(slopes), bound, F.maximum_scalar)
+        found.forward()
+        assert found.d == pytest.approx(architecture.inverse_slope(slopes, bound), rel=1e-6)
+    assert architecture.inverse_slope(slopes, 0.02) == pytest.approx([-2, -20, 20, -2.5, 2.5], rel=1e-5)
 
 
 class ByNnabla:
     """What a SurfaceEvaluation is, by the definition (equation 3) and differentiated by nnabla."""
 
-    def __init__(self, layers, points, directions, want_grad_points=False):
+    def __init__(self, layers, points, directions, want_grad_points=False,
+                 least_slope=architecture.LEAST_SLOPE):
         weights, num_hits = gpu.folded_weights(layers), directions.shape[0]
         output, self.normal, _ = gpu.implicit_graph(points, weights)
         self.sdf, self.hit, self.num_hits = output[:, :1], None, num_hits
         if num_hits:
             sdf0, normal0 = (F.identity(v[:num_hits]).apply(need_grad=False) for v in (self.sdf, self.normal))
-            inverse = architecture.inverse_slope(gpu.row_sums(normal0 * directions)).apply(need_grad=False)
+            inverse = architecture.inverse_slope(gpu.row_sums(normal0 * directions), least_slope,
+                                                 F.maximum_scalar).apply(need_grad=False)
             self.hit = points[:num_hits] - (self.sdf[:num_hits] - sdf0) * inverse * directions
             output, self.hit_normal, _ = gpu.implicit_graph(self.hit, weights)
             self.hit_feature = output[:, 1:]
@@ -168,13 +172,15 @@ class ByNnabla:
 def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, num_surface, without, want_grad_rays):
     """The GPU's graph and the CPU's functions on a network that is no sphere, with some rows of the surface that do not
     count and others that count more; twice, as the second step finds what the first has left."""
+    least = 0.3 if without else architecture.LEAST_SLOPE        # with 0.3, a third of the rays are held back
+
     def gradients(numpy):
         monkeypatch.setattr(network, "on_cpu", lambda: numpy)
         rng = np.random.default_rng(0)
         network.initialize(Network(64, 32, 9, without=list(without)), rng)
         for parameter in nn.get_parameters().values():
             parameter.d = parameter.d + 0.02 * rng.normal(size=parameter.shape)
-        graph = TrainingGraph(without, LossWeights(100.0, 0.1), 200, num_surface, want_grad_rays)
+        graph = TrainingGraph(without, LossSettings(100.0, 0.1, least_slope=least), 200, num_surface, want_grad_rays)
         graph.alpha.d = 50.0
         for _ in range(2):
             hit_in_mask = np.arange(200) < num_surface - 7

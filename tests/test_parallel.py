@@ -183,7 +183,7 @@ def test_the_mean_of_two_gradients_is_that_of_one_step_over_both(monkeypatch):
 
     def gradients(batch, uniform):
         points, hit_in_mask, *rest = batch
-        losses = step.TrainingStep((), step.LossWeights(100.0, 0.1), len(points)).compute_gradients(
+        losses = step.TrainingStep((), step.LossSettings(100.0, 0.1), len(points)).compute_gradients(
             solver, datasets.Batch(np.zeros(1), None, *rest), step.Placed(points, hit_in_mask), 50.0, Given(uniform))
         return ([p.g.copy() for _, p in sorted(nn.get_parameters().items())],
                 {name: float(value.d) for name, value in losses.items()})

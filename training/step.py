@@ -10,6 +10,7 @@ import datasets
 import network
 import ray_tracer
 from backends import context
+from backends.architecture import LEAST_SLOPE
 from backends.gpu import constant, row_sums
 from config.settings import Network, Tracer, Train
 from tracing.sdf_grid import SdfGrid
@@ -23,15 +24,17 @@ class Placed(NamedTuple):
     hit_in_mask: np.ndarray     # (R,) bool: whether it is a hit; only these rays have a colour
 
 
-class LossWeights(NamedTuple):
-    mask: float
+class LossSettings(NamedTuple):
+    """What a configuration says of the losses."""
+    mask: float             # weights of the losses
     eikonal: float
     missed: float = 1.0     # in the mask loss, of a ray in the object mask that misses; one outside the mask has 1
+    least_slope: float = LEAST_SLOPE    # of architecture.inverse_slope, in the differentiable hit
 
     @classmethod
-    def of(cls, train: Train) -> "LossWeights":
-        """Return the weights of a configuration's section."""
-        return cls(train.mask_weight, train.eikonal_weight, train.missed_weight)
+    def of(cls, train: Train) -> "LossSettings":
+        """Return the settings of a configuration's section."""
+        return cls(train.mask_weight, train.eikonal_weight, train.missed_weight, train.least_slope)
 
 
 def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng, grid: Optional[SdfGrid] = None) -> Placed:
@@ -86,21 +89,22 @@ class TrainingGraph:
     each name of LOSSES; backward() adds the total's gradient to those of the parameters.
     """
 
-    def __init__(self, without, weights: LossWeights, num_rays, num_surface, want_grad_rays=False):
+    def __init__(self, without, settings: LossSettings, num_rays, num_surface, want_grad_rays=False):
         self.num_rays = num_rays
         self.points = nn.Variable((num_rays + num_rays // 2, 3))
         self.directions, self.rgb = nn.Variable((num_surface, 3)), nn.Variable((num_surface, 3))
         self.color_weights, self.alpha = nn.Variable((1, num_surface)), nn.Variable((1, 1))
         self.object_mask, self.mask_weights = nn.Variable((num_rays, 1)), nn.Variable((1, num_rays))
         self.directions.need_grad = want_grad_rays
-        self.surface = surface = network.surface_evaluation(self.points, self.directions, want_grad_rays)
+        self.surface = surface = network.surface_evaluation(self.points, self.directions, want_grad_rays,
+                                                            settings.least_slope)
         mask = mask_loss(surface.sdf[:num_rays], self.object_mask, self.mask_weights, self.alpha, num_rays)
         eikonal, color = eikonal_loss(surface.normal), constant([[0.0]])
         if num_surface:
             rgb = network.rendering(surface.hit, surface.hit_normal, self.directions * -1.0, surface.hit_feature,
                                     network.folded_weights("rendering"), without)
             color = color_loss(rgb, self.rgb, self.color_weights, num_rays)
-        self.total = color + mask * weights.mask + eikonal * weights.eikonal
+        self.total = color + mask * settings.mask + eikonal * settings.eikonal
         parts = self.total, color, mask, eikonal
         for part in parts:
             part.persistent = True
@@ -132,9 +136,9 @@ class TrainingStep:
 
     SIZES = 8
 
-    def __init__(self, without, weights: LossWeights, num_rays, want_grad_rays=False):
-        self.graph_settings, self.num_rays, self.want_grad_rays = (without, weights, num_rays), num_rays, want_grad_rays
-        self.missed_weight = weights.missed
+    def __init__(self, without, settings: LossSettings, num_rays, want_grad_rays=False):
+        self.graph_settings = without, settings, num_rays
+        self.num_rays, self.want_grad_rays, self.missed_weight = num_rays, want_grad_rays, settings.missed
         self.graphs, self.latest = {}, None
 
     def graph(self, num_hits) -> TrainingGraph:
@@ -208,4 +212,4 @@ def compile_functions():
     placed = place_points(sdf, batch, Tracer(samples=16), rng, grid)
     grid.learn_heard()
     place_points(sdf, batch, Tracer(samples=16), rng)
-    TrainingStep(net.without, LossWeights(100.0, 0.1), num_rays).compute_gradients(S.Adam(), batch, placed, 50.0, rng)
+    TrainingStep(net.without, LossSettings(100.0, 0.1), num_rays).compute_gradients(S.Adam(), batch, placed, 50.0, rng)
