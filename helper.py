@@ -172,6 +172,11 @@ def pixel_rays(uv, intrinsics, pose):
     return pose[:3, 3].astype(np.float32), directions.astype(np.float32)
 
 
+def unit(vectors):
+    """Return vectors (..., 3) scaled to length 1, of the same dtype; 0 stays 0."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+
+
 def pixel_grid(height, width):
     """Return the pixel coordinates (column, row) of an image, row by row: (height * width, 2) float32."""
     v, u = np.mgrid[:height, :width]
@@ -192,7 +197,7 @@ def upright(poses):
        largest group that agrees.
     """
     ups, places = -poses[:, :3, 1], poses[:, :3, 3]
-    places = places / np.maximum(np.linalg.norm(places, axis=1, keepdims=True), 1e-12)
+    places = unit(places)
     mean, alike = ups.mean(axis=0), ups @ ups.T > np.cos(np.radians(30))
     if np.linalg.norm(mean) < 0.75:     # 0.79 for cameras all around an object, from level to straight down
         group = alike[alike.sum(axis=1).argmax()]

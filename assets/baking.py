@@ -5,6 +5,7 @@ import numpy as np
 import trimesh
 from tqdm import tqdm
 
+import helper
 from assets import atlas as atlases
 from assets.surface import Surface, newton_step
 
@@ -67,13 +68,7 @@ def surface_points(surface: Surface, near: np.ndarray, slopes: np.ndarray) -> Po
         astray = np.abs(surface.closed_sdf(points[moving])) > np.abs(surface.closed_sdf(near[moving]))
         points[moving[astray]] = near[moving[astray]]
     rgb, gradient = surface.colors_and_gradient(points)
-    return Points(points, unit(gradient), rgb)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Return vectors (N, 3) at unit length, float32."""
-    lengths = np.sqrt(np.einsum("nc,nc->n", vectors, vectors))
-    return (vectors / np.maximum(lengths, 1e-12)[:, None]).astype(np.float32)
+    return Points(points, helper.unit(gradient), rgb)
 
 
 # --- tangent space ----------------------------------------------------------------------------------------------------
@@ -90,7 +85,7 @@ def in_frame(normals: np.ndarray, frames: np.ndarray) -> np.ndarray:
 
     frames: (N, 9), interpolated vertex_frames. The axes are not quite at right angles, so the matrix is inverted.
     """
-    t, b, n = (unit(axis) for axis in np.split(frames, 3, axis=1))
+    t, b, n = (helper.unit(axis) for axis in np.split(frames, 3, axis=1))
     across = [np.cross(b, n), np.cross(n, t), np.cross(t, b)]       # the inverse's rows times the determinant
     local = np.stack([np.einsum("nc,nc->n", normals, row) for row in across], axis=1)
-    return unit(local * np.sign(np.einsum("nc,nc->n", t, across[0]))[:, None])
+    return helper.unit(local * np.sign(np.einsum("nc,nc->n", t, across[0]))[:, None])

@@ -56,7 +56,7 @@ def compare(scene, conf, surface, assets):
         pixels += mask.sum()
         _, normals, where = pictures[0]
         both = mask & render.hit & where
-        cosines = (normals[both] * baking.unit(render.normals[both])).sum(axis=1)
+        cosines = (normals[both] * helper.unit(render.normals[both])).sum(axis=1)
         angles.append(np.degrees(np.arccos(np.clip(cosines, -1, 1))))
     for name, value in zip(("networks", "asset, networks' colours", "asset, photographs"), errors / (3 * pixels)):
         print(f"PSNR in the masks, {name}: {-10 * np.log10(value):.2f} dB")

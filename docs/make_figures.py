@@ -382,7 +382,7 @@ def mesh_normals(mesh: trimesh.Trimesh, intrinsics: np.ndarray, pose: np.ndarray
 
 def normal_colors(normals: np.ndarray) -> np.ndarray:
     """Return normals (H, W, 3) as colours, (n + 1) / 2 in the scene's axes; white where they are 0."""
-    return np.where((normals != 0).any(axis=-1, keepdims=True), pixels.unit(normals) / 2 + 0.5, 1.0)
+    return np.where((normals != 0).any(axis=-1, keepdims=True), helper.unit(normals) / 2 + 0.5, 1.0)
 
 
 def shrink(image: np.ndarray) -> np.ndarray:
@@ -446,7 +446,7 @@ def draw_rays(axes) -> None:
     axes.add_patch(Circle((0, 0), 1, fill=False, edgecolor=GREY, linestyle=(0, (5, 4)), linewidth=1.2))
 
     eye = np.array([-2.0, 0.35])
-    hit_ray, side_ray = pixels.unit(np.array([1.9, -0.38])), pixels.unit(np.array([2.0, 0.52]))
+    hit_ray, side_ray = helper.unit(np.array([1.9, -0.38])), helper.unit(np.array([2.0, 0.52]))
     near = entry(eye, hit_ray)
     t = near
     for _ in range(40):     # sphere tracing; only its long steps are drawn

@@ -5,7 +5,7 @@ import numba
 import numpy as np
 
 from assets.atlas import tangents_of
-from assets.baking import unit
+from helper import unit
 
 
 class Fragments(NamedTuple):

@@ -189,7 +189,7 @@ def _jumps(centres: Render, camera: helper.Camera) -> Tuple[np.ndarray, np.ndarr
     rows, columns = np.nonzero(centres.hit)
     points, normals = np.zeros((2, height, width, 3), np.float32)
     points[rows, columns] = _points(centres, camera, rows, columns)
-    normals[rows, columns] = unit(centres.normals[rows, columns])
+    normals[rows, columns] = helper.unit(centres.normals[rows, columns])
     jumps = []
     for here, there in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
         apart = points[there] - points[here]
@@ -250,12 +250,7 @@ def _averaged(centres: Render, found: _Samples, pixels: np.ndarray) -> Render:
 
 def normal_colors(render: Render, background: str = "white") -> np.ndarray:
     """Return the unit normals as colours in [0, 1], (n + 1) / 2 in the scene's axes, on a background: on_background."""
-    return on_background(unit(render.normals) * 0.5 + 0.5, render.alpha, background)
-
-
-def unit(vectors: np.ndarray) -> np.ndarray:
-    """Return vectors (..., 3) scaled to length 1; 0 stays 0."""
-    return vectors / np.maximum(np.linalg.norm(vectors, axis=-1, keepdims=True), 1e-12)
+    return on_background(helper.unit(render.normals) * 0.5 + 0.5, render.alpha, background)
 
 
 def depth_grey(render: Render) -> np.ndarray:
@@ -271,7 +266,7 @@ def clay(normals: np.ndarray, pose: np.ndarray) -> np.ndarray:
 
     normals: (H, W, 3) of any length, 0 without a hit, which becomes white. pose: (4, 4), the camera's.
     """
-    inwards = unit(normals) @ pose[:3, :3]
-    key, fill = (inwards @ unit(np.array(light)) for light in ((-0.5, -0.7, -0.75), (0.8, 0.1, -0.4)))
+    inwards = helper.unit(normals) @ pose[:3, :3]
+    key, fill = (inwards @ helper.unit(np.array(light)) for light in ((-0.5, -0.7, -0.75), (0.8, 0.1, -0.4)))
     grey = 0.16 + 0.66 * np.maximum(key, 0) + 0.16 * np.maximum(fill, 0)
     return np.where((normals != 0).any(axis=-1, keepdims=True), grey[..., None] * np.array([0.98, 0.96, 0.92]), 1.0)
