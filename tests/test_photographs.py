@@ -28,6 +28,13 @@ def truth():
     return intrinsics, poses, images, masks
 
 
+@pytest.fixture(scope="module")
+def near():
+    """Return six images of a part of such a walk, near one another."""
+    intrinsics, poses = textured.ring(6, SIZE, 0, 2.0)
+    return [textured.render(intrinsics, pose, (3 * SIZE // 4, SIZE))[0] for pose in poses]
+
+
 @pytest.fixture()
 def run(tmp_path, monkeypatch, capsys):
     """Return a function that runs prepare.py as the command line does: arguments to (status, all that it prints)."""
@@ -101,11 +108,9 @@ def test_photographs_alone_become_a_scene(truth, run, tmp_path):
 
 
 @needs_pycolmap
-def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_search_goes_on(near, tmp_path, monkeypatch):
     work = tmp_path / "work"
-    intrinsics, poses = textured.ring(6, SIZE, 0, 2.0)
-    images = [textured.render(intrinsics, pose, (3 * SIZE // 4, SIZE))[0] for pose in poses]
-    paths = [save(work / "images", images) / name for name in NAMES[:6]]
+    paths = [save(work / "images", near) / name for name in NAMES[:6]]
     calls = []
 
     def interrupted(progress, folder):
@@ -153,12 +158,12 @@ def test_refusals_say_how_to_photograph_better(truth, refused, tmp_path):
 
 
 @needs_pycolmap
-def test_two_groups_are_named(truth, refused, tmp_path, monkeypatch):
-    mirrored = [np.ascontiguousarray(255 - image[:, ::-1]) for image in truth[2][:5]]
-    save(tmp_path / "shoe", truth[2][:6])
+def test_two_groups_are_named(near, refused, tmp_path):
+    mirrored = [np.ascontiguousarray(255 - image[:, ::-1]) for image in near[:5]]
+    save(tmp_path / "shoe", near)
     save(tmp_path / "shoe", mirrored, [f"b{index}.png" for index in range(5)])
     said = refused("shoe", "--output", "mine")
-    assert "two groups" in said and NAMES[0] in said and "b0.png" in said
+    assert "two groups" in said and f"6 with {NAMES[0]} and 5 with b0.png" in said
 
 
 def test_without_pycolmap_one_line_says_so(truth, refused, tmp_path, monkeypatch):
