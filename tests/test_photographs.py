@@ -316,6 +316,10 @@ def test_the_points_of_a_model_as_text_and_bytes(tmp_path):
     expected = np.array([point.xyz for point in true])
     np.testing.assert_array_equal(points[order], expected[np.lexsort(expected.T)])
     assert sorted(map(len, seen_by)) == sorted(point.track.length() for point in true)
+    thrice = camera_files.sparse_points_of(tmp_path)
+    assert len(thrice) == sum(len(set(images)) > 2 for images in seen_by) and set(map(tuple, thrice)) <= set(
+        map(tuple, points))
+    assert len(camera_files.sparse_points_of(tmp_path / "nowhere")) == 0
     text, text_seen_by = camera_files.read_points3d(tmp_path / "text")
     np.testing.assert_allclose(text[np.lexsort(text.T)], points[order], atol=1e-6)
     assert sorted(set(np.concatenate(text_seen_by))) == sorted(set(np.concatenate(seen_by)))
