@@ -4,11 +4,12 @@ PYTHON ?=
 python := .venv/bin/python
 run := results_demo
 
-.PHONY: help env demo lint test fuzz bench clean
+.PHONY: help env demo lint test test-all fuzz bench clean
 
 help:
 	@echo "make demo    create the embedded scene, train on it, render, extract and evaluate"
 	@echo "make test    run the tests"
+	@echo "make test-all  run the slow tests, too, which take minutes"
 	@echo "make lint    check the code with ruff"
 	@echo "make fuzz    test the readers on thousands of damaged files (FUZZ=2000 of each kind)"
 	@echo "make bench   measure the time of each part of a training step"
@@ -32,6 +33,9 @@ demo: env
 
 test: env
 	$(python) -m pytest
+
+test-all: env
+	$(python) -m pytest -m ""
 
 lint: env
 	$(python) -m ruff check

@@ -85,7 +85,7 @@ def prepare(args):
     sources = mask_files.mask_sources(views, args.masks, root)
     print(f"read {what}; masks: {sources[0] if isinstance(sources[0], str) else sources[0].parent}")
     with folders.new_folder(args.output) as folder:     # it refuses a full one before the masks take their time
-        drawn, sources = sources[0], mask_makers(views, sources, args.subject)
+        drawn, sources = sources[0], mask_makers(views, sources, args.subject, source)
         looks, intrinsics = write_pictures(folder, views, sources, args.threshold, args.downscale)
         hint = {"background": partial(mask_files.background_hint, views, args.threshold),
                 "auto": auto_hint}.get(drawn, no_hint)
@@ -144,15 +144,17 @@ def write_scale_page(scene):
     print(f"to give the scene a unit, open {path} in a browser")
 
 
-def mask_makers(views, sources, subject):
+def mask_makers(views, sources, subject, cameras):
     """Return the sources of mask_files.mask_sources, with functions that make the masks in place of auto and rembg.
 
-    subject: the value of --subject, or None. Raises UserError if it is given for other masks.
+    subject: the value of --subject, or None. cameras: the folder or file from which the views were read. Raises
+    UserError if a subject is given for other masks.
     """
     if subject is not None and sources[0] != "auto":
         raise UserError("--subject is of --masks auto; add that, or leave it out")
     if sources[0] == "auto":
-        return auto_masks.mask_makers(views, auto_masks.read_subject(subject, views) if subject is not None else None)
+        box = auto_masks.read_subject(subject, views) if subject is not None else None
+        return auto_masks.mask_makers(views, box, camera_files.sparse_points_of(cameras))
     return [mask_files.rembg_masks()] * len(views) if sources[0] == "rembg" else sources
 
 

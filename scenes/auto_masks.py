@@ -3,6 +3,7 @@
 After Campbell et al., "Automatic 3D object segmentation in multiple views using volumetric graph-cuts" (2010):
 
 1. Sparse points say where the object is: the connected points above the table that stand in the middle of the pictures.
+   A COLMAP model has such points; for other cameras they are found.
 2. Colour models of object and background, of each picture and of all together, and the edges in the picture give a
    mask. On a table, a second model helps: a pixel of the table looks like the table's place in other views.
 3. The visual hull of all masks, projected back, says for the next round where the object is. Steps 2 and 3 repeat until
@@ -40,6 +41,7 @@ LINK = 0.25             # points as far apart as this share of the pictures' hal
 ALIKE = 0.35            # of two groups of points, if one is so much less in the middle both may be the object's
 TOLERATED = 0.12        # share of the masks that a point of the hull may miss
 LEAST_SEEN = 0.15       # share of the views that must have a point of the hull in their pictures
+ENOUGH_POINTS = 300     # of a camera file; fewer are found anew
 FEWEST_POINTS = 30      # below, the object is looked for where the cameras' axes meet
 LEAST_CONTRAST = 1.5    # between the object's pixels and others, on the scale of segmentation.SURE
 REFINED = 800           # pixels of the longer side of the pictures in which the outline is found at last
@@ -89,20 +91,25 @@ class Found(NamedTuple):
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
-def mask_makers(views, subject=None):
+def mask_makers(views, subject=None, points=()):
     """Return for each camera_files.View a function that makes the mask (H, W) bool from its photograph (H, W, 3) uint8.
 
     The photographs are those of views.read_view, without distortion. subject: a Subject, None to find the object.
+    points: sparse points (N, 3) of what they show; if these are few, points are found by matching the photographs.
     Raises UserError if no object is found on which the views agree.
     """
-    looks, features = [], []
-    for view in tqdm(views, desc="features", unit="view", dynamic_ncols=True):
+    looks, features, known = [], [], len(points) >= ENOUGH_POINTS
+    for view in tqdm(views, desc="reading" if known else "features", unit="view", dynamic_ncols=True):
         pinhole = read_view(view, whole, None)
         if subject is not None and subject.view == len(looks):
             subject = checked(subject, pinhole.image.shape, view.image.name)
         looks.append(make_look(view.image.name, pinhole.image, pinhole.mask, pinhole.intrinsics, view.pose))
-        features.append(sparse_points.find_features(pinhole.image, pinhole.intrinsics))
-    points = sparse_points.triangulated(features, np.stack([look.pose for look in looks]))
+        if not known:
+            features.append(sparse_points.find_features(pinhole.image, pinhole.intrinsics))
+    if known:
+        points = sparse_points.without_strays(np.asarray(points, np.float64))
+    else:
+        points = sparse_points.triangulated(features, np.stack([look.pose for look in looks]))
     found = find_masks(looks, points, subject)
     return [partial(refined, found, index) for index in range(len(looks))]
 

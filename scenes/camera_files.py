@@ -292,14 +292,14 @@ def colmap_models(folder):
                    for suffix in (".bin", ".txt"))]
 
 
-def largest_model(models):
+def largest_model(models, say=print):
     """Return the model with the most images, and say so: COLMAP makes several if photographs do not connect."""
     if len(models) == 1:
         return models[0]
     counts = [len(colmap_images(model)) for model in models]
     best = counts.index(max(counts))
-    print(f"notice: {len(models)} COLMAP models, of {', '.join(map(str, counts))} images; reading {models[best]}; to "
-          "read another, name its folder")
+    say(f"notice: {len(models)} COLMAP models, of {', '.join(map(str, counts))} images; reading {models[best]}; to "
+        "read another, name its folder")
     return models[best]
 
 
@@ -450,6 +450,18 @@ def read_points3d(model):
     points = np.array([point for point, _ in rows], np.float64).reshape(-1, 3)
     kept = np.isfinite(points).all(axis=1)
     return points[kept], [images for (_, images), good in zip(rows, kept) if good]
+
+
+def sparse_points_of(source):
+    """Return the points (N, 3) float64 that at least three images see, of the COLMAP model that `read_views` reads.
+
+    source: as for read_views. N is 0 for cameras of another format. Raises UserError if the points' file is damaged.
+    """
+    reader, path = cameras_of_folder(Path(source), single=False) or (None, None)
+    if reader is not read_colmap:
+        return np.zeros((0, 3))
+    points, seen_by = read_points3d(largest_model(colmap_models(Path(source)), say=lambda text: None))
+    return points[np.array([len(set(images)) >= 3 for images in seen_by], bool)]
 
 
 def binary_points3d(path):

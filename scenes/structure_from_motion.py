@@ -20,9 +20,11 @@ from tqdm import tqdm
 from files import pictures, writing
 from helper import UserError
 
-MOST_FEATURES = 3000        # per photograph, the largest ones; 2,000 are a little less exact, 4,000 take twice the time
-LEAST_FEATURES = 1000       # with fewer, fainter ones are taken, too
-LARGEST = 3200              # pixels: the longest side on which features are sought; smaller pictures are doubled
+MOST_FEATURES = 4000        # per photograph, those of most contrast; 3,000 are a little less exact
+LARGEST = 1600              # pixels: the longest side on which features are sought; SIFT doubles it
+FAINTEST = 0.006            # SIFT's threshold of contrast, a sixth of the usual one
+LEAST_SEEN = 20             # points that a photograph must show to be placed; COLMAP's 30 lose many of few photographs
+TRIALS = 3000               # of RANSAC at most: enough where 4 of 10 matches are right, which pairs of use have
 FEW_FEATURES = 150          # a photograph with fewer has no texture to speak of
 ALL_PAIRS = 80              # photographs, up to which each is matched with every other
 NEIGHBOURS = 10             # of more photographs, each is matched with so many that follow, and some farther ones
@@ -33,6 +35,7 @@ FILM_DIAGONAL = 43.27       # mm, of 35 mm film
 LEAST_VIEWS = 3
 STILL = 0.002               # of the diagonal: a match that moves less stands still
 SURE_CENTRE = 0.0015        # of the longer side: the principal point is refined if it is known better than that
+SURE_BEND = 5.0             # standard deviations that the second coefficient of distortion must differ from 0
 BETTER = ("take 30 to 60 sharp pictures in even light, all around and from two heights, each overlapping the next by "
           "two thirds; lay newspaper or other texture under an object that has none of its own")
 
@@ -104,7 +107,7 @@ def find_cameras(paths, work, in_sequence=False):
 def signature(paths, in_sequence):
     """Return what must stay the same for earlier work to count: per photograph its name, size in bytes and date."""
     files = [[path.name, os.stat(str(path)).st_size, os.stat(str(path)).st_mtime_ns] for path in paths]
-    return {"files": files, "in_sequence": in_sequence, "features": MOST_FEATURES}
+    return {"files": files, "in_sequence": in_sequence, "features": [MOST_FEATURES, LARGEST]}
 
 
 def read_state(work):
@@ -177,27 +180,26 @@ def features(path):
     factor = min(1.0, LARGEST / max(image.shape))
     if factor < 1:
         image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_AREA)
-    octave = -1 if 2 * max(image.shape) <= LARGEST else 0
-    keypoints, descriptors = sift(image, octave, 1.0)
-    if len(keypoints) < LEAST_FEATURES:
-        keypoints, descriptors = sift(image, -1 if max(image.shape) < 2000 else octave, 0.3)
+    keypoints, descriptors = sift(image)
     keypoints[:, :2] *= 1 / factor      # pixel centres are at half-integers
     return keypoints, descriptors
 
 
-def sift(image, octave, contrast):
-    """Return the SIFT features of an image (H, W) uint8: keypoints (N, 4) float32 and descriptors (N, 128).
+def sift(image):
+    """Return the SIFT features of an image (H, W) uint8.
 
-    octave: -1 to double the image first, else 0. contrast: 1 for the usual threshold; less for fainter features.
+    They are keypoints (N, 4) float32: x and y in COLMAP's pixels, size, angle in radians; and descriptors (N, 128)
+    uint8, the square roots that RootSIFT compares (Arandjelovic and Zisserman, 2012). OpenCV's SIFT takes half the time
+    of pycolmap's, and works in parallel.
     """
-    pycolmap = library()
-    options = pycolmap.FeatureExtractionOptions()
-    options.num_threads, options.use_gpu = 1, False
-    options.sift.max_num_features, options.sift.first_octave = MOST_FEATURES, octave
-    options.sift.peak_threshold *= contrast
-    extractor = pycolmap.FeatureExtractor.create(options, pycolmap.Device.cpu)
-    keypoints, descriptors = extractor.extract_from_uint8_array(np.ascontiguousarray(image))
-    return np.array(pycolmap.keypoints_to_matrix(keypoints), np.float32)[:, :4], descriptors
+    finder = cv2.SIFT_create(contrastThreshold=FAINTEST, enable_precise_upscale=True)
+    keys = sorted(finder.detect(image), key=lambda key: -key.response)[:MOST_FEATURES]
+    keys, descriptors = finder.compute(image, keys)
+    places = np.array([(key.pt[0] + 0.5, key.pt[1] + 0.5, key.size / 2, np.radians(key.angle)) for key in keys],
+                      np.float32).reshape(-1, 4)
+    descriptors = np.zeros((0, 128)) if descriptors is None else descriptors
+    shares = descriptors / np.maximum(descriptors.sum(axis=1, keepdims=True), 1e-9)
+    return places, np.minimum(np.rint(512 * np.sqrt(shares)), 255).astype(np.uint8)
 
 
 def new_camera(database, header):
@@ -230,7 +232,8 @@ def store(database, name, camera_id, found):
         frame.add_data_id(pycolmap.data_t(sensor, image.image_id))
         database.write_frame(frame)
         database.write_keypoints(image.image_id, keypoints)
-        database.write_descriptors(image.image_id, descriptors)
+        database.write_descriptors(image.image_id, pycolmap.FeatureDescriptors(pycolmap.FeatureExtractorType.SIFT,
+                                                                               descriptors))
     return image.image_id
 
 
@@ -280,6 +283,7 @@ def run_on_pairs(progress, pairs, call, still=False):
     names = [stored_name(index, path) for index, path in enumerate(progress.paths)]
     verification = pycolmap.TwoViewGeometryOptions()
     verification.ransac.random_seed, verification.filter_stationary_matches = 0, still
+    verification.ransac.max_num_trials = TRIALS
     with writing.replacing(progress.path.with_name("pairs.txt")) as listing:
         listing.write_text("".join(f"{names[i]} {names[j]}\n" for i, j in pairs), encoding="utf-8")
         if call is pycolmap.verify_matches:
@@ -339,6 +343,7 @@ def map_views(progress, work):
     pycolmap = library()
     options = pycolmap.IncrementalPipelineOptions()
     options.min_model_size, options.random_seed, options.extract_colors = LEAST_VIEWS, 0, False
+    options.mapper.abs_pose_min_num_inliers = LEAST_SEEN
     scratch = work / "mapping.unfinished"
     shutil.rmtree(str(scratch), ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -396,13 +401,32 @@ def reason(progress, index, placed):
 # --- refinement -------------------------------------------------------------------------------------------------------
 
 def refined(model):
-    """Return a pycolmap.Reconstruction whose cameras and points are adjusted once more, with free principal points.
+    """Return a pycolmap.Reconstruction whose cameras and points are adjusted once more, as free as the data allow.
 
-    COLMAP holds these at the image's centre, which turns all cameras by a common angle. If the data do not tell where
-    they are, as where the camera never rolls or comes nearer, the result is `model` itself.
+    First with free principal points. COLMAP holds these at the image's centre, which turns all cameras by a common
+    angle. Then with a second coefficient of radial distortion. If the data do not tell such a value, as the principal
+    point where the camera never rolls or comes nearer, the result is the one before.
     """
-    pycolmap = library()
-    trial = copy.deepcopy(model)
+    centred = adjusted(model, "SIMPLE_RADIAL")
+    if not all(known_centre(camera, spread) for camera, spread in zip(*spreads(*centred))):
+        return model
+    bent = adjusted(centred[0], "RADIAL")
+    cameras, deviations = spreads(*bent)
+    known = all(known_centre(camera, spread) and abs(camera.params[4]) > SURE_BEND * spread[4]
+                for camera, spread in zip(cameras, deviations))
+    return bent[0] if known else centred[0]
+
+
+def adjusted(model, lens):
+    """Return a copy of a pycolmap.Reconstruction after a bundle adjustment of everything, and its adjuster.
+
+    lens: the cameras' model, "SIMPLE_RADIAL" or "RADIAL", which has one coefficient more.
+    """
+    pycolmap, trial = library(), copy.deepcopy(model)
+    for camera in trial.cameras.values():
+        params = [*camera.params, 0.0]
+        camera.model = getattr(pycolmap.CameraModelId, lens)
+        camera.params = params[:4 + (lens == "RADIAL")]
     options = pycolmap.BundleAdjustmentOptions()
     options.refine_principal_point, options.print_summary = True, False
     options.ceres.loss_function_type = pycolmap.LossFunctionType.CAUCHY     # of 1 pixel: wrong matches count less
@@ -413,24 +437,27 @@ def refined(model):
     adjuster = pycolmap.create_default_ceres_bundle_adjuster(options, config, trial)
     adjuster.solve()
     trial.update_point_3d_errors()
-    return trial if all(known_centre(trial, adjuster)) else model
+    return trial, adjuster
 
 
-def known_centre(model, adjuster):
-    """Yield for each camera in use whether its principal point is known within SURE_CENTRE, and near the centre."""
+def spreads(model, adjuster):
+    """Return the pycolmap.Cameras in use, and for each the standard deviations of its parameters, inf if unknown."""
     pycolmap = library()
     options = pycolmap.BACovarianceOptions()
     options.params = pycolmap.BACovarianceOptionsParams.ALL
     covariance = pycolmap.estimate_ba_covariance(options, model, adjuster)
     noise = model.compute_mean_reprojection_error()
-    for camera in {model.images[number].camera_id for number in model.reg_image_ids()}:
-        camera = model.cameras[camera]
-        block = covariance and covariance.get_other_params_cov(camera.params)
-        if block is None:
-            yield False
-            continue
-        places = list(camera.principal_point_idxs())
-        spread = noise * np.sqrt(np.diag(np.asarray(block))[places].max())
-        offset = np.abs(np.array(camera.params)[places] - (camera.width / 2, camera.height / 2)).max()
-        side = max(camera.width, camera.height)
-        yield bool(spread < SURE_CENTRE * side and offset < 0.1 * side)
+    cameras = [model.cameras[number] for number in {model.images[image].camera_id for image in model.reg_image_ids()}]
+    blocks = [covariance and covariance.get_other_params_cov(camera.params) for camera in cameras]
+    return cameras, [np.full(len(camera.params), np.inf) if block is None else noise * np.sqrt(np.diag(block))
+                     for camera, block in zip(cameras, blocks)]
+
+
+def known_centre(camera, spread):
+    """Return whether a camera's principal point is known within SURE_CENTRE, and near the image's centre.
+
+    spread: standard deviations of the camera's parameters.
+    """
+    places, side = list(camera.principal_point_idxs()), max(camera.width, camera.height)
+    offset = np.abs(np.array(camera.params)[places] - (camera.width / 2, camera.height / 2)).max()
+    return bool(spread[places].max() < SURE_CENTRE * side and offset < 0.1 * side)

@@ -71,6 +71,19 @@ def test_the_object_is_found_in_every_place(kind, least, places, run, tmp_path):
     assert shares(tmp_path / "scene", masks).mean() > least
 
 
+def test_points_of_a_camera_file_are_used_if_they_are_enough(places, monkeypatch):
+    source, masks = places["black"]
+    views, matched = camera_files.read_views(source)[0], []
+    monkeypatch.setattr(sparse_points, "find_features", lambda *_: matched.append(1))
+    points = make_scene.surface_samples(400, np.random.default_rng(0)) * make_scene.SCALE + make_scene.OFFSET
+    makers = auto_masks.mask_makers(views, points=points)
+    found = [maker(pictures.read_image(view.image)) for view, maker in zip(views, makers)]
+    assert np.mean([auto_masks.overlap(*pair) for pair in zip(found, masks)]) > 0.95 and not matched
+    with pytest.raises(AttributeError):     # too few: the photographs are matched, here by what finds nothing
+        auto_masks.mask_makers(views, points=points[:100])
+    assert len(matched) == VIEWS
+
+
 def test_masks_that_are_there_are_taken(places, run, tmp_path):
     source, masks = places["black"]
     for index, mask in enumerate(masks):

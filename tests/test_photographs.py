@@ -1,18 +1,24 @@
 """Photographs alone and videos: cameras found, what is left out or refused, pictures as cameras write them."""
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import textured
+import trimesh
 from PIL import Image
 from PIL.TiffImagePlugin import IFDRational
 
+import datasets
 import helper
+import make_scene
 import prepare
+from conftest import ROOT, write_demo_config
 from files import pictures, writing
-from scenes import camera_files, photographs, structure_from_motion, video_frames
+from metrics import meshes
+from scenes import auto_masks, camera_files, photographs, structure_from_motion, video_frames
 from training import cameras
 
 SIZE, VIEWS = 400, 12
@@ -26,6 +32,13 @@ def truth():
     intrinsics, poses = textured.ring(VIEWS, SIZE)
     images, masks = zip(*[textured.render(intrinsics, pose, (3 * SIZE // 4, SIZE)) for pose in poses])
     return intrinsics, poses, images, masks
+
+
+@pytest.fixture(scope="module")
+def near():
+    """Return six images of a part of such a walk, near one another."""
+    intrinsics, poses = textured.ring(6, SIZE, 0, 2.0)
+    return [textured.render(intrinsics, pose, (3 * SIZE // 4, SIZE))[0] for pose in poses]
 
 
 @pytest.fixture()
@@ -80,7 +93,7 @@ def errors(work, poses, indices=None):
 
 @needs_pycolmap
 def test_photographs_alone_become_a_scene(truth, run, tmp_path):
-    # Masks are given here. Masks that are found, training and mesh join this test where they are made.
+    # Masks are given here. In the slow test below masks are found, too, and a model is trained.
     save(tmp_path / "shoe" / "images", truth[2])
     save(tmp_path / "shoe" / "masks", [mask.astype(np.uint8) * 255 for mask in truth[3]])
     save(tmp_path / "shoe" / "images", [random_image(9)], ["Schöne Tasse 05b.png"])
@@ -101,11 +114,41 @@ def test_photographs_alone_become_a_scene(truth, run, tmp_path):
 
 
 @needs_pycolmap
-def test_an_interrupted_search_goes_on(tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_photographs_alone_become_a_mesh(run, tmp_path, monkeypatch):
+    """Photograph balls that hang above a floor, from 16 places, and compare the mesh in the end with the balls."""
+    monkeypatch.setattr(textured, "FLOOR", -1.2)
+    intrinsics = textured.ring(1, SIZE)[0]
+    poses = np.stack([make_scene.look_at((2.4 * np.cos(a), 2.4 * np.sin(a), 0.2 + 0.5 * np.sin(a)), (0, 0, -0.1),
+                                         (0.1 * np.sin(2 * a), 0, 1)) for a in np.arange(16) * np.pi / 8])
+    images, masks = zip(*[textured.render(intrinsics, pose, (3 * SIZE // 4, SIZE)) for pose in poses])
+    images = [(image * np.where(mask[..., None], (1, 0.6, 0.35), (0.5, 0.8, 1))).astype(np.uint8)
+              for image, mask in zip(images, masks)]    # colours that tell the balls from the room
+    save(tmp_path / "balls", images, [f"{index:02d}.png" for index in range(16)])
+    status, said = run("balls", "--output", "mine")
+    assert status == 0 and "masks: auto" in said and "left out" not in said
+    found = [pictures.read_mask(path) for path in datasets.scene_files(tmp_path / "mine")[1]]
+    assert np.mean([auto_masks.overlap(*pair) for pair in zip(found, masks)]) > 0.93
+    write_demo_config(tmp_path / "balls.yaml", {}, data=dict(path="mine", downscale=4, held_out_views=[]),
+                      train=dict(steps=3000, views_per_step=8, rays=256, learning_rate=4e-3, validation_view=0))
+    model = ("--config", "results_mine/balls.yaml", "--model-load-path", "results_mine")
+    for words in (("train.py", "--config", "balls.yaml", "--monitor-path", "results"),
+                  ("extract.py", *model, "--world", "--output", "mesh.ply")):
+        subprocess.run([sys.executable, ROOT / words[0], *words[1:], "--context", "cpu"], cwd=tmp_path, check=True)
+    centres = np.stack([view.pose[:3, 3] for view in camera_files.read_views("mine_colmap")[0]])
+    mesh = trimesh.load(tmp_path / "mesh.ply").apply_transform(cameras.alignment(centres, poses[:, :3, 3]))
+    sphere = make_scene.fibonacci_sphere(20000)
+    points = np.concatenate([centre + radius * sphere for centre, radius in textured.BALLS])
+    depths = [radius - np.linalg.norm(points - centre, axis=1) for centre, radius in textured.BALLS]
+    truth = trimesh.PointCloud(points[np.max(depths, axis=0) < 1e-6])
+    near = meshes.compare(meshes.surface(mesh), meshes.surface(truth))[0]
+    assert near.chamfer < 0.02 * 0.8, near      # of the radius of a sphere about the balls
+
+
+@needs_pycolmap
+def test_an_interrupted_search_goes_on(near, tmp_path, monkeypatch):
     work = tmp_path / "work"
-    intrinsics, poses = textured.ring(6, SIZE, 0, 2.0)
-    images = [textured.render(intrinsics, pose, (3 * SIZE // 4, SIZE))[0] for pose in poses]
-    paths = [save(work / "images", images) / name for name in NAMES[:6]]
+    paths = [save(work / "images", near) / name for name in NAMES[:6]]
     calls = []
 
     def interrupted(progress, folder):
@@ -153,12 +196,12 @@ def test_refusals_say_how_to_photograph_better(truth, refused, tmp_path):
 
 
 @needs_pycolmap
-def test_two_groups_are_named(truth, refused, tmp_path, monkeypatch):
-    mirrored = [np.ascontiguousarray(255 - image[:, ::-1]) for image in truth[2][:5]]
-    save(tmp_path / "shoe", truth[2][:6])
+def test_two_groups_are_named(near, refused, tmp_path):
+    mirrored = [np.ascontiguousarray(255 - image[:, ::-1]) for image in near[:5]]
+    save(tmp_path / "shoe", near)
     save(tmp_path / "shoe", mirrored, [f"b{index}.png" for index in range(5)])
     said = refused("shoe", "--output", "mine")
-    assert "two groups" in said and NAMES[0] in said and "b0.png" in said
+    assert "two groups" in said and f"6 with {NAMES[0]} and 5 with b0.png" in said
 
 
 def test_without_pycolmap_one_line_says_so(truth, refused, tmp_path, monkeypatch):
@@ -311,6 +354,10 @@ def test_the_points_of_a_model_as_text_and_bytes(tmp_path):
     expected = np.array([point.xyz for point in true])
     np.testing.assert_array_equal(points[order], expected[np.lexsort(expected.T)])
     assert sorted(map(len, seen_by)) == sorted(point.track.length() for point in true)
+    thrice = camera_files.sparse_points_of(tmp_path)
+    assert len(thrice) == sum(len(set(images)) > 2 for images in seen_by) and set(map(tuple, thrice)) <= set(
+        map(tuple, points))
+    assert len(camera_files.sparse_points_of(tmp_path / "nowhere")) == 0
     text, text_seen_by = camera_files.read_points3d(tmp_path / "text")
     np.testing.assert_allclose(text[np.lexsort(text.T)], points[order], atol=1e-6)
     assert sorted(set(np.concatenate(text_seen_by))) == sorted(set(np.concatenate(seen_by)))
