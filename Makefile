@@ -9,7 +9,7 @@ run := results_demo
 help:
 	@echo "make demo    create the embedded scene, train on it, render, extract and evaluate"
 	@echo "make test    run the tests"
-	@echo "make test-all  run the slow tests, too, which take minutes"
+	@echo "make test-all  the slow tests, too, which take minutes"
 	@echo "make lint    check the code with ruff"
 	@echo "make fuzz    test the readers on thousands of damaged files (FUZZ=2000 of each kind)"
 	@echo "make bench   measure the time of each part of a training step"
