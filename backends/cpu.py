@@ -12,7 +12,7 @@ import numpy as np
 from nnabla.function import PythonFunction
 
 from backends import cpu_kernels
-from backends.architecture import LEAST_SLOPE, array_sizes, inverse_slope
+from backends.architecture import array_sizes, inverse_slope
 from backends.cpu_kernels import Weights
 
 Layers = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]     # v (in, out), g (out,) and b (out,) of each layer
@@ -188,8 +188,8 @@ class SurfaceEvaluation:
     A hit has the value of its point, so one evaluation serves both. least_slope: of architecture.inverse_slope.
     """
 
-    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool = False,
-                 least_slope: float = LEAST_SLOPE):
+    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool,
+                 least_slope: float):
         self.least_slope = least_slope
         self.weights, self.points, self.directions = PackedWeights(layers), points, directions
         rows, num_hits, num_features = points.shape[0], directions.shape[0], self.weights.sizes[-1, 1] - 1

@@ -13,7 +13,7 @@ from nnabla.ext_utils import get_extension_context
 from nnabla.function import PythonFunction
 
 from backends import gpu_kernels, gpu_search
-from backends.architecture import LEAST_SLOPE, array_sizes
+from backends.architecture import array_sizes
 from backends.gpu import Layers
 from backends.gpu_kernels import page_locked
 
@@ -71,8 +71,8 @@ class SurfaceEvaluation:
     The buffers, some 400 MB at full size, are held from forward() to backward() and then serve the next evaluation.
     """
 
-    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool = False,
-                 least_slope: float = LEAST_SLOPE):
+    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool,
+                 least_slope: float):
         self.layers, self.points, self.directions, self.want_grad_points = layers, points, directions, want_grad_points
         self.least_slope = least_slope
         self.sizes, (rows, self.num_hits) = sizes_of(layers), (points.shape[0], directions.shape[0])

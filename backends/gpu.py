@@ -12,15 +12,7 @@ import nnabla.functions as F
 import numpy as np
 from nnabla.ext_utils import get_extension_context
 
-from backends.architecture import (
-    LEAST_SLOPE,
-    POSITION_BANDS,
-    SKIP_LAYER,
-    SOFTPLUS_BETA,
-    encoded_columns,
-    has_skip,
-    inverse_slope,
-)
+from backends.architecture import POSITION_BANDS, SKIP_LAYER, SOFTPLUS_BETA, encoded_columns, has_skip, inverse_slope
 
 Layers = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]     # v (in, out), g (out,) and b (out,) of each layer
 FoldedWeights = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]      # W (in, out), b (out,) and the transposed W
@@ -178,8 +170,8 @@ class SurfaceEvaluation:
     gradient with respect to the point's sdf. It reaches the weights through the deltas that are there already.
     """
 
-    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool = False,
-                 least_slope: float = LEAST_SLOPE):
+    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool,
+                 least_slope: float):
         self.layers, self.directions, self.num_points = layers, directions, points.shape[0]
         self.least_slope = least_slope
         self.folded = normalized(layers)

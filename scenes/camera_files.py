@@ -175,6 +175,14 @@ def text_lines(path):
         raise unreadable(path, error) from error
 
 
+def text_rows(path):
+    """Yield (number from 1, words) of the lines of a text file that are neither empty nor comments, as text_lines."""
+    for index, line in text_lines(path):
+        words = line.split()
+        if words and not words[0].startswith("#"):
+            yield index, words
+
+
 def read_json(path, wanted):
     """Return the mapping in a JSON file, all numbers as floats. Raise UserError for other contents.
 
@@ -479,32 +487,27 @@ def binary_points3d(path):
 def text_points3d(path):
     """Return the rows of a points3D.txt as binary_points3d does."""
     rows = []
-    for index, line in text_lines(path):
-        words = line.split()
-        if words and not words[0].startswith("#"):
-            try:
-                rows.append(([float(word) for word in words[1:4]], np.array(words[8::2], np.int32)))
-            except (ValueError, OverflowError):
-                raise UserError(f"{path}, line {index}: wanted are number, x, y, z, colour, error, and pairs of image "
-                                "and keypoint") from None
-            if len(rows[-1][0]) < 3:
-                raise UserError(f"{path}, line {index}: has no x, y, z")
+    for index, words in text_rows(path):
+        try:
+            rows.append(([float(word) for word in words[1:4]], np.array(words[8::2], np.int32)))
+        except (ValueError, OverflowError):
+            raise UserError(f"{path}, line {index}: wanted are number, x, y, z, colour, error, and pairs of image "
+                            "and keypoint") from None
+        if len(rows[-1][0]) < 3:
+            raise UserError(f"{path}, line {index}: has no x, y, z")
     return rows
 
 
 def text_cameras(path):
     """Return the rows of a cameras.txt as binary_cameras does."""
     rows = []
-    for index, line in text_lines(path):
-        words = line.split()
-        if words and not words[0].startswith("#"):
-            try:
-                camera, width, height = (parse_int(words[place]) for place in (0, 2, 3))
-                rows.append((camera, words[1], width, height, [float(word) for word in words[4:]]))
-            except (ValueError, IndexError):
-                raise UserError(f"{path}, line {index}: wanted are number, model, width, height and parameters") \
-                    from None
-            check_count(path, len(rows))
+    for index, words in text_rows(path):
+        try:
+            camera, width, height = (parse_int(words[place]) for place in (0, 2, 3))
+            rows.append((camera, words[1], width, height, [float(word) for word in words[4:]]))
+        except (ValueError, IndexError):
+            raise UserError(f"{path}, line {index}: wanted are number, model, width, height and parameters") from None
+        check_count(path, len(rows))
     return rows
 
 
