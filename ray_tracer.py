@@ -42,8 +42,9 @@ Sdf = Callable[[np.ndarray], np.ndarray]    # points (N, 3) float32 -> (N,) floa
 
 STRIDES = (16, 4, 2, 1)         # coarse to fine: evaluate every 16th sample of a ray, then every 4th where needed, ...
 STRIDES_FEWER_CALLS = (8, 1)    # the same with fewer calls and slightly more points
-MAX_AHEAD = 512     # points that a walking ray evaluates in one call
-MAX_COVER = 8       # points of the first call
+AHEAD = (1, 1, 4, 16, 64, 256, 512)     # points that a walking ray gets in each step; few rays walk far
+MAX_COVER = 8       # points at most of a bracket, or of a ray's first steps
+SECANT_ALONE = 2    # steps in which a bracket gets no other point than the secant's
 
 
 class Chords(NamedTuple):
@@ -59,7 +60,6 @@ class Limits(NamedTuple):
     """What a search elsewhere has to know."""
     max_slope: float = MAX_SLOPE
     max_cover: int = MAX_COVER
-    max_ahead: int = MAX_AHEAD
 
 
 @lru_cache(maxsize=None)
@@ -411,12 +411,9 @@ def _gap_ends(t, table, evaluated, want_hit, tolerance):
 # --- refinement -------------------------------------------------------------------------------------------------------
 
 class _Gaps(NamedTuple):
-    """The state of n gaps; _begin, _look_ahead and _take_in get these arrays one by one, and change them in place."""
+    """The state of n gaps; _look_ahead and _take_in get these arrays one by one, and change them in place."""
     ends: np.ndarray        # (2, n) float32
     values: np.ndarray      # (2, n) float32
-    reach: np.ndarray       # (n,) float32, of _reach
-    t: np.ndarray           # (n,) float32, the best point so far
-    error: np.ndarray       # (n,) float32, |sdf| there
     holds: np.ndarray       # (n,) bool: the gap holds an entry
     walking: np.ndarray     # (n,) bool: the ray walks on from the near end; else the gap is a bracket
     active: np.ndarray      # (n,) bool: to be evaluated further
@@ -428,6 +425,14 @@ class Refinement(NamedTuple):
     steps: int              # maximum
     tolerance: float        # of the sdf
 
+    def num_ahead(self, step: int) -> int:
+        """Return how many points a walking ray gets in a step."""
+        return AHEAD[min(step, len(AHEAD) - 1)]
+
+    def steps_left(self, step: int) -> int:
+        """Return in how many steps, this one included, brackets must be narrow; 0 while there is no hurry."""
+        return self.steps - step if step >= SECANT_ALONE else 0
+
 
 def _refine(sdf_at, rays, ends, values, how):
     """Narrow each gap to where its ray enters the object; ends and values (2, n) are changed in place.
@@ -436,68 +441,78 @@ def _refine(sdf_at, rays, ends, values, how):
     sdf as the stride, until it gets inside (then the gap is a bracket), until it is on the surface, or until the sdf at
     the two ends covers what is left between them. In the last case the far end is the entry if it is on the surface;
     otherwise the gap holds none.
-    how: a Refinement. A walking ray evaluates few points at first, and then 8 times more in each step, since few rays
-    walk far.
+    how: a Refinement.
 
     Returns the rays that enter the object (m,) int and the distances t (m,) of their first entries.
     """
-    gaps = _Gaps(ends, values, _reach(ends[1] - ends[0], how.steps, how.tolerance),
-                 *np.empty((2, rays.size), np.float32), *np.empty((3, rays.size), bool))
-    _begin(*gaps, how.tolerance)
+    gaps = _Gaps(ends, values, values[1] <= how.tolerance, values[1] >= -how.tolerance, np.ones(rays.size, bool))
     for step in range(how.steps):
-        num_ahead = min(8 ** max(step - 1, 0), MAX_AHEAD)
-        gap, t = _look_ahead(*gaps, how.secant, step == 0, num_ahead)
+        gap, t = _look_ahead(*gaps, how.secant, how.num_ahead(step), how.steps_left(step), how.tolerance)
         if not gap.size:
             break
         _take_in(*gaps, gap, t, sdf_at(rays[gap], t), how.tolerance)
+    best = np.where(np.abs(values[0]) <= np.abs(values[1]), *ends)
     rays, first = np.unique(rays[gaps.holds], return_index=True)
-    return rays, gaps.t[gaps.holds][first]
+    return rays, best[gaps.holds][first]
 
 
 @compiled
-def _begin(ends, values, reach, t, error, holds, walking, active, tolerance):
-    """Set the state of gaps that have not been refined yet."""
-    for i in range(len(t)):
-        best = 0 if abs(values[0, i]) <= abs(values[1, i]) else 1
-        t[i], error[i] = ends[best, i], abs(values[best, i])
-        holds[i], walking[i], active[i] = values[1, i] <= tolerance, values[1, i] >= -tolerance, True
-
-
-@compiled
-def _look_ahead(ends, values, reach, t, error, holds, walking, active, secant, first, num_ahead):
+def _look_ahead(ends, values, holds, walking, active, secant, num_ahead, steps_left, tolerance):
     """Return the next points of the active gaps: gap (m,) int and distance (m,) float32, one ascending block per gap.
 
-    A bracket gets the point that _between chooses; in calls that are not the first, a bracket of the secant method gets
-    its middle as well. A walking ray gets points from where the sdf at the near end leads: num_ahead evenly spaced
-    ones; or, if that is 1, those that would cover the gap if the sdf were linear in it. A gap whose ends cover it gets
-    none, and is no longer active.
+    A bracket gets the points of _narrowing. A walking ray gets points from where the sdf at the near end leads:
+    num_ahead evenly spaced ones; or, if that is 1, those that would cover the gap if the sdf were linear in it. A gap
+    whose ends cover it gets none, and is no longer active.
     """
-    room = max(num_ahead, MAX_COVER) * len(t)
+    room = max(num_ahead, MAX_COVER) * len(active)
     gap, ahead, count = np.empty(room, np.int64), np.empty(room, np.float32), 0
-    for i in range(len(t)):
+    for i in range(len(active)):
         if active[i] and walking[i]:
             active[i] = values[0, i] + values[1, i] < ends[1, i] - ends[0, i]
         if not active[i]:
             continue
         near, far, before = ends[0, i], ends[1, i], count
+        points = ahead[count:count + MAX_COVER]
         if not walking[i]:
-            middle = 0.5 * (near + far)
-            point = _between(near, far, values[0, i], values[1, i], reach[i] if first else far - near, secant)
-            if secant and not first:
-                ahead[count], ahead[count + 1] = min(point, middle), max(point, middle)
-                count += 2
-            else:
-                ahead[count] = point
-                count += 1
+            count += _narrowing(near, far, values[0, i], values[1, i], secant, steps_left, tolerance, points)
         elif num_ahead > 1:
             reached = min(near + values[0, i], far)
             for k in range(num_ahead):
                 ahead[count + k] = reached + (far - reached) * np.float32(k / num_ahead)
             count += num_ahead
         else:
-            count += _cover(near, far, values[0, i], values[1, i], ahead[count:count + MAX_COVER])
+            count += _cover(near, far, values[0, i], values[1, i], points)
         gap[before:count] = i
     return gap[:count], ahead[:count]
+
+
+@compiled
+def _narrowing(near, far, near_value, far_value, secant, steps_left, tolerance, points):
+    """Set points to the next ones of a bracket, ascending, and return their number.
+
+    That is the middle, or the zero of the secant. The plain secant method creeps along a curved or kinked sdf. So the
+    bracket is also cut into equal parts, as many as will make it twice the tolerance wide in the steps that are left
+    (0: it is not cut). Then one of its ends is within the tolerance, however kinked the sdf, as long as it is
+    1-Lipschitz. The default steps suffice for every bracket of the march.
+    """
+    width = far - near
+    if not secant:
+        points[0] = near + np.float32(0.5) * width
+        return 1
+    zero = min(near + width * (near_value / (near_value - far_value)), far)
+    parts = 2 if steps_left else 1
+    while steps_left and parts < len(points) and 2 * tolerance * parts ** steps_left < width:
+        parts += 1
+    count = 0
+    for k in range(1, parts + 1):
+        cut = near + width * np.float32(k / parts)
+        if count < k and (k == parts or zero <= cut):
+            points[count] = zero
+            count += 1
+        if k < parts:
+            points[count] = cut
+            count += 1
+    return count
 
 
 @compiled
@@ -518,7 +533,7 @@ def _cover(near, far, near_value, far_value, points):
 
 
 @compiled
-def _take_in(ends, values, reach, t, error, holds, walking, active, gap, ahead, found, tolerance):
+def _take_in(ends, values, holds, walking, active, gap, ahead, found, tolerance):
     """Narrow the gaps by `found` (m,), the sdf at the points that _look_ahead gave, gap and ahead (m,).
 
     The far end moves to the first point not outside. The near end moves to the last point before it up to which the
@@ -543,38 +558,11 @@ def _take_in(ends, values, reach, t, error, holds, walking, active, gap, ahead, 
         for side, point in ((0, last), (1, stop)):
             if start <= point < end:
                 ends[side, i], values[side, i] = ahead[point], found[point]
-                if abs(found[point]) < error[i]:
-                    t[i], error[i] = ahead[point], abs(found[point])
         if stop < end:
             holds[i] = True
             if arrives:
-                walking[i] = False
-                if abs(found[stop]) <= tolerance:
-                    t[i], active[i] = ahead[stop], False
+                walking[i], active[i] = False, abs(found[stop]) > tolerance
         start = end
-
-
-def _reach(width, steps, tolerance):
-    """Return half the width that bisection brings to 2 * tolerance in `steps`, (n,); for wider gaps, their width."""
-    reach = np.float32(tolerance * 2.0 ** steps)
-    return np.where(width <= 2 * reach, reach, width)
-
-
-@compiled
-def _between(near, far, near_value, far_value, reach, secant):
-    """Return the next point of a bracket: the middle, or the zero of the secant.
-
-    The plain secant method creeps along a curved or kinked sdf. So its point is kept close enough to the middle that
-    bisection could still finish in the steps left, which is rarely a limit (the projection step of ITP, Oliveira and
-    Takahashi, 2020). Then no bracket ends wider than twice the tolerance, and one of its ends is within the tolerance,
-    however kinked the sdf, as long as it is 1-Lipschitz. The default steps suffice for every bracket of the march.
-    """
-    middle, width = 0.5 * (near + far), far - near
-    if not secant:
-        return middle
-    zero = near + width * (near_value / (near_value - far_value))
-    room = max(reach - 0.5 * width, 0.0)
-    return min(max(zero, middle - room), middle + room)
 
 
 def main():

@@ -22,7 +22,7 @@ struct List {       // the points to evaluate next: how many, which sample or ga
 #define THE_LIST const List list = {count, places, points, room};
 
 struct Gap {
-    float near, far, near_value, far_value, reach, t, error;
+    float near, far, near_value, far_value;
     int ray, first, count;      // of its points in the list
     bool holds, walking, active;
 };
@@ -142,7 +142,7 @@ KERNEL find_passes(SAMPLES, float spread, unsigned char *passes) {
 // --- gaps
 
 // Set found (R, 2) to the distance of each ray's sample of least sdf, and 0; list its gaps, which are consecutive.
-KERNEL list_gaps(SAMPLES, float *found, Gap *gaps, int *num_gaps, int *ray_gaps, float full_reach) {
+KERNEL list_gaps(SAMPLES, float *found, Gap *gaps, int *num_gaps, int *ray_gaps) {
     EACH_RAY
     Int least = 1;
     for (Int number = 2; number < samples; number++)
@@ -158,14 +158,9 @@ KERNEL list_gaps(SAMPLES, float *found, Gap *gaps, int *num_gaps, int *ray_gaps,
             bool may_hide = end > 0 && before > tolerance && value > tolerance && before + value < t[end] - t[start];
             if (entry || may_hide) {
                 while (start > 0 && state[start] == BOUNDED) start--;
-                if (writing) {
-                    float width = t[end] - t[start];
-                    bool near_is_best = fabsf(table[start]) <= fabsf(value);
-                    gaps[first + own] = {
-                        t[start], t[end], table[start], value, width <= 2.0f * full_reach ? full_reach : width,
-                        near_is_best ? t[start] : t[end], near_is_best ? fabsf(table[start]) : fabsf(value), (int)i, 0,
-                        0, value <= tolerance, value >= -tolerance, true};
-                }
+                if (writing)
+                    gaps[first + own] = {t[start], t[end], table[start], value, (int)i, 0, 0, value <= tolerance,
+                                         value >= -tolerance, true};
                 own++;
             }
             if (entry) break;
@@ -174,12 +169,28 @@ KERNEL list_gaps(SAMPLES, float *found, Gap *gaps, int *num_gaps, int *ray_gaps,
     ray_gaps[2 * i] = first, ray_gaps[2 * i + 1] = own;
 }
 
-__device__ float between(const Gap &gap, float reach, bool secant) {
-    float middle = 0.5f * (gap.near + gap.far), width = gap.far - gap.near;
-    if (!secant) return middle;
-    float zero = gap.near + width * (gap.near_value / (gap.near_value - gap.far_value));
-    float room = fmaxf(reach - 0.5f * width, 0.0f);
-    return fminf(fmaxf(zero, middle - room), middle + room);
+__device__ float power(int base, Int exponent) {
+    float product = 1.0f;
+    for (Int k = 0; k < exponent; k++) product *= base;
+    return product;
+}
+
+// Set points to the next ones of a bracket, and return their number.
+__device__ int narrowing(const Gap &gap, bool secant, Int steps_left, float tolerance, float *points) {
+    const float width = gap.far - gap.near;
+    if (!secant) {
+        points[0] = gap.near + 0.5f * width;
+        return 1;
+    }
+    const float zero = fminf(gap.near + width * (gap.near_value / (gap.near_value - gap.far_value)), gap.far);
+    int parts = steps_left ? 2 : 1, count = 0;
+    while (steps_left && parts < MAX_COVER && 2.0f * tolerance * power(parts, steps_left) < width) parts++;
+    for (int k = 1; k <= parts; k++) {
+        float cut = gap.near + width * ((float)k / parts);
+        if (count < k && (k == parts || zero <= cut)) points[count++] = zero;
+        if (k < parts) points[count++] = cut;
+    }
+    return count;
 }
 
 // Set points to those that cover a gap if its sdf is linear, and return their number.
@@ -195,32 +206,23 @@ __device__ int cover(const Gap &gap, float *points) {
     return MAX_COVER;
 }
 
-// Set points to the next ones of a gap, and return their number; 0 if they are num_ahead evenly spaced ones.
-__device__ int next_points(const Gap &gap, bool secant, bool is_first, Int num_ahead, float *points) {
-    if (gap.walking) return num_ahead > 1 ? 0 : cover(gap, points);
-    float point = between(gap, is_first ? gap.reach : gap.far - gap.near, secant);
-    points[0] = point;
-    if (!secant || is_first) return 1;
-    float middle = 0.5f * (gap.near + gap.far);
-    points[0] = fminf(point, middle), points[1] = fmaxf(point, middle);
-    return 2;
-}
-
 // List the next points of the active gaps, and write their distances to ahead. A gap without room waits.
-KERNEL look_ahead(const Ray *rays, Gap *gaps, Int num_gaps, float *ahead, LIST, Int secant, Int is_first,
-                  Int num_ahead) {
+KERNEL look_ahead(const Ray *rays, Gap *gaps, Int num_gaps, float *ahead, LIST, Int secant, Int num_ahead,
+                  Int steps_left, float tolerance) {
     EACH(num_gaps)
     THE_LIST
     Gap gap = gaps[i];
     gap.count = 0;
     if (gap.active && gap.walking) gap.active = gap.near_value + gap.far_value < gap.far - gap.near;
     if (gap.active) {
-        float near_points[MAX_COVER], reached = fminf(gap.near + gap.near_value, gap.far);
-        const int few = next_points(gap, secant, is_first, num_ahead, near_points), wanted = few ? few : num_ahead;
+        float points[MAX_COVER], reached = fminf(gap.near + gap.near_value, gap.far);
+        const bool even = gap.walking && num_ahead > 1;
+        const int wanted = even ? (int)num_ahead : gap.walking ? cover(gap, points)
+                                                               : narrowing(gap, secant, steps_left, tolerance, points);
         gap.first = atomicAdd(list.count, wanted);
         gap.count = gap.first + wanted <= room ? wanted : 0;
         for (int k = 0; k < gap.count; k++) {
-            float t = few ? near_points[k] : reached + (gap.far - reached) * ((float)k / num_ahead);
+            float t = even ? reached + (gap.far - reached) * ((float)k / num_ahead) : points[k];
             ahead[gap.first + k] = t;
             put(list, gap.first + k, i, rays[gap.ray], t);
         }
@@ -244,17 +246,9 @@ KERNEL take_in(Gap *gaps, Int num_gaps, const float *ahead, const float *values,
     last = min(stop - 1, last);
     if (start <= last) gap.near = ahead[last], gap.near_value = values[last];
     if (stop < end) gap.far = ahead[stop], gap.far_value = values[stop];
-    for (int side = 0; side < 2; side++) {
-        int point = side ? stop : last;
-        if (start <= point && point < end && fabsf(values[point]) < gap.error)
-            gap.t = ahead[point], gap.error = fabsf(values[point]);
-    }
     if (stop < end) {
         gap.holds = true;
-        if (arrives) {
-            gap.walking = false;
-            if (fabsf(values[stop]) <= tolerance) gap.t = ahead[stop], gap.active = false;
-        }
+        if (arrives) gap.walking = false, gap.active = fabsf(values[stop]) > tolerance;
     }
     gaps[i] = gap;
 }
@@ -264,7 +258,8 @@ KERNEL find_hits(const Gap *gaps, const int *ray_gaps, Int rays, float *found) {
     EACH(rays)
     for (int k = ray_gaps[2 * i]; k < ray_gaps[2 * i] + ray_gaps[2 * i + 1]; k++)
         if (gaps[k].holds) {
-            found[2 * i] = gaps[k].t, found[2 * i + 1] = 1.0f;
+            bool near_is_best = fabsf(gaps[k].near_value) <= fabsf(gaps[k].far_value);
+            found[2 * i] = near_is_best ? gaps[k].near : gaps[k].far, found[2 * i + 1] = 1.0f;
             return;
         }
 }

@@ -17,7 +17,7 @@ FIRST_ERROR, LEAST_ERROR = 4e-3, 1e-5       # of the sdf in half precision
 SPARE = 1.5     # the assumed error is at least this many times the largest one of the step before ...
 FORGET = 0.01   # ... and falls by this share with each step
 THREADS = 32    # of a block: few, so that a few thousand rays keep all of a GPU busy
-GAP_BYTES = 44
+GAP_BYTES = 32
 HIT_OR_LEAST, HIT = 1, 2    # what is wanted of a ray, in gpu_search.cu
 SOURCE = Path(__file__).with_suffix(".cu")
 KERNELS = "list_every list_between list_rough take find_passes list_gaps look_ahead take_in find_hits".split()
@@ -68,11 +68,10 @@ class Search:
             self.fill_table(samples, num_rays)
             if spread is not None:
                 self.start("find_passes", num_rays, *samples, np.float32(spread), self.passes)
-            self.start("list_gaps", num_rays, *samples, self.found, self.gaps, self.num_gaps, self.ray_gaps,
-                       np.float32(how.tolerance * 2.0 ** how.steps))
+            self.start("list_gaps", num_rays, *samples, self.found, self.gaps, self.num_gaps, self.ray_gaps)
             num_gaps = self.read(self.num_gaps)
             if num_gaps:
-                self.refine(num_gaps, how, limits.max_ahead)
+                self.refine(num_gaps, how)
                 self.start("find_hits", num_rays, self.gaps, self.ray_gaps, num_rays, self.found)
             copy(self.host_found.ctypes.data, self.found.data.ptr, 8 * num_rays)
             worst = self.read(self.worst) / 2 ** 24
@@ -140,12 +139,11 @@ class Search:
                 self.start("take", count, *self.list, count, self.values, self.table, self.state, int(kind == "exact"),
                            np.float32(self.error), self.worst)
 
-    def refine(self, num_gaps: int, how, max_ahead: int) -> None:
+    def refine(self, num_gaps: int, how) -> None:
         """Narrow the gaps, as ray_tracer does."""
         for step in range(how.steps):
-            num_ahead = min(8 ** max(step - 1, 0), max_ahead)
             self.start("look_ahead", num_gaps, self.rays, self.gaps, num_gaps, self.ahead, *self.list, int(how.secant),
-                       int(step == 0), num_ahead)
+                       how.num_ahead(step), how.steps_left(step), np.float32(how.tolerance))
             if not self.listed("refinement"):
                 break
             self.start("take_in", num_gaps, self.gaps, num_gaps, self.ahead, self.values, self.count,
