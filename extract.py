@@ -29,6 +29,7 @@ import network
 from assets import baking, decimation, formats, orientation, page, photographs
 from assets.decimation import is_closed
 from assets.surface import Surface, cut_by_sphere, in_sphere
+from backends.cpu_kernels import CORES, Split, block_of, on_all_cores
 from config import settings
 from files import writing
 from metrics import meshes
@@ -339,15 +340,29 @@ def divided(values, blocks, signs, size, part):
     return parts[:last]
 
 
-@compiled
-def crossed_cells(values):
+def crossed_cells(values: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     """Return sparse_grid's cells of values (X, Y, Z), and their corners that are inf or -inf, as flat indices.
 
-    The values of these corners become finite, with the same signs, so that each is returned once.
+    The values of these corners become finite, with the same signs, so that a call does not return them again.
     """
-    crossed, unknown = np.zeros(values.shape, np.bool_), [0 for _ in range(0)]
-    inside = np.empty(values.shape[2], np.int8)
-    for i in range(values.shape[0] - 1):
+    crossed = np.zeros(values.shape, bool)
+    layers = values.shape[0] - 1
+    split = Split(layers, 0, min(CORES, layers))
+    unknown = [None] * split.blocks
+
+    def look(number, split):
+        first, count = block_of(split, number)[:2]
+        unknown[number] = look_at_layers(values, crossed, first, first + count)
+
+    on_all_cores(look, split)
+    return crossed, np.concatenate(unknown)
+
+
+@compiled
+def look_at_layers(values, crossed, first, end):
+    """Do crossed_cells' work for the cells of the layers from first to end; returns the corners."""
+    unknown, inside = [0 for _ in range(0)], np.empty(values.shape[2], np.int8)
+    for i in range(first, end):
         for j in range(values.shape[1] - 1):
             a, b, c, d = values[i, j], values[i, j + 1], values[i + 1, j], values[i + 1, j + 1]
             for k in range(len(inside)):
@@ -360,18 +375,21 @@ def crossed_cells(values):
                         if np.isinf(values[x, y, z]):
                             values[x, y, z] = np.copysign(1.0, values[x, y, z])
                             unknown.append((x * values.shape[1] + y) * values.shape[2] + z)
-    return crossed, np.array(unknown)
+    return np.array(unknown)
 
 
 def largest_component(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     """Return the connected component of a mesh with the largest area."""
-    first, others, count = mesh.faces[:, 0], mesh.faces[:, 1:], len(mesh.vertices)
+    vertices, faces = (np.asarray(array).view(np.ndarray) for array in (mesh.vertices, mesh.faces))
+    first, others, count = faces[:, 0], faces[:, 1:], len(vertices)
     edges = coo_matrix((np.ones(others.size, np.int8), (first.repeat(2), others.ravel())), (count, count))
     number, labels = connected_components(edges, directed=False)
     if number == 1:
         return mesh
-    kept = labels == np.bincount(labels[first], mesh.area_faces).argmax()
-    return trimesh.Trimesh(mesh.vertices[kept], (np.cumsum(kept) - 1)[mesh.faces[kept[first]]], process=False)
+    corner, *sides = vertices[first], vertices[faces[:, 1]], vertices[faces[:, 2]]
+    areas = np.linalg.norm(np.cross(*(side - corner for side in sides)), axis=1)
+    kept = labels == np.bincount(labels[first], areas).argmax()
+    return trimesh.Trimesh(vertices[kept], (np.cumsum(kept) - 1)[faces[kept[first]]], process=False)
 
 
 # --- normals, colours, files ------------------------------------------------------------------------------------------
