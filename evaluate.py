@@ -114,15 +114,18 @@ def measure_views(words: Sequence[str], conf, model: str, monitor: Monitor) -> N
     if min(scene.images.shape[1:3]) < images.SSIM_WINDOW:
         raise helper.UserError(f"{conf.data.path}: images of {datasets.says_size(scene.images.shape[1:])} are too "
                                f"small for SSIM, which needs {images.SSIM_WINDOW} per side; lower data.downscale")
-    measured = []
     sdf, shade = network.sdf_evaluator(), network.shader(conf.network)
-    for view in tqdm(views, unit="view", dynamic_ncols=True):
+
+    def measured_view(view):
         truth, mask = scene.images[view] / np.float32(255), scene.masks[view]
         camera = helper.Camera(scene.intrinsics[view], scene.poses[view], mask.shape)
         areas, centres = pixels.render_areas(sdf, shade, camera, conf.tracer, wanted=mask)
-        measured.append(ViewMeasure(view, scene.names[view], {CENTRES: measure(centres, truth, mask),
-                                                              AREAS: measure(areas, truth, mask)}))
-    report_views(measured, conf.data.held_out_views, monitor)
+        return ViewMeasure(view, scene.names[view], {CENTRES: measure(centres, truth, mask),
+                                                     AREAS: measure(areas, truth, mask)})
+
+    measured = helper.side_by_side(measured_view, views, network.renders_at_once())
+    report_views(list(tqdm(measured, total=len(views), unit="view", dynamic_ncols=True)), conf.data.held_out_views,
+                 monitor)
 
 
 def measure(render: pixels.Render, truth: np.ndarray, mask: np.ndarray) -> Measure:

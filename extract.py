@@ -11,7 +11,6 @@ Writes mesh.ply to the run's folder, or asset.glb with --texture, in the coordin
 """
 import argparse
 import shlex
-from functools import partial
 from pathlib import Path
 from typing import Callable, List, NamedTuple, Optional, Tuple, Union
 
@@ -40,7 +39,6 @@ SLACK = 1.5         # assumed bound on the sdf's slope; a steeper sdf may lose p
 APART = 1e-3        # minimum |sdf| at a point of the grid, in cells; smaller values are raised to it
 LEAF = 2            # blocks of the grid are halved down to this many points per side
 SHADED = 1 << 16    # vertices shaded per batch
-SHADED_ON_CPU, SHADED_ON_GPU = 1 << 12, 1 << 15     # points that the networks take at once
 SUFFIXES = (".ply", ".obj", ".glb", ".stl", ".html")
 METRES = {"mm": 0.001, "cm": 0.01, "m": 1.0}
 LIGHT = 50000       # faces of a mesh with textures, unless --faces says otherwise
@@ -69,8 +67,7 @@ def main():
     conf, folder = checkpoints.open_run(args)
     paths = [Path(path) for path in args.output or [folder / ("asset.glb" if args.texture else "mesh.ply")]]
     frame = frame_of(args, conf, paths)
-    shade = partial(network.shader(conf.network), chunk=SHADED_ON_CPU if network.on_cpu() else SHADED_ON_GPU)
-    surface = Surface(network.sdf_evaluator(), shade)
+    surface = Surface(network.sdf_evaluator(), network.shader(conf.network))
     appearance = appearance_of(args, conf, surface)
     mesh = extract(surface.sdf, conf.extract.coarse_resolution, args.resolution or conf.extract.resolution)
     say_cut(mesh, surface.sdf, conf.data.path)

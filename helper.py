@@ -11,6 +11,7 @@ import reprlib
 import signal
 import stat
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple, Tuple
 
 import cv2
@@ -222,6 +223,12 @@ def rightwards(up, back):
 
 
 # --- randomness -------------------------------------------------------------------------------------------------------
+
+def side_by_side(function, items, threads):
+    """Return an iterator over function(item) of the items in order; so many threads work ahead, each at one item."""
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(function, items)
+
 
 # Purposes of random numbers: the order of views in an epoch, the pixels of a step, and the sample positions of a step
 # (ray tracing and eikonal loss).

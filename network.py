@@ -23,6 +23,7 @@ from files import writing
 
 Weights = Union[cpu.PackedWeights, gpu.FoldedWeights]
 
+SHADED_ON_CPU, SHADED_ON_GPU = 1 << 12, 1 << 14     # points that the networks shade at once
 FEWEST_ROWS = 64        # of a shading on a GPU
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -79,6 +80,12 @@ def on_cpu() -> bool:
     return nn.get_current_context().backend[0].startswith("cpu")
 
 
+def renders_at_once() -> int:
+    """Return how many views to render at a time: on a GPU two, so that it works for one while the host does for the
+    other."""
+    return 1 if on_cpu() else 2
+
+
 def backend() -> ModuleType:
     """Return the module whose functions serve nnabla's current context."""
     return cpu if on_cpu() else context.cuda or gpu
@@ -129,16 +136,16 @@ def shader(net: Network) -> Callable:
     return partial(shade, without=net.without)
 
 
-def shade(points: np.ndarray, directions: Optional[np.ndarray] = None, without: Sequence[str] = (),
-chunk: int = 4096) -> Tuple[np.ndarray, np.ndarray]:
+def shade(points: np.ndarray, directions: Optional[np.ndarray] = None,
+          without: Sequence[str] = ()) -> Tuple[np.ndarray, np.ndarray]:
     """Return the colours and the normals of surface points with the current parameters.
 
     points, directions: (N, 3) float32, the latter the unit ray directions. Without directions each point is seen along
     its normal. without: as in `rendering`. Returns rgb (N, 3) in [0, 1] and the sdf's gradient (N, 3), float32.
     """
-    rows = min(chunk, len(points))
+    rows = min(len(points), SHADED_ON_CPU)
     if not on_cpu():        # a GPU's kernels are prepared for each number of rows, so these are few
-        rows = min(chunk, 2 ** math.ceil(math.log2(max(rows, FEWEST_ROWS))))
+        rows = min(2 ** math.ceil(math.log2(max(len(points), FEWEST_ROWS))), SHADED_ON_GPU)
     rgb, normals = np.empty((len(points), 3), np.float32), np.empty((len(points), 3), np.float32)
     if not len(points):
         return rgb, normals

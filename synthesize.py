@@ -48,9 +48,13 @@ def main():
         write_video(path, tqdm(renders, total=args.frames, unit="frame", dynamic_ncols=True), args)
         print(f"rendered {args.frames} frames: {path}")
         return
-    for view in tqdm(views, unit="view", dynamic_ncols=True):
+
+    def render(view):
         write_view(folder / "renders" / f"view_{view:03d}{name_ending(args)}",
                    render_areas(sdf, shade, views_cameras[view], conf.tracer)[0], args)
+
+    rendered = helper.side_by_side(render, views, network.renders_at_once())
+    list(tqdm(rendered, total=len(views), unit="view", dynamic_ncols=True))
     print(f"rendered {len(views)} view{'s' if len(views) > 1 else ''}: {folder / 'renders'}")
 
 

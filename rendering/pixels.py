@@ -4,6 +4,7 @@ Photographs average over a pixel's area. render_areas does so where it shows: wh
 the depth jumps, or a part thinner than a pixel passes the ray. Everything else keeps its one ray.
 """
 from itertools import product
+from threading import Lock
 from typing import Callable, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import ray_tracer
 from tracing.cones import Cones
 
 CHUNK = 1 << 15     # rays traced together; bounds the memory of a render, whatever the image's size
+TRACING = Lock()    # what traces and shades on a GPU keeps buffers, so one thread does at a time
 
 # A pixel's rays beside the one through its centre: columns and rows from there, in pixels. The five are a square
 # lattice, turned so that they have five different columns and rows. The lattice goes on in the next pixels.
@@ -109,9 +111,11 @@ def _sample(view: View, uv: np.ndarray, find_near: bool = False) -> _Samples:
     for start in range(0, count, CHUNK):
         rays, part = directions[start:start + CHUNK], slice(start, start + CHUNK)
         cones = Cones(_angle(view.camera.intrinsics, SUBPIXELS)) if find_near else None
-        t, hit = ray_tracer.trace(view.sdf, origin, rays, cones=cones, search=search, **vars(view.tracer))
+        with TRACING:
+            t, hit = ray_tracer.trace(view.sdf, origin, rays, cones=cones, search=search, **vars(view.tracer))
+            shaded = view.shade(origin + t[hit, None] * rays[hit], rays[hit])
         found.t[part], found.hit[part] = t, hit
-        found.rgb[part][hit], found.normals[part][hit] = view.shade(origin + t[hit, None] * rays[hit], rays[hit])
+        found.rgb[part][hit], found.normals[part][hit] = shaded
         if cones:
             found.near[part] = cones.near(t, hit)
     return found

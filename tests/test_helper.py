@@ -619,3 +619,18 @@ def test_why_the_gpu_is_not_used(extension, text, device, said):
 def test_the_gpu_is_used_where_it_is_there(extension):
     extension(TWO_DEVICES + "def context(device_id):\n    assert device_id == '1'")
     assert context.gpu_or_reason(1) == ("cudnn", "")
+
+
+def test_work_side_by_side_keeps_its_order_and_ends_with_the_first_error():
+    assert list(helper.side_by_side(lambda x: x * x, range(20), 3)) == [x * x for x in range(20)]
+    done = []
+
+    def fails_at_two(x):
+        done.append(x)
+        if x == 2:
+            raise helper.UserError("two")
+        return x
+
+    with pytest.raises(helper.UserError, match="two"):
+        list(helper.side_by_side(fails_at_two, range(1000), 1))
+    assert len(done) < 1000
