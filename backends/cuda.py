@@ -235,7 +235,7 @@ class Sdf:
 
     def refresh(self) -> None:
         with self.launching, Gpu.device.current():
-            self.network.weights.fold(pointers(self.layers))
+            self.network.fold(pointers(self.layers))
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
         return self.in_precision(points, half=False)

@@ -1,7 +1,7 @@
 // The loops of cpu_kernels.py for a GPU, with the same formulas in the same order. gpu_kernels.py compiles and starts
 // these kernels, lists their names, and defines BETA, of the softplus.
 //
-// All values are float32, but for those of type Half. The rows of all matrices are `pitch` apart. In a block, blockIdx.x is the row and each thread
+// All values are float32. The rows of all matrices are `pitch` apart. In a block, blockIdx.x is the row and each thread
 // has one column (EACH). `outputs` are a layer's, `inputs` the next layer's. Where the next one is the skip layer, it
 // has more inputs than this one has outputs: [h, gamma(x)] / sqrt(2). In the backward pass the hits have rows of their
 // own, before the points'. The hits are also the first points; `own` is the row of what the forward pass has kept.
@@ -30,46 +30,22 @@ KERNEL encode(const float *x, float *encoded, float *derivative, Int columns, In
     if (derivative) derivative[at] = slope;
 }
 
-typedef unsigned short Half;
-
-__device__ float from_half(Half x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
-
-__device__ Half as_half(float x) { Half y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
-
-// A matrix in thirds is one of three times the inner size, in half precision: [high, low, high] of the left factor
-// beside each other, [high, high, low] of the right factor below each other, where x = high + low up to 2^-22 x. The
-// product of the two is that of the matrices, as exact as in float32, in a third of its time.
-__device__ void put_thirds(float value, Half *place, Int apart) {
-    Half high = as_half(value);
-    place[0] = place[2 * apart] = high;
-    place[apart] = as_half(value - from_half(high));
-}
-
-KERNEL weight_thirds(const float *w, Half *thirds, Int columns, Int size, Int pitch) {
-    EACH(columns)
-    Half high = as_half(w[at]);
-    thirds[at] = thirds[at + size] = high;
-    thirds[at + 2 * size] = as_half(w[at] - from_half(high));
-}
-
 // A thread has four columns. With one, a block would have too little to do.
 #define EACH_FOUR \
     const Int row = blockIdx.x, first = 4 * (blockIdx.y * (Int)blockDim.x + threadIdx.x), base = row * pitch; \
     if (first >= inputs) return; \
     for (Int column = first, at = base + first; column < min(first + 4, inputs); column++, at++)
 
-KERNEL softplus(const float *z, const float *b, const float *encoded, float *h, float *slopes, Half *thirds,
+KERNEL softplus(const float *z, const float *b, const float *encoded, float *h, float *slopes,
                 Int outputs, Int inputs, Int pitch) {
     EACH_FOUR {
-        float value;
-        if (column >= outputs) value = encoded[at - outputs] * ROOT_HALF;
-        else {
-            float v = (z[at] + b[column]) * BETA, e = expf(-fabsf(v));
-            value = (fmaxf(v, 0.0f) + log1pf(e)) * (1.0f / BETA) * SCALE;       // NaN stays NaN, in e
-            if (slopes) slopes[at] = (v > 0.0f ? 1.0f : e) / (1.0f + e);
+        if (column >= outputs) {
+            h[at] = encoded[at - outputs] * ROOT_HALF;
+            continue;
         }
-        if (h) h[at] = value;
-        if (thirds) put_thirds(value, thirds + 3 * base + column, pitch);
+        float v = (z[at] + b[column]) * BETA, e = expf(-fabsf(v));
+        h[at] = (fmaxf(v, 0.0f) + log1pf(e)) * (1.0f / BETA) * SCALE;       // NaN stays NaN, in e
+        if (slopes) slopes[at] = (v > 0.0f ? 1.0f : e) / (1.0f + e);
     }
 }
 
@@ -87,6 +63,17 @@ KERNEL last_product(const float *h, const float *w, const float *b, float *sdf, 
 }
 
 // --- the sdf in half precision
+
+typedef unsigned short Half;
+
+__device__ float from_half(Half x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
+
+__device__ Half as_half(float x) { Half y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
+
+KERNEL to_half(const float *w, Half *half_w, Int columns, Int pitch) {
+    EACH(columns)
+    half_w[at] = as_half(w[at]);
+}
 
 #define SOFTPLUS_HALF(value) \
     EACH_FOUR { \

@@ -1,10 +1,9 @@
 """The two networks on a GPU: cuBLAS for the products, and for each loop of cpu_kernels.py a kernel of gpu_kernels.cu.
 
 The formulas, their order and most names are those of cpu_kernels.py; tests/test_gpu_kernels.py compares the results
-with gpu.py's. All arrays are float32, but for those named `half` and `thirds`, which gpu_kernels.cu explains. A pass is
-recorded once as a CUDA graph, on buffers that stay where they are, and later started as a whole: one call instead of a
-hundred. All work is started on CUDA's legacy default stream, as that of nnabla is. So each sees what the other has
-written, without waiting.
+with gpu.py's. All arrays are float32. A pass is recorded once as a CUDA graph, on buffers that stay where they are, and
+later started as a whole: one call instead of a hundred. All work is started on CUDA's legacy default stream, as that of
+nnabla is. So each sees what the other has written, without waiting.
 
 Importing this file needs CuPy. Arrays that belong to nnabla come as pointers (int).
 """
@@ -23,10 +22,10 @@ Pointer = int
 IN, OUT = 0, 1
 THREADS = 128           # of a block: columns of one row
 WORKSPACE = 32 << 20    # bytes for cuBLAS, which may not allocate them while a graph is recorded
-TYPES, SUM_IN_FLOAT = {4: 0, 2: 2}, 68      # cuBLAS's numbers for types, by their bytes, and for sums in float32
+HALF, SUM_IN_FLOAT = 2, 68      # cuBLAS's numbers for half precision, and for sums in float32
 
 SOURCE = Path(__file__).with_suffix(".cu")
-KERNELS = ("encode weight_thirds softplus last_product first_softplus_half softplus_half last_product_half delta "
+KERNELS = ("encode softplus last_product to_half first_softplus_half softplus_half last_product_half delta "
            "find_normal hand_out take_in tangent add_back move_hits add_hits find_grad_points copy_rows relu "
            "relu_backward find_rgb rgb_backward sum_rows fold fold_backward").split()
 
@@ -83,14 +82,14 @@ class Device:
             pointers[1], a_pitch, ctypes.byref(beta), pointers[2], out.strides[0] // 4))
 
     def half_product(self, a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray) -> None:
-        """As product, of matrices in half precision, neither of them transposed; out may be float32."""
+        """As product, of matrices in half precision, neither of them transposed."""
         (m, k), n = a.shape, b.shape[1]
         one, zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
-        stored_b, stored_a, stored_out = (
-            (ctypes.c_void_p(x.data.ptr), TYPES[x.itemsize], x.strides[0] // x.itemsize) for x in (b, a, out))
+        (pointer_b, pitch_b), (pointer_a, pitch_a), (pointer_out, pitch_out) = (
+            (ctypes.c_void_p(x.data.ptr), x.strides[0] // 2) for x in (b, a, out))
         self.check(self.cublas.cublasGemmEx(
-            self.handle, 0, 0, n, m, k, ctypes.byref(one), *stored_b, *stored_a, ctypes.byref(zero), *stored_out,
-            SUM_IN_FLOAT, -1))
+            self.handle, 0, 0, n, m, k, ctypes.byref(one), pointer_b, HALF, pitch_b, pointer_a, HALF, pitch_a,
+            ctypes.byref(zero), pointer_out, HALF, pitch_out, SUM_IN_FLOAT, -1))
 
     def recorded(self, function: Callable[[], None], products: bool = True) -> "cupy.cuda.Graph":
         """Return what `function` starts as a graph.
@@ -134,11 +133,10 @@ def stored(x: cupy.ndarray) -> Tuple[int, int]:
 class Weights:
     """The folded weights of a network, their gradients, and the shapes of its buffers. sizes: (in, out) of each layer.
 
-    The rows of all matrices are `pitch` apart, a multiple of 32: cuBLAS is fast on aligned rows. The implicit network
-    takes most products in thirds.
+    The rows of all matrices are `pitch` apart, a multiple of 32: cuBLAS is fast on aligned rows.
     """
 
-    def __init__(self, device: Device, sizes: Sequence[Tuple[int, int]], in_thirds: bool = False):
+    def __init__(self, device: Device, sizes: Sequence[Tuple[int, int]]):
         self.device, self.sizes, self.count = device, sizes, len(sizes)
         self.tables = {}        # of_all_layers' latest arguments
         self.pitch = -(-max(map(max, sizes)) // 32) * 32
@@ -146,8 +144,6 @@ class Weights:
         self.skip = SKIP_LAYER if has_skip(SKIP_LAYER, self.count) else 0
         self.w, self.grad_w = self.weight_buffers(), self.weight_buffers()
         self.b, self.grad_b, self.norms = cupy.empty((3, self.count, self.pitch), np.float32)
-        self.thirds = cupy.zeros((self.count, 3 * self.pitch, self.pitch), np.float16) if in_thirds else None
-        self.splitting = None   # the graph of split()
 
     def buffers(self, rows: int, side: int) -> List[cupy.ndarray]:
         """Return a matrix of that many rows for each layer, with as many columns as the layer has inputs or outputs."""
@@ -171,18 +167,6 @@ class Weights:
         self.layers = layers
         self.of_all_layers("fold", [(*layer, w.data.ptr, b.data.ptr, norms.data.ptr)
                                     for layer, w, b, norms in zip(layers, self.w, self.b, self.norms)])
-        if self.thirds is not None:
-            self.splitting = self.splitting or self.device.recorded(self.split, products=False)
-            self.splitting.launch(cupy.cuda.Stream.null)
-
-    def split(self) -> None:
-        """Set the thirds of the layers between the first and the last."""
-        for w, thirds in zip(self.w[1:-1], self.thirds[1:-1]):
-            self.device.start("weight_thirds", *w.shape, w, thirds, w.shape[1], self.pitch ** 2, self.pitch)
-
-    def third_buffer(self, rows: int) -> cupy.ndarray:
-        """Return a buffer for the inputs of a layer in thirds."""
-        return cupy.zeros((rows, 3 * self.pitch), np.float16)
 
     def fold_backward(self, gradients: List[Tuple[Pointer, ...]]) -> None:
         """Carry grad_w and grad_b back to the layers that fold has taken.
@@ -207,21 +191,15 @@ class Weights:
         self.device.start_columns("sum_rows", self.pitch, self.count, grad_z, self.grad_b, len(grad_z), self.pitch,
                                   rows_apart * self.pitch)
 
-    def last_hidden(self, x, inputs, slopes, z, derivative, thirds) -> None:
-        """Write the inputs of all layers at x; and slopes and gamma's derivative. What is 0 is not written.
-
-        z and thirds, of third_buffer, are scratch.
-        """
+    def last_hidden(self, x, inputs, slopes, z, derivative) -> None:
+        """Write the inputs of all layers at x; and slopes and gamma's derivative, unless these are 0. z is scratch."""
         rows, (start, pitch) = len(inputs[0]), (self.device.start, self.pitch)
         start("encode", rows, self.columns, x, inputs[0], derivative, self.columns, pitch)
         for layer in range(self.count - 1):
+            self.device.product(inputs[layer], self.w[layer], z[layer])
             outputs, following = self.around(layer)
-            if layer:
-                self.device.half_product(thirds[:rows], self.thirds[layer, :, :outputs], z[layer])
-            else:       # few columns, and the coordinates' digits
-                self.device.product(inputs[0], self.w[0], z[0])
             start("softplus", rows, -(-following // 4), z[layer], self.b[layer], inputs[0], inputs[layer + 1],
-                  slopes and slopes[layer], thirds if layer < self.count - 2 else 0, outputs, following, pitch)
+                  slopes and slopes[layer], outputs, following, pitch)
 
 
 # --- the sdf alone ----------------------------------------------------------------------------------------------------
@@ -230,11 +208,22 @@ class ImplicitSdf:
     """The implicit network's sdf, without features and normals, at as many points as one of `calls` says."""
 
     def __init__(self, device: Device, sizes: Sequence[Tuple[int, int]], calls: Sequence[int]):
-        self.weights, self.graphs, self.calls, most = Weights(device, sizes, in_thirds=True), {}, calls, calls[-1]
+        self.weights, self.graphs, self.calls, most = Weights(device, sizes), {}, calls, calls[-1]
         self.x, self.sdf = cupy.empty((most, 3), np.float32), cupy.empty(most, np.float32)
         self.encoded, self.h, self.z = cupy.empty((3, most, self.weights.pitch), np.float32)
+        self.half_w = [cupy.empty((w.shape[0], self.weights.pitch), np.float16) for w in self.weights.w]
         self.half_h, self.half_z = cupy.empty((2, most, self.weights.pitch), np.float16)
-        self.thirds = self.weights.third_buffer(most)
+        self.halving = None     # the graph of halve()
+
+    def fold(self, layers: List[Tuple[Pointer, Pointer, Pointer]]) -> None:
+        """Take the weights, as Weights.fold, in both precisions."""
+        self.weights.fold(layers)
+        self.halving = self.halving or self.weights.device.recorded(self.halve, products=False)
+        self.halving.launch(cupy.cuda.Stream.null)
+
+    def halve(self) -> None:
+        for w, half_w in zip(self.weights.w[1:-1], self.half_w[1:-1]):
+            self.weights.device.start("to_half", *w.shape, w, half_w, w.shape[1], self.weights.pitch)
 
     def implicit_sdf(self, x: Pointer, out: Pointer, count: int, half: bool = False) -> None:
         """Start the computation of out (count,), the sdf at x (count, 3), on the GPU or in page-locked memory.
@@ -254,8 +243,9 @@ class ImplicitSdf:
     def block(self, rows: int) -> None:
         """Start the pass of the first `rows` points."""
         net = self.weights
-        inputs = [self.encoded[:rows, :net.columns], *[0] * (net.count - 2), self.h[:rows, :net.sizes[-1][IN]]]
-        net.last_hidden(self.x, inputs, 0, [self.z[:rows, :size[OUT]] for size in net.sizes], 0, self.thirds)
+        first, *others = net.sizes
+        inputs = [self.encoded[:rows, :first[IN]]] + [self.h[:rows, :size[IN]] for size in others]
+        net.last_hidden(self.x, inputs, 0, [self.z[:rows, :size[OUT]] for size in net.sizes], 0)
         net.device.start("last_product", -(-rows // (THREADS // 32)), 1, inputs[-1], net.w[-1], net.b[-1], self.sdf,
                          rows, net.sizes[-1][IN], net.pitch)
 
@@ -269,8 +259,7 @@ class ImplicitSdf:
             outputs, following = net.around(layer)
             if layer:
                 z = self.half_z[:rows, :outputs]
-                inputs = net.sizes[layer][IN]       # the weights' first third holds them rounded
-                net.device.half_product(self.half_h[:rows, :inputs], net.thirds[layer, :inputs, :outputs], z)
+                net.device.half_product(self.half_h[:rows, :net.sizes[layer][IN]], self.half_w[layer][:, :outputs], z)
             start("softplus_half" if layer else "first_softplus_half", rows, -(-following // 4), z, net.b[layer],
                   self.encoded, self.half_h, outputs, following, net.pitch)
         start("last_product_half", -(-rows // (THREADS // 32)), 1, self.half_h, net.w[-1], net.b[-1], self.sdf, rows,
@@ -300,10 +289,10 @@ class Evaluation:
 
     def __init__(self, device: Device, sizes: Sequence[Tuple[int, int]], rows: int):
         self.device, self.rows, self.graphs = device, rows, {}
-        self.weights = net = Weights(device, sizes, in_thirds=True)
+        self.weights = net = Weights(device, sizes)
         self.x, self.normals, self.grad_points = cupy.empty((3, rows, 3), np.float32)
         self.derivative, self.normal_encoded, self.last_delta, z = cupy.empty((4, rows, net.pitch), np.float32)
-        self.z, self.thirds = net.per_layer(z, OUT), net.third_buffer(rows)
+        self.z = net.per_layer(z, OUT)
         self.inputs, self.slopes, self.deltas = (net.buffers(rows, side) for side in (IN, OUT, OUT))
         unit = np.zeros((rows, net.pitch), np.float32)
         unit[:, 0] = 1.0
@@ -343,7 +332,7 @@ class Evaluation:
 
     def forward_block(self) -> None:
         net, (start, product) = self.weights, (self.device.start, self.device.product)
-        net.last_hidden(self.x, self.inputs, self.slopes, self.z, self.derivative, self.thirds)
+        net.last_hidden(self.x, self.inputs, self.slopes, self.z, self.derivative)
         product(self.inputs[-1], net.w[-1], self.z[-1])
         back, row_step, column_step = net.w[-1], 0, net.pitch       # for every row the sdf's column of the last weights
         for layer in range(net.count - 2, -1, -1):

@@ -157,34 +157,6 @@ def test_two_threads_ask_for_the_sdf_at_once(on_gpu):
             assert np.array_equal(found, exact)
 
 
-def exact_sdf(x):
-    """Return the sdf (N,) of the current parameters at x (N, 3), in double precision."""
-    encoded = np.concatenate([x, *(part for k in range(6) for part in (np.sin(2.0 ** k * x), np.cos(2.0 ** k * x)))], 1)
-    layers, h = network.layer_parameters("implicit"), encoded
-    for number, layer in enumerate(layers):
-        v, g, b = (parameter.d.astype(np.float64) for parameter in layer)
-        if number == 4:
-            h = np.concatenate([h, encoded], axis=1) * 0.5 ** 0.5
-        h = h @ (g * v / np.linalg.norm(v, axis=0)) + b
-        if number < len(layers) - 1:
-            h = np.logaddexp(0, 100 * h) / 100
-    return h[:, 0]
-
-
-def test_products_in_thirds_are_as_exact_as_those_in_float32(on_gpu, monkeypatch):
-    rng = np.random.default_rng(0)
-    network.initialize(Network(512, 256, 9), rng)
-    for parameter in nn.get_parameters().values():
-        parameter.d = parameter.d * (1 + 0.1 * rng.normal(size=parameter.shape))
-    x = rng.uniform(-1, 1, (5000, 3)).astype(np.float32)
-    wanted, found = exact_sdf(x.astype(np.float64)), network.sdf_evaluator()(x)
-    monkeypatch.setattr(context, "cuda", None)
-    in_float32 = np.abs(network.sdf_evaluator()(x) - wanted)
-    print(np.abs(found - wanted).max(), in_float32.max())
-    assert in_float32.max() < 1e-5 and np.abs(found - wanted).max() < 2 * in_float32.max()
-    assert np.sqrt(np.mean((found - wanted) ** 2)) < 2 * np.sqrt(np.mean(in_float32 ** 2))
-
-
 def test_half_precision_is_near(on_gpu):
     rng = np.random.default_rng(0)
     new_network(Network(128, 5, 6), rng)
