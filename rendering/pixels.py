@@ -11,6 +11,7 @@ import numpy as np
 
 import helper
 import ray_tracer
+from tracing.compiling import compiled
 from tracing.cones import Cones
 
 CHUNK = 1 << 15     # rays traced together; bounds the memory of a render, whatever the image's size
@@ -136,11 +137,11 @@ def _image(found: _Samples, rendered: np.ndarray, camera: helper.Camera) -> Rend
     render = Render(np.ones((*camera.shape, 3), np.float32), np.zeros((*camera.shape, 3), np.float32),
                     np.zeros(camera.shape, np.float32), np.zeros(camera.shape, bool),
                     np.zeros(camera.shape, np.float32))
-    directions = helper.pixel_rays(_pixels(rendered), camera.intrinsics, camera.pose)[1]
-    render.rgb[rendered] = np.where(found.hit[:, None], found.rgb, 1)
-    render.normals[rendered] = found.normals
-    render.depth[rendered] = found.t * (directions @ camera.pose[:3, 2].astype(np.float32))
-    render.hit[rendered] = render.alpha[rendered] = found.hit
+    render.hit[rendered] = found.hit
+    directions = helper.pixel_rays(_pixels(render.hit), camera.intrinsics, camera.pose)[1]
+    render.rgb[render.hit], render.normals[render.hit] = found.rgb[found.hit], found.normals[found.hit]
+    render.depth[render.hit] = found.t[found.hit] * (directions @ camera.pose[:3, 2].astype(np.float32))
+    render.alpha[render.hit] = 1
     return render
 
 
@@ -189,18 +190,33 @@ def _jumps(centres: Render, camera: helper.Camera) -> Tuple[np.ndarray, np.ndarr
     They do if either point is farther from the other's tangent plane than JUMP pixels are wide there. Next to the
     outline of a smooth shape its points are about one such width away.
     """
-    height, width = camera.shape
     rows, columns = np.nonzero(centres.hit)
-    points, normals = np.zeros((2, height, width, 3), np.float32)
-    points[rows, columns] = _points(centres, camera, rows, columns)
-    normals[rows, columns] = helper.unit(centres.normals[rows, columns])
-    jumps = []
-    for here, there in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])):
-        apart = points[there] - points[here]
-        away = np.maximum(*(np.abs(np.einsum("yxc,yxc->yx", apart, normals[pixels])) for pixels in (here, there)))
-        across = np.maximum(centres.depth[here], centres.depth[there]) / np.float32(camera.intrinsics[0, 0])
-        jumps.append(centres.hit[here] & centres.hit[there] & (away > JUMP * across))
-    return jumps[0], jumps[1]
+    number = np.full(camera.shape, -1)
+    number[rows, columns] = np.arange(len(rows))
+    points, normals = _points(centres, camera, rows, columns), helper.unit(centres.normals[rows, columns])
+    widths = centres.depth[rows, columns] * np.float32(JUMP / camera.intrinsics[0, 0])
+    return tuple(_apart(number[here], number[there], points, normals, widths)
+                 for here, there in ((np.s_[:, :-1], np.s_[:, 1:]), (np.s_[:-1], np.s_[1:])))
+
+
+@compiled
+def _apart(here, there, points, normals, widths):
+    """Return where two hits, named by their numbers (H, W), or -1, are on different surfaces, (H, W) bool.
+
+    points, normals (n, 3) and widths (n,): of each hit, the last one how far it may be from the other's tangent plane.
+    """
+    apart = np.zeros(here.shape, np.bool_)
+    for y in range(here.shape[0]):
+        for x in range(here.shape[1]):
+            a, b = here[y, x], there[y, x]
+            if a >= 0 and b >= 0:
+                above = below = np.float32(0)
+                for c in range(3):
+                    way = points[b, c] - points[a, c]
+                    above += way * normals[a, c]
+                    below += way * normals[b, c]
+                apart[y, x] = max(abs(above), abs(below)) > max(widths[a], widths[b])
+    return apart
 
 
 def _points(centres: Render, camera: helper.Camera, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
@@ -230,16 +246,14 @@ def _ends_inside(view: View, centres: Render, rays: np.ndarray) -> np.ndarray:
 
 def _averaged(centres: Render, found: _Samples, pixels: np.ndarray) -> Render:
     """Return the image in which more rays have been traced in some pixels; pixels: (n,), flat index of each sample."""
-    size = centres.hit.size
-    traced = np.bincount(pixels, minlength=size)
-    hits = np.bincount(pixels[found.hit], minlength=size)
-    like_centre = (PER_PIXEL - traced) * centres.hit.ravel()
-    changed = traced > 0
-    count = (like_centre + hits)[changed]
+    changed, place, traced = np.unique(pixels, return_inverse=True, return_counts=True)
+    place = place[found.hit]
+    like_centre = (PER_PIXEL - traced) * centres.hit.ravel()[changed]
+    count = like_centre + np.bincount(place, minlength=len(changed))
 
     def mean(image, values, without):
-        sums = [np.bincount(pixels[found.hit], values[found.hit, channel], size) for channel in range(3)]
-        sums = np.stack(sums, axis=1)[changed] + image.reshape(-1, 3)[changed] * like_centre[changed, None]
+        sums = [np.bincount(place, values[found.hit, channel], len(changed)) for channel in range(3)]
+        sums = np.stack(sums, axis=1) + image.reshape(-1, 3)[changed] * like_centre[:, None]
         result = image.reshape(-1, 3).copy()
         result[changed] = np.where(count[:, None] > 0, sums / np.maximum(count, 1)[:, None], without)
         return result.reshape(image.shape)
