@@ -7,6 +7,8 @@ from tqdm import tqdm
 
 import helper
 from assets import atlas as atlases
+from assets.appearance import Look
+from assets.highlights import Light
 from assets.surface import Surface, newton_step
 
 BLOCK = 1 << 18     # texels per block
@@ -21,6 +23,8 @@ class Asset(NamedTuple):
     atlas: atlases.Atlas
     base_color: np.ndarray      # (T, T, 3) uint8, sRGB
     normal_map: np.ndarray      # (T, T, 3) uint8, 127.5 (n + 1) of unit normals in tangent space, glTF's convention
+    below: Optional[np.ndarray] = None      # (T, T, 3) uint8, sRGB, the colours that the light adds its highlights to
+    light: Optional[Light] = None
 
 
 class Points(NamedTuple):
@@ -30,28 +34,33 @@ class Points(NamedTuple):
     rgb: np.ndarray         # (N, 3) float32 in [0, 1], the networks' colours
 
 
-def baked(mesh: trimesh.Trimesh, size: int, surface: Surface, appearance: Optional[Callable] = None) -> Asset:
+def baked(mesh: trimesh.Trimesh, size: int, surface: Surface, look: Optional[Look] = None,
+          appearance: Optional[Callable] = None) -> Asset:
     """Return the Asset of a mesh with vertex normals, with textures of size x size texels.
 
     surface: whose zero set the mesh approximates. A texel's point is that of the face, moved onto the zero set.
-    appearance: Points -> their colours (N, 3) in [0, 1]; None takes the networks' colours.
+    look: of appearance.look_of; without it the networks' colours are those seen along the normals.
+    appearance: Points and a light -> colours (N, 3) in [0, 1]; None takes the networks'.
     """
+    look = Look(np.zeros((len(mesh.vertices), 3), np.float32)) if look is None else look
     atlas = atlases.unwrapped(mesh, size)
     texels, frame = atlases.texels_of(atlas, size), vertex_frames(mesh, atlas)
-    gradient = surface.gradient(mesh.vertices.astype(np.float32))[atlas.vertices]
-    vertices = np.concatenate([mesh.vertices[atlas.vertices], gradient], axis=1).astype(np.float32)
-    base_color, normal_map = np.zeros((2, size * size, 3), np.uint8)
+    gradient = surface.gradient(mesh.vertices.astype(np.float32))
+    known = [mesh.vertices, gradient, look.base] + ([look.below] if look.light else [])
+    values = np.concatenate([np.concatenate(known, axis=1)[atlas.vertices], frame], axis=1).astype(np.float32)
+    images = np.zeros((3 if look.light else 2, size * size, 3), np.uint8)
     for start in tqdm(range(0, len(texels.places), BLOCK), desc="texture", unit="block", leave=False,
                       dynamic_ncols=True, disable=len(texels.places) <= BLOCK):
         part = slice(start, start + BLOCK)
-        near, slopes = np.split(atlases.surface_texels(atlas, vertices, texels, part), 2, axis=1)
+        near, slopes, *changes, frames = np.split(atlases.surface_texels(atlas, values, texels, part),
+                                                  range(3, 3 * len(known) + 1, 3), axis=1)
         points = surface_points(surface, near, slopes)
-        rgb = points.rgb if appearance is None else appearance(points)
-        base_color[texels.places[part]] = 255 * np.clip(rgb, 0, 1) + 0.5
-        local = in_frame(points.normals, atlases.surface_texels(atlas, frame, texels, part))
-        normal_map[texels.places[part]] = 127.5 * local + 128     # rounded: 127.5 (n + 1) + 0.5
-    images = (atlases.filled(image.reshape(size, size, 3), texels.places) for image in (base_color, normal_map))
-    return Asset(mesh, atlas, *images)
+        images[1, texels.places[part]] = 127.5 * in_frame(points.normals, frames) + 128     # rounded
+        for image, change, light in zip((0, 2), changes, (None, look.light)):
+            seen = points._replace(rgb=np.clip(points.rgb + change, 0, 1))
+            images[image, texels.places[part]] = 255 * (appearance(seen, light) if appearance else seen.rgb) + 0.5
+    images = [atlases.filled(image.reshape(size, size, 3), texels.places) for image in images]
+    return Asset(mesh, atlas, *images, **({"light": look.light} if look.light else {}))
 
 
 def surface_points(surface: Surface, near: np.ndarray, slopes: np.ndarray) -> Points:

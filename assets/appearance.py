@@ -1,0 +1,76 @@
+"""The networks' colours as one colour per point: the mean of what the cameras see, or what a light leaves of it."""
+from typing import NamedTuple, Optional, Tuple
+
+import numpy as np
+import trimesh
+from tqdm import tqdm
+
+import helper
+from assets.highlights import Light, Views, colors_below, fitted_light, mean_colors
+from assets.surface import Surface
+from assets.visibility import cosines_seen
+
+MOST_VIEWS = 32         # cameras that count; of more, those are taken that stand farthest from each other
+BLOCK = 1 << 14         # vertices seen together
+FITTED = 1000           # vertices from which the light is found
+ALONG = 1e-3            # weight of the view along the normal beside the cosines: for what no camera sees
+
+
+class Look(NamedTuple):
+    """What to add to the networks' colours as seen along the normals, at V vertices."""
+    base: np.ndarray                        # (V, 3) float32, for the mean of what the cameras see
+    below: Optional[np.ndarray] = None      # (V, 3) float32, for the colour that the light adds its highlights to
+    light: Optional[Light] = None
+
+
+def look_of(mesh: trimesh.Trimesh, surface: Surface, centres: np.ndarray, glossy: bool) -> Tuple[Look, float]:
+    """Return the Look of a mesh with vertex normals for cameras at centres (N, 3), and what share its light explains.
+
+    The colours are least squares over the cameras: each camera that sees a vertex counts by the cosine of its angle
+    with the normal, which is the size of the surface there in its picture. glossy: find a light; else there is none.
+    """
+    centres = centres[spread(centres)]
+    seen = np.stack([np.rint(255 * cosines_seen(mesh, centre)).astype(np.uint8)     # a byte each: there may be many
+                     for centre in tqdm(centres, desc="visibility", unit="view", leave=False, dynamic_ncols=True)])
+    light, explained = None, 0.0
+    if glossy:
+        chosen = np.random.default_rng(0).permutation(len(mesh.vertices))[:FITTED]
+        light, explained = fitted_light(views_of(mesh, surface, centres, seen, chosen))
+    count = len(mesh.vertices)
+    base, below = np.empty((count, 3), np.float32), np.empty((count, 3), np.float32)
+    for start in tqdm(range(0, count, BLOCK), desc="colours by view", unit="block", leave=False, dynamic_ncols=True,
+                      disable=count <= BLOCK):
+        part = np.arange(start, min(start + BLOCK, count))
+        views = views_of(mesh, surface, centres, seen, part)
+        base[part] = mean_colors(views) - views.colors[-1]
+        if light:
+            below[part] = colors_below(light, views) - views.colors[-1]
+    return Look(base, below if light else None, light), explained
+
+
+def spread(centres: np.ndarray) -> np.ndarray:
+    """Return the indices of at most MOST_VIEWS of the centres (N, 3), each the farthest from those before it."""
+    if len(centres) <= MOST_VIEWS:
+        return np.arange(len(centres))
+    chosen, distance = [0], np.full(len(centres), np.inf)
+    while len(chosen) < MOST_VIEWS:
+        distance = np.minimum(distance, np.linalg.norm(centres - centres[chosen[-1]], axis=1))
+        chosen.append(int(distance.argmax()))
+    return np.array(chosen)
+
+
+def views_of(mesh: trimesh.Trimesh, surface: Surface, centres: np.ndarray, seen: np.ndarray,
+             part: np.ndarray) -> Views:
+    """Return the Views of the vertices `part` (n,) of a mesh from centres (N, 3), and last the one along the normals.
+
+    seen: (N, V) uint8, 255 times cosines_seen.
+    """
+    points, normals = mesh.vertices[part].astype(np.float32), mesh.vertex_normals[part].astype(np.float32)
+    towards = helper.unit((centres[:, None] - points).astype(np.float32))
+    towards = np.concatenate([towards, normals[None]])
+    weights = np.concatenate([seen[:, part] / np.float32(255), np.full((1, len(part)), np.float32(ALONG))])
+    colors = np.zeros(towards.shape, np.float32)
+    view, point = np.nonzero(weights[:-1])
+    colors[view, point] = surface.shade(points[point], -towards[view, point])[0]
+    colors[-1] = surface.shade(points)[0]
+    return Views(normals, towards, np.clip(colors, 0, 1), weights)
