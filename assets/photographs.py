@@ -1,6 +1,4 @@
 """Colours of surface points from the photographs that see them best: by angle, distance, visibility and the mask."""
-import os
-from concurrent.futures import ThreadPoolExecutor
 from typing import Callable, List, NamedTuple, Optional
 
 import cv2
@@ -12,7 +10,7 @@ import ray_tracer
 from assets.baking import Points
 from assets.highlights import Light, decoded, encoded, lobe, slope
 from assets.visibility import visible
-from tracing.compiling import compiled
+from tracing.compiling import compiled, in_threads
 
 MOST_RAYS = 1 << 16     # traced per view; larger photographs get a smaller depth map
 CHUNK = 1 << 15         # rays traced together
@@ -85,12 +83,10 @@ def blended(photographs: Photographs) -> Callable:
     def colors(points: Points, light: Optional[Light] = None) -> np.ndarray:
         rgb = np.empty((len(points.places), 3), np.float32)
 
-        def blend(start):
-            part = slice(start, start + SLICE)
+        def blend(part):
             rgb[part] = blend_block(Points(*(values[part] for values in points)), photographs, factor, light)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(blend, range(0, len(rgb), SLICE)))
+        in_threads(blend, len(rgb), SLICE)
         return rgb
 
     return colors

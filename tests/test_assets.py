@@ -151,10 +151,11 @@ def test_a_texel_knows_its_place_on_its_face(ring):
 
 
 def test_what_shows_no_face_gets_the_nearest_value():
-    image, places = np.zeros((9, 9, 2), np.uint8), np.array([0, 80])
-    image.reshape(-1, 2)[places] = [[7, 1], [9, 2]]
-    full = atlases.filled(image, places)
-    assert full[1, 2].tolist() == [7, 1] and full[7, 7].tolist() == [9, 2] and set(full[..., 0].ravel()) == {7, 9}
+    images, places = np.zeros((2, 9, 9, 2), np.uint8), np.array([0, 80])
+    images.reshape(2, -1, 2)[:, places] = [[[7, 1], [9, 2]], [[3, 3], [4, 4]]]
+    atlases.fill(images, places)
+    assert images[0, 1, 2].tolist() == [7, 1] and images[0, 7, 7].tolist() == [9, 2]
+    assert [set(image[..., 0].ravel()) for image in images] == [{7, 9}, {3, 4}]
 
 
 # --- textures, as a viewer shows them ---------------------------------------------------------------------------------
