@@ -13,11 +13,12 @@ from assets.visibility import cosines_seen
 MOST_VIEWS = 32         # cameras that count; of more, those are taken that stand farthest from each other
 BLOCK = 1 << 14         # vertices seen together
 FITTED = 1000           # vertices from which the light is found
-ALONG = 1e-3            # weight of the view along the normal beside the cosines: for what no camera sees
+REST = 1e-3             # weight of the last view beside the cosines: for what no camera sees
 
 
 class Look(NamedTuple):
-    """What to add to the networks' colours as seen along the normals, at V vertices."""
+    """From where to take the networks' colours, and what to add to them, at V vertices."""
+    towards: np.ndarray                     # (V, 3) float32, unit length, the middle of the ways to the cameras
     base: np.ndarray                        # (V, 3) float32, for the mean of what the cameras see
     below: Optional[np.ndarray] = None      # (V, 3) float32, for the colour that the light adds its highlights to
     light: Optional[Light] = None
@@ -37,15 +38,15 @@ def look_of(mesh: trimesh.Trimesh, surface: Surface, centres: np.ndarray, glossy
         chosen = np.random.default_rng(0).permutation(len(mesh.vertices))[:FITTED]
         light, explained = fitted_light(views_of(mesh, surface, centres, seen, chosen))
     count = len(mesh.vertices)
-    base, below = np.empty((count, 3), np.float32), np.empty((count, 3), np.float32)
+    towards, base, below = np.empty((3, count, 3), np.float32)
     for start in tqdm(range(0, count, BLOCK), desc="colours by view", unit="block", leave=False, dynamic_ncols=True,
                       disable=count <= BLOCK):
         part = np.arange(start, min(start + BLOCK, count))
         views = views_of(mesh, surface, centres, seen, part)
-        base[part] = mean_colors(views) - views.colors[-1]
+        towards[part], base[part] = views.towards[-1], mean_colors(views) - views.colors[-1]
         if light:
             below[part] = colors_below(light, views) - views.colors[-1]
-    return Look(base, below if light else None, light), explained
+    return Look(towards, base, below if light else None, light), explained
 
 
 def spread(centres: np.ndarray) -> np.ndarray:
@@ -61,16 +62,17 @@ def spread(centres: np.ndarray) -> np.ndarray:
 
 def views_of(mesh: trimesh.Trimesh, surface: Surface, centres: np.ndarray, seen: np.ndarray,
              part: np.ndarray) -> Views:
-    """Return the Views of the vertices `part` (n,) of a mesh from centres (N, 3), and last the one along the normals.
+    """Return the Views of the vertices `part` (n,) of a mesh from centres (N, 3), and last that from their middle.
 
+    The middle of the ways to the cameras that see a vertex lies between them, where the networks have learnt colours;
+    they have not along every normal. A vertex that no camera sees is seen along its normal.
     seen: (N, V) uint8, 255 times cosines_seen.
     """
     points, normals = mesh.vertices[part].astype(np.float32), mesh.vertex_normals[part].astype(np.float32)
-    towards = helper.unit((centres[:, None] - points).astype(np.float32))
-    towards = np.concatenate([towards, normals[None]])
-    weights = np.concatenate([seen[:, part] / np.float32(255), np.full((1, len(part)), np.float32(ALONG))])
-    colors = np.zeros(towards.shape, np.float32)
-    view, point = np.nonzero(weights[:-1])
-    colors[view, point] = surface.shade(points[point], -towards[view, point])[0]
-    colors[-1] = surface.shade(points)[0]
-    return Views(normals, towards, np.clip(colors, 0, 1), weights)
+    weights = np.concatenate([seen[:, part] / np.float32(255), np.full((1, len(part)), np.float32(REST))])
+    ways = np.concatenate([helper.unit((centres[:, None] - points).astype(np.float32)), normals[None]])
+    ways[-1] = helper.unit(np.einsum("vn,vnc->nc", weights, ways))
+    colors = np.zeros(ways.shape, np.float32)
+    view, point = np.nonzero(weights)
+    colors[view, point] = surface.shade(points[point], -ways[view, point])[0]
+    return Views(normals, ways, np.clip(colors, 0, 1), weights)

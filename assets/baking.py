@@ -44,29 +44,32 @@ def baked(mesh: trimesh.Trimesh, size: int, surface: Surface, look: Optional[Loo
     look: of appearance.look_of; without it the networks' colours are those seen along the normals.
     appearance: Points and a light -> colours (N, 3) in [0, 1]; None takes the networks'.
     """
-    look = Look(np.zeros((len(mesh.vertices), 3), np.float32)) if look is None else look
+    look = Look(mesh.vertex_normals, np.zeros((len(mesh.vertices), 3), np.float32)) if look is None else look
     atlas = atlases.unwrapped(mesh, size)
     texels, frame = atlases.texels_of(atlas, size), vertex_frames(mesh, atlas)
     gradient = surface.gradient(mesh.vertices.astype(np.float32))
-    places = [mesh.vertices, gradient, look.base] + ([look.below] if look.light else [])
-    values = np.concatenate([np.concatenate(places, axis=1)[atlas.vertices], frame], axis=1).astype(np.float32)
+    known = [mesh.vertices, gradient, look.towards, look.base] + ([look.below] if look.light else [])
+    values = np.concatenate([np.concatenate(known, axis=1)[atlas.vertices], frame], axis=1).astype(np.float32)
     images = np.zeros((3 if look.light else 2, size * size, 3), np.uint8)
     for start in tqdm(range(0, len(texels.places), BLOCK), desc="texture", unit="block", leave=False,
                       dynamic_ncols=True, disable=len(texels.places) <= BLOCK):
         part = slice(start, start + BLOCK)
-        known = atlases.surface_texels(atlas, values, texels, part)
-        points = surface_points(surface, known[:, :3].copy(), known[:, 3:6])
-        for image, first, light in zip((0, 2), range(6, values.shape[1] - 9, 3), (None, look.light)):
-            seen = points._replace(rgb=np.clip(points.rgb + known[:, first:first + 3], 0, 1))
+        here = atlases.surface_texels(atlas, values, texels, part)
+        points = surface_points(surface, here[:, :3].copy(), here[:, 3:6], helper.unit(here[:, 6:9]))
+        for image, first, light in zip((0, 2), range(9, values.shape[1] - 9, 3), (None, look.light)):
+            seen = points._replace(rgb=np.clip(points.rgb + here[:, first:first + 3], 0, 1))
             images[image, texels.places[part]] = 255 * (appearance(seen, light) if appearance else seen.rgb) + 0.5
-        images[1, texels.places[part]] = mapped_normals(points.normals, known[:, -9:])
+        images[1, texels.places[part]] = mapped_normals(points.normals, here[:, -9:])
     images = images.reshape(len(images), size, size, 3)
     atlases.fill(images, texels.places)
     return Asset(mesh, atlas, *images, **({"light": look.light} if look.light else {}))
 
 
-def surface_points(surface: Surface, near: np.ndarray, slopes: np.ndarray) -> Points:
-    """Return the Points of the surface at points (N, 3) near it. slopes: (N, 3), roughly the sdf's gradient there."""
+def surface_points(surface: Surface, near: np.ndarray, slopes: np.ndarray, towards: np.ndarray) -> Points:
+    """Return the Points of the surface at points (N, 3) near it.
+
+    slopes: (N, 3), roughly the sdf's gradient there; towards: (N, 3), unit length, the ways to the eyes.
+    """
     step = newton_step(surface.closed_sdf(near), slopes)
     points, moving = near + step, np.flatnonzero(far(step))
     for _ in range(MOST_STEPS - 1):
@@ -79,7 +82,7 @@ def surface_points(surface: Surface, near: np.ndarray, slopes: np.ndarray) -> Po
     if len(moving):
         astray = np.abs(surface.closed_sdf(points[moving])) > np.abs(surface.closed_sdf(near[moving]))
         points[moving[astray]] = near[moving[astray]]
-    rgb, gradient = surface.colors_and_gradient(points)
+    rgb, gradient = surface.colors_and_gradient(points, towards)
     return Points(points, helper.unit(gradient), rgb)
 
 

@@ -49,7 +49,7 @@ def gradient_of(sdf, points):
 
 
 def exact(sdf):
-    return Surface(sdf, lambda points: (paint(points), gradient_of(sdf, points)))
+    return Surface(sdf, lambda points, directions=None: (paint(points), gradient_of(sdf, points)))
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ def test_a_colour_is_the_mean_of_what_the_cameras_see():
     mesh = extract.with_colors(mesh, shade)
     centres = np.array([[0.0, 0, -3], [3, 0, -3], [3, 0, -3]])
     look, _ = appearance.look_of(mesh, surface, centres, False)
-    found = look.base[:, 0] + shade(mesh.vertices.astype(np.float32))[0][:, 0]
+    found = look.base[:, 0] + shade(mesh.vertices.astype(np.float32), -look.towards)[0][:, 0]
     assert look.light is None and look.below is None and np.abs(look.base[:, 1:]).max() < 1e-6
 
     def at(place):
@@ -281,6 +281,7 @@ def test_a_colour_is_the_mean_of_what_the_cameras_see():
 
     unseen, hidden, both = at([0, 0, 0.3]), at([0, 0, -0.3]), at([0.1, 0, -0.72])
     assert look.base[unseen] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert look.towards[unseen] == pytest.approx(mesh.vertex_normals[unseen], abs=1e-6)
     to = trimesh.unitize(centres - mesh.vertices[hidden])       # the small ball hides it from the first camera
     assert found[hidden] == pytest.approx(0.5 + to[1, 2] / 2, abs=2e-3)
     to = trimesh.unitize(centres - mesh.vertices[both])
@@ -309,8 +310,9 @@ def test_the_light_of_highlights_is_found(glossy_ball):
 
 
 def test_without_highlights_there_is_no_light(glossy_ball):
-    mesh, matt = glossy_ball[1].mesh, Surface(ball, lambda points, _=None: (paint(points), gradient_of(ball, points)))
-    views = appearance.views_of(mesh, matt, around(9), np.full((9, len(mesh.vertices)), 255, np.uint8), np.arange(200))
+    mesh = glossy_ball[1].mesh
+    seen = np.full((9, len(mesh.vertices)), 255, np.uint8)
+    views = appearance.views_of(mesh, exact(ball), around(9), seen, np.arange(200))
     assert highlights.fitted_light(views) == (None, 0.0)
     rng = np.random.default_rng(0)
     noise = views._replace(colors=np.clip(views.colors + rng.normal(0, 0.1, views.colors.shape), 0, 1).astype("f4"))
