@@ -24,7 +24,7 @@ demo: env
 	$(python) synthesize.py --config $(run)/demo.yaml --model-load-path $(run) --normals
 	$(python) extract.py --config $(run)/demo.yaml --model-load-path $(run)
 	$(python) extract.py --config $(run)/demo.yaml --model-load-path $(run) --faces 50000 --texture 1024 \
-		--appearance photographs --upright --output $(run)/asset.glb $(run)/mesh.html
+		--highlights --upright --output $(run)/asset.glb $(run)/mesh.html
 	$(python) evaluate.py --config $(run)/demo.yaml --model-load-path $(run) \
 		--mesh $(run)/mesh.ply --ground-truth data/demo/surface.ply
 	$(python) report.py $(run)

@@ -25,7 +25,7 @@ from tqdm import tqdm
 import datasets
 import helper
 import network
-from assets import baking, decimation, formats, orientation, page, photographs
+from assets import appearance, baking, decimation, formats, orientation, page, photographs
 from assets.decimation import is_closed
 from assets.surface import Surface, cut_by_sphere, in_sphere
 from backends.cpu_kernels import CORES, Split, block_of, on_all_cores
@@ -68,17 +68,20 @@ def main():
     paths = [Path(path) for path in args.output or [folder / ("asset.glb" if args.texture else "mesh.ply")]]
     frame = frame_of(args, conf, paths)
     surface = Surface(network.sdf_evaluator(), network.shader(conf.network))
-    appearance = appearance_of(args, conf, surface)
+    blended = appearance_of(args, conf, surface)
     mesh = extract(surface.sdf, conf.extract.coarse_resolution, args.resolution or conf.extract.resolution)
     say_cut(mesh, surface.sdf, conf.data.path)
     if args.faces or args.texture:
         mesh = light_mesh(mesh, args.faces or LIGHT, surface)
     mesh = with_colors(mesh, surface.shade, cut_by_sphere(mesh.vertices, surface.sdf))
-    shape = baking.baked(mesh, args.texture, surface, appearance) if args.texture else mesh
+    shape = mesh
+    if args.texture:
+        shape = baking.baked(mesh, args.texture, surface, look_of(args, conf, frame, mesh, surface), blended)
+    closed = is_closed(mesh)
     for path in paths:
-        write_file(path, shape, args, frame)
+        write_file(path, shape, closed, args, frame)
         print(f"{path}: {len(mesh.vertices)} vertices, {len(mesh.faces)} faces, "
-              f"{'watertight' if is_closed(mesh) else 'not watertight'}"
+              f"{'watertight' if closed else 'not watertight'}"
               + (f", texture of {args.texture}x{args.texture}" if holds_texture(path, shape) else ""))
 
 
@@ -95,8 +98,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--texture", type=int, default=None, metavar="SIDE",
                         help="give .glb, .obj and .html files textures of SIDE x SIDE texels, of colours and normals")
     parser.add_argument("--appearance", choices=("networks", "photographs"), default="networks",
-                        help="the texture's colours: the networks', as seen along the normals, or those of the "
-                             "photographs that see the surface best, held-out views left aside")
+                        help="the texture's colours: the means of what the networks show the cameras, or of the "
+                             "photographs that see the surface best; held-out views are left aside")
+    parser.add_argument("--highlights", action="store_true",
+                        help="find a light whose highlights explain how the colours change with the view, and take "
+                             "them off the texture; a .glb and a page add them again as the eye moves")
     parser.add_argument("--lit", action="store_true",
                         help="let viewers light a .glb; by default they show the colours, which hold the light of the "
                              "photographs, as they are")
@@ -127,15 +133,20 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise helper.UserError(f"--texture: .ply and .stl hold no textures; name a {', '.join(formats.TEXTURED)} too")
     if args.appearance == "photographs" and not args.texture:
         raise helper.UserError("--appearance photographs colours a texture; add --texture 2048")
+    if args.highlights and not (args.texture and kinds & {".glb", ".html"}):
+        raise helper.UserError("--highlights need a texture, in a .glb or .html; add --texture 2048 or such a file")
+    if args.highlights and args.lit:
+        raise helper.UserError("--highlights brings a light of its own and --lit leaves lights to the viewer; give one")
     if args.unit and args.world not in METRES:
         raise helper.UserError("--unit needs to know what a world unit is; add --world mm, cm or m")
 
 
 def frame_of(args: argparse.Namespace, conf: settings.Configuration, paths: List[Path]) -> Optional[Frame]:
-    """Return the scene's Frame, or None if no file needs one. A .glb alone does without a scene that is not there."""
+    """Return the scene's Frame, or None if nothing needs one. A .glb and a texture do without a scene if it is gone.
+    """
     kinds = {path.suffix.lower() for path in paths}
-    needed = args.world or args.upright or ".html" in kinds
-    if not needed and ".glb" not in kinds:
+    needed = args.world or args.upright or args.highlights or ".html" in kinds
+    if not needed and ".glb" not in kinds and not args.texture:
         return None
     try:
         poses, scale_mat = datasets.load_scene_cameras(conf.data.path, conf.data.cameras)[1:]
@@ -157,6 +168,24 @@ def appearance_of(args: argparse.Namespace, conf: settings.Configuration, surfac
     views = datasets.training_views(conf.data.held_out_views, len(scene.images),
                                     f"{args.config}: data.held_out_views")
     return photographs.blended(photographs.photographs_of(scene, views, surface.sdf, conf.tracer))
+
+
+def look_of(args: argparse.Namespace, conf: settings.Configuration, frame: Optional[Frame], mesh: trimesh.Trimesh,
+            surface: Surface) -> Optional[appearance.Look]:
+    """Return the Look of a mesh for the cameras of the trained views, and tell its light; None without cameras."""
+    if frame is None:
+        print(f"notice: no cameras in {conf.data.path}, so the texture's colours are those seen along the normals")
+        return None
+    source = f"{args.config}: data.held_out_views"
+    views = datasets.training_views(conf.data.held_out_views, len(frame.poses), source)
+    look, explained = appearance.look_of(mesh, surface, frame.poses[views, :3, 3], args.highlights)
+    if look.light:
+        print(f"highlights: one light explains {explained:.0%} of how the colours change with the view; roughness "
+              f"{look.light.alpha ** 0.5:.2f}")
+    elif args.highlights:
+        print(f"notice: no highlights, as no light explains more than {max(explained, 0):.0%} of how the colours "
+              "change with the view")
+    return look
 
 
 def say_cut(mesh: trimesh.Trimesh, sdf: Callable, scene_path: str) -> None:
@@ -414,9 +443,12 @@ def holds_texture(path: Path, shape: Union[trimesh.Trimesh, baking.Asset]) -> bo
     return isinstance(shape, baking.Asset) and path.suffix.lower() in formats.TEXTURED
 
 
-def write_file(path: Path, shape: Union[trimesh.Trimesh, baking.Asset], args: argparse.Namespace,
+def write_file(path: Path, shape: Union[trimesh.Trimesh, baking.Asset], closed: bool, args: argparse.Namespace,
                frame: Optional[Frame]) -> None:
-    """Write a mesh or an Asset, in the unit sphere's coordinates, where and in the coordinates that args ask for."""
+    """Write a mesh or an Asset, in the unit sphere's coordinates, where and in the coordinates that args ask for.
+
+    closed: whether the mesh is.
+    """
     kind = path.suffix.lower()
     matrix = placement(kind, formats.mesh_of(shape), args, frame)
     placed = formats.moved(shape, matrix)
@@ -424,7 +456,7 @@ def write_file(path: Path, shape: Union[trimesh.Trimesh, baking.Asset], args: ar
     if frame:
         unit = args.world if args.world in METRES else "units"
         per_unit = length_scale(frame.scale_mat) / length_scale(matrix)
-    facts = formats.facts_of(placed, is_closed(formats.mesh_of(placed)), unit, per_unit)
+    facts = formats.facts_of(placed, closed, unit, per_unit)
     if kind == ".html":
         writing.write_bytes(path, page.page(placed, path.stem, facts).encode(errors="replace"))
     else:

@@ -8,13 +8,15 @@ import xatlas
 from scipy.cluster.vq import kmeans2
 from scipy.spatial import cKDTree
 
-from tracing.compiling import compiled
+from tracing.compiling import compiled, in_threads
 
 FACES_PER_PATCH = 400   # xatlas's time grows with the square of the faces that it gets at once
 MOST_PATCHES = 512
 PATCH_SAMPLES = 4000    # faces from which the patches are found
 NORMAL_WEIGHT = 0.3     # of normals beside positions, in the distance between faces of a patch
 PADDING = 4             # texels between charts of a texture of 1,024; grows with the root of the side
+PACKED = 2048           # texels per side for which charts are packed at most: xatlas's time grows with it
+SLICE = 1 << 16         # texels per thread and turn
 RIM = 1.5               # texels around a chart that are computed as the chart's own
 
 
@@ -37,7 +39,8 @@ def unwrapped(mesh: trimesh.Trimesh, size: int) -> Atlas:
     """Return the Atlas of a mesh for a texture of size x size texels."""
     patches = patches_of(mesh)
     atlas, options = xatlas.Atlas(), xatlas.PackOptions()
-    options.resolution, options.padding = size, max(int(PADDING * (size / 1024) ** 0.5), 2)
+    packed = min(size, PACKED)
+    options.resolution, options.padding = packed, max(int(PADDING * (size / 1024) ** 0.5 * packed / size), 2)
     vertices, members = mesh.vertices.astype(np.float32), []
     for patch in patches:
         used, faces = np.unique(mesh.faces[patch], return_inverse=True)
@@ -78,29 +81,39 @@ def texels_of(atlas: Atlas, size: int) -> Texels:
     face, so that interpolation between texels finds the face's own on either side of its edge.
     """
     corners = (atlas.uv[atlas.faces] * np.float32(size) - np.float32(0.5)).astype(np.float32)
-    owner = face_of_texels(corners, size, np.float32(RIM))
+    owner = face_of_texels(corners, size, RIM)
     places = np.flatnonzero(owner >= 0)
-    faces = owner.ravel()[places]
-    return Texels(places, faces, barycentric(corners, faces, places, size))
+    faces, weights = owner.ravel()[places], np.empty((len(places), 3), np.float32)
+    in_threads(lambda part: barycentric(corners, faces[part], places[part], size, weights[part]), len(places), SLICE)
+    return Texels(places, faces, weights)
+
+
+def face_of_texels(corners: np.ndarray, size: int, rim: float) -> np.ndarray:
+    """Return the face of each texel, (size, size) int32, or -1. corners: (F, 3, 2) float32, texel centres at integers.
+    """
+    owner = np.empty((size, size), np.int32)
+    in_threads(lambda rows: fill_rows(owner[rows], corners, rows.start, np.float32(rim)), size, max(size // 16, 64))
+    return owner
 
 
 @compiled
-def face_of_texels(corners, size, rim):
-    """Return the face of each texel, (size, size) int32, or -1. corners: (F, 3, 2) float32, texel centres at integers.
-    """
-    owner = np.full((size, size), np.int32(-1))
-    distance = np.full((size, size), np.float32(np.inf))
+def fill_rows(owner, corners, first, rim):
+    """Set the texels `owner` (h, size) of a texture's rows from `first` on to their faces, as face_of_texels."""
+    height, size = owner.shape
+    owner[:] = -1
+    distance = np.full((height, size), np.float32(np.inf))
     for face in range(len(corners)):
         (ax, ay), (bx, by), (cx, cy) = corners[face]
         area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
-        if area == 0:
+        top, bottom = int(min(ay, by, cy) - rim) - first, int(max(ay, by, cy) + rim) + 2 - first
+        if area == 0 or bottom <= 0 or top >= height:
             continue
+        top, bottom = max(top, 0) + first, min(bottom, height) + first
         sign = np.float32(1) if area > 0 else np.float32(-1)
         ab = sign / max(np.hypot(bx - ax, by - ay), np.float32(1e-6))
         bc = sign / max(np.hypot(cx - bx, cy - by), np.float32(1e-6))
         ca = sign / max(np.hypot(ax - cx, ay - cy), np.float32(1e-6))
         left, right = max(int(min(ax, bx, cx) - rim), 0), min(int(max(ax, bx, cx) + rim) + 2, size)
-        top, bottom = max(int(min(ay, by, cy) - rim), 0), min(int(max(ay, by, cy) + rim) + 2, size)
         for y in range(top, bottom):
             for x in range(left, right):
                 outside = max(-((bx - ax) * (y - ay) - (by - ay) * (x - ax)) * ab,
@@ -110,9 +123,8 @@ def face_of_texels(corners, size, rim):
                     a, b, c = corners[face]
                     outside = min(to_segment(x, y, a, b), to_segment(x, y, b, c), to_segment(x, y, c, a))
                 outside = max(outside, np.float32(0))
-                if outside <= rim and outside < distance[y, x]:
-                    distance[y, x], owner[y, x] = outside, face
-    return owner
+                if outside <= rim and outside < distance[y - first, x]:
+                    distance[y - first, x], owner[y - first, x] = outside, face
 
 
 @compiled
@@ -125,9 +137,8 @@ def to_segment(x, y, start, end):
 
 
 @compiled
-def barycentric(corners, faces, places, size):
-    """Return the weights (N, 3) float32 of the corners (F, 3, 2) of `faces` (N,) at the texels `places` (N,)."""
-    weights = np.empty((len(faces), 3), np.float32)
+def barycentric(corners, faces, places, size, weights):
+    """Write the weights (N, 3) float32 of the corners (F, 3, 2) of `faces` (N,) at the texels `places` (N,)."""
     for n in range(len(faces)):
         (ax, ay), (bx, by), (cx, cy) = corners[faces[n]]
         x, y = places[n] % size, places[n] // size
@@ -135,7 +146,6 @@ def barycentric(corners, faces, places, size):
         b = ((x - ax) * (cy - ay) - (y - ay) * (cx - ax)) / area
         c = ((bx - ax) * (y - ay) - (by - ay) * (x - ax)) / area
         weights[n, 0], weights[n, 1], weights[n, 2] = 1 - b - c, b, c
-    return weights
 
 
 def tangents_of(mesh: trimesh.Trimesh, atlas: Atlas) -> np.ndarray:
@@ -172,32 +182,37 @@ def orthogonal(tangents: np.ndarray, normals: np.ndarray) -> np.ndarray:
     return trimesh.unitize(tangents)
 
 
-def filled(image: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Return an image (T, T, C) in which each texel that is not among `places` (N,) has the nearest one's value.
+def fill(images: np.ndarray, places: np.ndarray) -> None:
+    """Give each texel of images (K, T, T, C) that is not among `places` (N,) the nearest one's values.
 
     So no background enters where texels are interpolated or a texture is shrunk (mipmaps).
     """
     import cv2
-    empty = np.ones(image.shape[:2], np.uint8)
+    empty = np.ones(images.shape[1:3], np.uint8)
     empty.ravel()[places] = 0
-    labels = cv2.distanceTransformWithLabels(empty, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)[1]
-    values = np.zeros((labels.max() + 1, image.shape[2]), image.dtype)
-    values[labels.ravel()[places]] = image.reshape(-1, image.shape[2])[places]
-    return values[labels]
+    labels = cv2.distanceTransformWithLabels(empty, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)[1].ravel()
+    nearest = np.zeros(labels.max() + 1, np.int64)
+    nearest[labels[places]] = places
+    holes = np.flatnonzero(empty)
+    sources = nearest[labels[holes]]
+    for image in images:
+        flat = image.reshape(-1, image.shape[-1])
+        flat[holes] = flat[sources]
 
 
 def surface_texels(atlas: Atlas, values: np.ndarray, texels: Texels, part: slice) -> np.ndarray:
     """Return values (W, C) of the atlas's vertices, interpolated at a part of the texels, (n, C) float32."""
-    return interpolated(atlas.faces, np.ascontiguousarray(values, np.float32), texels.faces[part],
-                        texels.barycentric[part])
+    faces, weights = texels.faces[part], texels.barycentric[part]
+    out = np.empty((len(faces), values.shape[1]), np.float32)
+    values = np.ascontiguousarray(values, np.float32)
+    in_threads(lambda some: interpolate(atlas.faces, values, faces[some], weights[some], out[some]), len(out), SLICE)
+    return out
 
 
 @compiled
-def interpolated(corners, values, faces, weights):
-    """Return values (W, C) at points of `faces` (N,) with barycentric weights (N, 3), (N, C) float32."""
-    out = np.empty((len(faces), values.shape[1]), np.float32)
+def interpolate(corners, values, faces, weights, out):
+    """Write values (W, C) at points of `faces` (N,) with barycentric weights (N, 3) to out (N, C) float32."""
     for n in range(len(faces)):
         a, b, c = corners[faces[n]]
         for k in range(values.shape[1]):
             out[n, k] = weights[n, 0] * values[a, k] + weights[n, 1] * values[b, k] + weights[n, 2] * values[c, k]
-    return out

@@ -10,6 +10,7 @@ from scipy.sparse.csgraph import connected_components
 
 import helper
 from assets.surface import Surface, newton_step
+from tracing.compiling import compiled
 
 MOST_STEPS = 4          # of Newton's method
 TOLERANCE = 1e-5        # |sdf| of a vertex on the surface, in radii of the unit sphere
@@ -161,5 +162,29 @@ def onto_zero_set(points: np.ndarray, surface: Surface, longest: float) -> np.nd
 
 def is_closed(mesh: trimesh.Trimesh) -> bool:
     """Return whether every edge of a mesh has two faces, as its is_watertight does in far more time."""
-    edges = np.sort(edge_numbers(mesh.faces, len(mesh.vertices)))
-    return len(edges) % 2 == 0 and (edges[::2] == edges[1::2]).all() and (edges[2::2] != edges[1:-1:2]).all()
+    return len(mesh.faces) > 0 and bool(all_paired(np.ascontiguousarray(mesh.faces, np.int64), len(mesh.vertices)))
+
+
+@compiled
+def all_paired(faces, num_vertices):
+    """Return whether each edge of faces (F, 3) int64 has exactly two of their sides."""
+    start = np.zeros(num_vertices + 2, np.int64)        # of each lower end, among the higher ends
+    for face in range(len(faces)):
+        for k in range(3):
+            start[min(faces[face, k], faces[face, (k + 1) % 3]) + 2] += 1
+    start = np.cumsum(start)
+    higher = np.empty(3 * len(faces), np.int64)
+    for face in range(len(faces)):
+        for k in range(3):
+            a, b = faces[face, k], faces[face, (k + 1) % 3]
+            higher[start[min(a, b) + 1]] = max(a, b)
+            start[min(a, b) + 1] += 1
+    for vertex in range(num_vertices):
+        ends = higher[start[vertex]:start[vertex + 1]]
+        ends.sort()
+        if len(ends) % 2:
+            return False
+        for k in range(0, len(ends), 2):
+            if ends[k] != ends[k + 1] or (k and ends[k] == ends[k - 1]):
+                return False
+    return True

@@ -1,6 +1,8 @@
 """Meshes as files: GLB, OBJ with MTL and PNG, STL and PLY, with textures or with colours at the vertices."""
 import json
+import os
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Tuple, Union
@@ -9,9 +11,12 @@ import cv2
 import numpy as np
 import trimesh
 
+import helper
 from assets import atlas as atlases
 from assets.baking import Asset
+from assets.highlights import REFLECTED, Light
 from files import writing
+from tracing.compiling import compiled
 
 TEXTURED = (".glb", ".obj", ".html")        # the kinds that hold textures
 GENERATOR = "IDR in nnabla, extract.py"
@@ -19,6 +24,8 @@ FLOAT, UNSIGNED = 5126, 5125                # glTF's component types
 VERTICES, INDICES = 34962, 34963            # and its targets of buffer views
 SAMPLER = {"magFilter": 9729, "minFilter": 9987, "wrapS": 33071, "wrapT": 33071}    # linear, mipmaps, clamped
 UNLIT = "KHR_materials_unlit"
+SPECULAR, LIGHTS = "KHR_materials_specular", "KHR_lights_punctual"
+USUAL = 0.04        # share of light that a dielectric of KHR_materials_specular reflects frontally
 
 
 class Facts(NamedTuple):
@@ -40,9 +47,21 @@ def mesh_of(shape: Union[trimesh.Trimesh, Asset]) -> trimesh.Trimesh:
 def facts_of(shape: Union[trimesh.Trimesh, Asset], closed: bool, unit: str, per_unit: float) -> Facts:
     """Return the Facts of a mesh or an Asset; unit: a name, and the mesh's lengths times per_unit are in it."""
     mesh = mesh_of(shape)
-    return Facts(len(mesh.faces), len(mesh.vertices), bool(closed),
-                 float(mesh.volume) * per_unit ** 3 if closed else None,
+    volume = enclosed(*(np.array(array) for array in (mesh.vertices, mesh.faces))) * per_unit ** 3 if closed else None
+    return Facts(len(mesh.faces), len(mesh.vertices), bool(closed), volume,
                  [float(length) * per_unit for length in mesh.extents], unit, float(per_unit))
+
+
+@compiled
+def enclosed(vertices, faces):
+    """Return the volume in a closed mesh of vertices (V, 3) and faces (F, 3), as trimesh does in far more time.
+    """
+    total = 0.0
+    for face in range(len(faces)):
+        a, b, c = vertices[faces[face, 0]], vertices[faces[face, 1]], vertices[faces[face, 2]]
+        total += (a[0] * (b[1] * c[2] - b[2] * c[1]) + a[1] * (b[2] * c[0] - b[0] * c[2])
+                  + a[2] * (b[0] * c[1] - b[1] * c[0]))
+    return total / 6
 
 
 # --- moving -----------------------------------------------------------------------------------------------------------
@@ -65,7 +84,8 @@ def moved(shape: Union[trimesh.Trimesh, Asset], matrix: np.ndarray) -> Union[tri
     if not isinstance(shape, Asset):
         return transformed(shape, matrix)
     faces = shape.atlas.faces[:, ::-1] if np.linalg.det(matrix[:3, :3]) < 0 else shape.atlas.faces
-    return shape._replace(mesh=transformed(shape.mesh, matrix), atlas=shape.atlas._replace(faces=faces))
+    light = shape.light and shape.light._replace(direction=helper.unit(matrix[:3, :3] @ shape.light.direction))
+    return shape._replace(mesh=transformed(shape.mesh, matrix), atlas=shape.atlas._replace(faces=faces), light=light)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -114,14 +134,14 @@ def textured_glb(asset: Asset, facts: Facts, lit: bool = False, quality: Optiona
     """Return an Asset as a GLB. quality: of JPEG, for textures a few times as small; None writes PNG.
 
     The material is unlit unless `lit`, since the colours hold the light of the photographs. A viewer that does not know
-    KHR_materials_unlit lights it.
+    KHR_materials_unlit lights it. With a light of its own, the asset shines in its colours and reflects that light.
     """
-    mesh, atlas = asset.mesh, asset.atlas
+    mesh, atlas, glossy = asset.mesh, asset.atlas, asset.light is not None and not lit
     parts = {"POSITION": mesh.vertices[atlas.vertices], "NORMAL": mesh.vertex_normals[atlas.vertices],
              "TANGENT": atlases.tangents_of(mesh, atlas), "TEXCOORD_0": atlas.uv}
-    images = {name: encoded_image(image, quality)
-              for name, image in (("base_color", asset.base_color), ("normal", asset.normal_map))}
-    tree = glb_tree(facts, lit, {"baseColorTexture": {"index": 0}})
+    colors = {"below_highlights": asset.below} if glossy else {"base_color": asset.base_color}
+    images = encoded_images({**colors, "normal": asset.normal_map}, quality)
+    tree = glossy_tree(facts, asset.light) if glossy else glb_tree(facts, lit, {"baseColorTexture": {"index": 0}})
     tree["materials"][0]["normalTexture"] = {"index": 1}
     tree["samplers"] = [SAMPLER]
     tree["textures"] = [{"source": number, "sampler": 0} for number in range(len(images))]
@@ -138,6 +158,32 @@ def glb_tree(facts: Facts, lit: bool, base_color: dict) -> dict:
         material["extensions"] = {UNLIT: {}}
         tree["extensionsUsed"] = [UNLIT]
     return tree
+
+
+def glossy_tree(facts: Facts, light: Light) -> dict:
+    """Return the JSON tree of a mesh that shines in the colours of texture 0, and reflects a light and nothing else."""
+    tree = glb_tree(facts, True, {"baseColorFactor": [0.0, 0.0, 0.0, 1.0]})
+    material = tree["materials"][0]
+    material["pbrMetallicRoughness"]["roughnessFactor"] = float(np.sqrt(light.alpha))
+    # The same share at any angle: a colour of 1 / USUAL makes the frontal share that of the flattest view.
+    material.update(emissiveFactor=[1.0, 1.0, 1.0], emissiveTexture={"index": 0}, extensions={
+        SPECULAR: {"specularFactor": REFLECTED, "specularColorFactor": [1 / USUAL] * 3}})
+    intensity = float(light.color.max())
+    turn = trimesh.geometry.align_vectors([0, 0, 1], light.direction)       # a light shines along its node's -z
+    w, x, y, z = trimesh.transformations.quaternion_from_matrix(turn)
+    tree["nodes"].append({"name": "light", "rotation": [float(value) for value in (x, y, z, w)],
+                          "extensions": {LIGHTS: {"light": 0}}})
+    tree["scenes"][0]["nodes"].append(1)
+    tree["extensions"] = {LIGHTS: {"lights": [{"type": "directional", "intensity": intensity,
+                                               "color": (light.color / max(intensity, 1e-12)).tolist()}]}}
+    tree["extensionsUsed"] = [SPECULAR, LIGHTS]
+    return tree
+
+
+def encoded_images(images: Dict[str, np.ndarray], quality: Optional[int]) -> Dict[str, Tuple[str, bytes]]:
+    """Return encoded_image of each image, computed in parallel."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(images, pool.map(lambda image: encoded_image(image, quality), images.values())))
 
 
 def encoded_image(image: np.ndarray, quality: Optional[int]) -> Tuple[str, bytes]:
@@ -202,8 +248,9 @@ def textured_obj(path: Path, asset: Asset) -> Dict[Path, bytes]:
                     rows("v %.7g %.7g %.7g\n", mesh.vertices), rows("vt %.6f %.6f\n", uv),
                     rows("vn %.5f %.5f %.5f\n", mesh.vertex_normals), rows("f %d/%d/%d %d/%d/%d %d/%d/%d\n", corners)])
     words = f"newmtl surface\nKa 0 0 0\nKd 1 1 1\nKs 0 0 0\nillum 1\nmap_Kd {color.name}\nnorm {normal.name}\n"
+    images = encoded_images({color: asset.base_color, normal: asset.normal_map}, None)
     return {path: text.encode(errors="replace"), material: words.encode(errors="replace"),
-            color: encoded_image(asset.base_color, None)[1], normal: encoded_image(asset.normal_map, None)[1]}
+            color: images[color][1], normal: images[normal][1]}
 
 
 def rows(form: str, values: np.ndarray) -> str:

@@ -21,7 +21,10 @@ def page(shape: Union[trimesh.Trimesh, Asset], title: str, facts: Facts) -> str:
 
     facts: its unit and per_unit are those of the page's ruler.
     """
-    content = textured_glb(shape, facts, True, QUALITY) if isinstance(shape, Asset) else colored_glb(shape, facts, True)
+    if isinstance(shape, Asset):
+        content = textured_glb(shape, facts, lit=shape.light is None, quality=QUALITY)
+    else:
+        content = colored_glb(shape, facts, lit=True)
     packed = base64.b64encode(gzip.compress(content, 6, mtime=0)).decode()
     values = {"$TITLE": html.escape(title), "$FACTS": json.dumps(facts._asdict()).replace("<", "\\u003c"),
               "$THREE": three_js(), "$VIEWER": (HERE / "viewer.js").read_text(encoding="utf-8"), "$MODEL": packed}

@@ -1,7 +1,5 @@
 """Colours of surface points from the photographs that see them best: by angle, distance, visibility and the mask."""
-import os
-from concurrent.futures import ThreadPoolExecutor
-from typing import Callable, List, NamedTuple
+from typing import Callable, List, NamedTuple, Optional
 
 import cv2
 import numpy as np
@@ -10,7 +8,9 @@ from tqdm import tqdm
 import helper
 import ray_tracer
 from assets.baking import Points
-from tracing.compiling import compiled
+from assets.highlights import Light, decoded, encoded, lobe, slope
+from assets.visibility import visible
+from tracing.compiling import compiled, in_threads
 
 MOST_RAYS = 1 << 16     # traced per view; larger photographs get a smaller depth map
 CHUNK = 1 << 15         # rays traced together
@@ -19,6 +19,8 @@ FLATTEST = 0.1          # cosine of the flattest view of the surface that counts
 FEATHER = 3.0           # pixels from the mask's outline within which a photograph fades
 ENOUGH = 0.05           # sum of weights below which the networks' colours join in
 SLICE = 1 << 14         # points per thread and turn
+FAINT = 1e-4            # highlights below this, in linear values, are left on the photographs
+NO_LIGHT = np.zeros(7)
 
 
 class Photographs(NamedTuple):
@@ -70,48 +72,54 @@ def depth_map(sdf: Callable, camera: helper.Camera, mask: np.ndarray, tracer) ->
 
 
 def blended(photographs: Photographs) -> Callable:
-    """Return an appearance for baking.baked: Points -> their colours (N, 3) in [0, 1] in the photographs.
+    """Return an appearance for baking.baked: Points and a light -> their colours (N, 3) in [0, 1] in the photographs.
 
-    Points that no photograph sees well keep the networks' colours, in part or wholly.
+    Without a light they are weighted means. With one they are the colours with which and with the light's highlights a
+    viewer comes nearest to the photographs. Points that no photograph sees well keep the networks' colours, in part or
+    wholly.
     """
     factor = -(-photographs.images.shape[1] // photographs.depths.shape[1])
 
-    def colors(points: Points) -> np.ndarray:
+    def colors(points: Points, light: Optional[Light] = None) -> np.ndarray:
         rgb = np.empty((len(points.places), 3), np.float32)
 
-        def blend(start):
-            part = slice(start, start + SLICE)
-            rgb[part] = blend_block(Points(*(values[part] for values in points)), photographs, factor)
+        def blend(part):
+            rgb[part] = blend_block(Points(*(values[part] for values in points)), photographs, factor, light)
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(blend, range(0, len(rgb), SLICE)))
+        in_threads(blend, len(rgb), SLICE)
         return rgb
 
     return colors
 
 
-def blend_block(points: Points, photographs: Photographs, factor: int) -> np.ndarray:
+def blend_block(points: Points, photographs: Photographs, factor: int, light: Optional[Light] = None) -> np.ndarray:
     """Return the colours (N, 3) of Points in photographs; factor: by which the depth maps are shrunk."""
-    sums, enough = blend_points(points, photographs, factor)
+    values = NO_LIGHT if light is None else np.array([*light.direction, *light.color, light.alpha])
+    sums, weights, enough = blend_points(points, photographs, factor, values)
     share = np.minimum(enough / ENOUGH, 1)[:, None]
-    return share * sums[:, :3] / np.maximum(sums[:, 3:], 1e-12) + (1 - share) * points.rgb
+    return share * sums / np.maximum(weights, 1e-12) + (1 - share) * points.rgb
 
 
 @compiled
-def blend_points(points, photographs, factor):
-    """Return sums (N, 4) of weighted colours in [0, 1] and of weights, and of the weights without distance (N,)."""
+def blend_points(points, photographs, factor, light):
+    """Return sums (N, 3) of weighted colours, sums of their weights (N, 3), and sums of the weights by view alone (N,).
+
+    light: (7,), direction, colour and alpha of a highlights.Light, whose highlights are taken off the colours.
+    """
     places, normals, _ = points
     images, trust, projections, centres, focals, depths = photographs
-    sums, enough = np.zeros((len(places), 4), np.float32), np.zeros(len(places), np.float32)
+    sums, weights = np.zeros((len(places), 3), np.float32), np.zeros((len(places), 3), np.float32)
+    enough = np.zeros(len(places), np.float32)
     height, width = trust.shape[1:]
     for n in range(len(places)):
         x, y, z = places[n]
         for view in range(len(images)):
             p = projections[view]
             depth = p[2, 0] * x + p[2, 1] * y + p[2, 2] * z + p[2, 3]
-            dx, dy, dz = centres[view, 0] - x, centres[view, 1] - y, centres[view, 2] - z
-            distance = np.sqrt(dx * dx + dy * dy + dz * dz)
-            cosine = (dx * normals[n, 0] + dy * normals[n, 1] + dz * normals[n, 2]) / distance
+            towards = centres[view] - places[n]
+            distance = np.sqrt(towards[0] ** 2 + towards[1] ** 2 + towards[2] ** 2)
+            towards /= distance
+            cosine = towards[0] * normals[n, 0] + towards[1] * normals[n, 1] + towards[2] * normals[n, 2]
             if depth <= 0 or cosine < FLATTEST:
                 continue
             u = (p[0, 0] * x + p[0, 1] * y + p[0, 2] * z + p[0, 3]) / depth
@@ -132,27 +140,15 @@ def blend_points(points, photographs, factor):
             weight = free * sure / 255 * ((cosine - FLATTEST) / (1 - FLATTEST)) ** POWER
             enough[n] += weight
             weight *= (focals[view] / distance) ** 2 * 1e-6
+            shine = lobe(normals[n], towards, light[:3], light[6]) if light[6] > 0 else 0.0
             for c in range(3):
-                sums[n, c] += weight / 255 * (
-                    (images[view, i, j, c] * (1 - b) + images[view, i, j + 1, c] * b) * (1 - a)
-                    + (images[view, i + 1, j, c] * (1 - b) + images[view, i + 1, j + 1, c] * b) * a)
-            sums[n, 3] += weight
-    return sums, enough
-
-
-@compiled
-def visible(depths, u, v, distance, slack):
-    """Return how sure it is that nothing hides a point at `distance`, 0 to 1, from the pixels of a depth map (h, w).
-
-    (u, v): the point's place in the map. slack: by how much the surface's depth may change within a pixel. Where a ray
-    around the place hit nothing, the point's place in the picture is not sure, and it counts as hidden.
-    """
-    rows, columns = depths.shape
-    top, left, free = int(np.floor(v)), int(np.floor(u)), 0.0
-    for i in (top, top + 1):
-        for j in (left, left + 1):
-            near = depths[min(max(i, 0), rows - 1), min(max(j, 0), columns - 1)]
-            if near != np.inf:
-                share = (1 - abs(v - i)) * (1 - abs(u - j))
-                free += share * min(max(0.5 * (near - distance) / slack + 1.5, 0.0), 1.0)
-    return max(2 * free - 1, 0.0)   # none where half of what is around hides the point
+                color = ((images[view, i, j, c] * (1 - b) + images[view, i, j + 1, c] * b) * (1 - a)
+                         + (images[view, i + 1, j, c] * (1 - b) + images[view, i + 1, j + 1, c] * b) * a) / 255
+                certainty, highlight = weight, shine * light[3 + c]
+                if highlight > FAINT:       # as highlights.without
+                    below = encoded(decoded(color) - highlight)
+                    certainty *= (slope(color) / slope(below)) ** 2
+                    color = below
+                sums[n, c] += certainty * color
+                weights[n, c] += certainty
+    return sums, weights, enough

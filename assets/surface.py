@@ -1,5 +1,5 @@
 """The surface of a trained scene: the zero set of its sdf in the unit sphere, which closes it where it leaves it."""
-from typing import Callable, NamedTuple, Tuple
+from typing import Callable, NamedTuple, Optional, Tuple
 
 import numpy as np
 
@@ -13,7 +13,7 @@ def in_sphere(sdf: Callable) -> Callable:
 
 def cut_by_sphere(vertices: np.ndarray, sdf: Callable) -> np.ndarray:
     """Return which vertices (V, 3) of a mesh lie on the unit sphere inside the shape that it cuts, (V,) bool."""
-    height = np.linalg.norm(vertices, axis=1) - 1
+    height = np.sqrt(np.einsum("nc,nc->n", vertices, vertices)) - 1
     cut = height > -0.01        # a generous bound that saves most evaluations
     if cut.any():
         cut[cut] = sdf(vertices[cut].astype(np.float32)) < height[cut] - 1e-4
@@ -29,9 +29,13 @@ class Surface(NamedTuple):
         """Return the sdf (N,) float32 of the shape that the unit sphere closes."""
         return in_sphere(self.sdf)(points).astype(np.float32)
 
-    def colors_and_gradient(self, points: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-        """Return the colours (N, 3) in [0, 1] as seen along the normals, and closed_sdf's gradient (N, 3), float32."""
-        rgb, gradient = self.shade(points)
+    def colors_and_gradient(self, points: np.ndarray,
+                            towards: Optional[np.ndarray] = None) -> Tuple[np.ndarray, np.ndarray]:
+        """Return the colours (N, 3) in [0, 1] and closed_sdf's gradient (N, 3), float32.
+
+        towards: (N, 3), unit directions to the eyes; without them the points are seen along their normals.
+        """
+        rgb, gradient = self.shade(points) if towards is None else self.shade(points, -towards)
         cut = cut_by_sphere(points, self.sdf)
         gradient[cut] = points[cut] / np.linalg.norm(points[cut], axis=1, keepdims=True)
         return np.clip(rgb, 0, 1), gradient

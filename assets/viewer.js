@@ -4,7 +4,7 @@
 const get = (id) => document.getElementById(id);
 const canvas = document.querySelector("canvas");
 const sight = {turn: 0, rise: 0.29, distance: 1, target: new THREE.Vector3(), radius: 1};
-let renderer, scene, camera, lamp, object, materials, wires, line, points = [];
+let renderer, scene, camera, lamp, light, object, materials, wires, line, points = [];
 
 async function unpacked(text) {
     const bytes = Uint8Array.from(atob(text), (c) => c.charCodeAt(0));
@@ -22,7 +22,11 @@ async function start() {
     scene.add(lamp, lamp.target, new THREE.HemisphereLight(0xffffff, 0x777777, 0.4));
     const model = await unpacked(MODEL);
     const gltf = await new Promise((done, failed) => new THREE.GLTFLoader().parse(model, "", done, failed));
-    gltf.scene.traverse((node) => { if (node.isMesh) object = node; });
+    gltf.scene.traverse((node) => {
+        if (node.isMesh) object = node;
+        if (node.isDirectionalLight) light = node;      // whose highlights belong to the colours
+    });
+    if (light) light.intensity /= Math.PI;              // three.js multiplies by pi
     prepare();
     scene.add(gltf.scene);
     home();
@@ -37,11 +41,12 @@ async function start() {
 function prepare() {
     const geometry = object.geometry, given = object.material;
     geometry.computeBoundingSphere();
-    const colored = {map: given.map || null, vertexColors: !!geometry.attributes.color};
+    const map = given.map || given.emissiveMap || null;
+    const colored = {map, vertexColors: !!geometry.attributes.color};
     const shape = {roughness: 0.75, metalness: 0, normalMap: given.normalMap || null,
                    normalScale: given.normalScale ? given.normalScale.clone() : new THREE.Vector2(1, 1)};
-    if (given.map) given.map.anisotropy = renderer.capabilities.getMaxAnisotropy();
-    materials = {plain: new THREE.MeshBasicMaterial(colored), lit: new THREE.MeshStandardMaterial({...colored, ...shape}),
+    if (map) map.anisotropy = renderer.capabilities.getMaxAnisotropy();
+    materials = {plain: light ? given : new THREE.MeshBasicMaterial(colored), lit: new THREE.MeshStandardMaterial({...colored, ...shape}),
                  clay: new THREE.MeshStandardMaterial({color: 0xc8c4bc, ...shape})};
     // Faces step back a little, so that the wires before them are whole.
     for (const material of Object.values(materials)) {
@@ -64,6 +69,8 @@ function choose() {
     const lit = get("light").checked, clay = get("clay").checked;
     object.material = clay ? materials.clay : lit ? materials.lit : materials.plain;
     get("turn").disabled = !(lit || clay);
+    lamp.visible = lit || clay;
+    if (light) light.visible = !lamp.visible;
     if (get("wire").checked && !wires) {
         wires = new THREE.LineSegments(new THREE.WireframeGeometry(object.geometry),
                                        new THREE.LineBasicMaterial({color: 0x202020, transparent: true, opacity: 0.45}));

@@ -37,7 +37,7 @@ import prepare  # noqa: E402
 import ray_tracer  # noqa: E402
 import report  # noqa: E402
 import synthesize  # noqa: E402
-from assets import baking, decimation, photographs  # noqa: E402
+from assets import appearance, baking, decimation  # noqa: E402
 from assets.surface import Surface  # noqa: E402
 from backends import architecture, context  # noqa: E402
 from config import settings  # noqa: E402
@@ -253,10 +253,9 @@ def asset_picture(folder: Path, view: int = 36, size: int = 230, faces: int = 50
     surface = Surface(network.sdf_evaluator(), network.shader(conf.network))
     full = extract.extract(surface.sdf, conf.extract.coarse_resolution, conf.extract.resolution)
     mesh = extract.with_colors(decimation.decimated(full, faces, surface), surface.shade)
-    scene = datasets.load_scene(conf.data.path, conf.data.downscale, conf.data.cameras)
-    views = datasets.training_views(conf.data.held_out_views, len(scene.images), "data.held_out_views")
-    seen = photographs.blended(photographs.photographs_of(scene, views, surface.sdf, conf.tracer))
-    asset = baking.baked(mesh, size * OVERSAMPLING, surface, seen)
+    views = datasets.training_views(conf.data.held_out_views, len(cameras), "data.held_out_views")
+    centres = np.stack([cameras[number][1][:3, 3] for number in views])
+    asset = baking.baked(mesh, size * OVERSAMPLING, surface, appearance.look_of(mesh, surface, centres, True)[0])
     shape = size * OVERSAMPLING, size * OVERSAMPLING
     camera = helper.Camera(*framed(mesh, *cameras[view], shape), shape)
     rgb, normals, _ = rasterizer.shown(asset, camera)

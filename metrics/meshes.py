@@ -16,6 +16,7 @@ from scipy.io import loadmat
 from scipy.spatial import cKDTree
 
 import helper
+from tracing.compiling import compiled
 
 SURFACE_SAMPLES = 200000    # points sampled on a mesh
 NEAREST = 12                # faces near a point whose distances are computed
@@ -229,15 +230,33 @@ def mesh_distances(ours: trimesh.Trimesh, truth: trimesh.Trimesh, count: int = 2
     A distance is that of a point from the other mesh's faces, not from samples of it. So equal meshes have distances
     of 0. Only the faces with the NEAREST centres are tried, so a distance may come out too long, never too short.
     """
-    means = [distances_to_faces(trimesh.sample.sample_surface(one, count, seed=0)[0], other).mean()
-             for one, other in ((ours, truth), (truth, ours))]
+    means = [distances_to_faces(samples_of(one, count), other).mean() for one, other in ((ours, truth), (truth, ours))]
     return Distances(means[0], means[1], sum(means) / 2)
+
+
+def samples_of(mesh: trimesh.Trimesh, count: int) -> np.ndarray:
+    """Return points (count, 3) that lie evenly on a mesh's faces, always the same ones."""
+    areas = areas_of(np.asarray(mesh.vertices), np.asarray(mesh.faces))     # in a third of trimesh's time
+    return trimesh.sample.sample_surface(mesh, count, face_weight=areas, seed=0)[0]
+
+
+@compiled
+def areas_of(vertices, faces):
+    """Return the areas (F,) of faces (F, 3) of vertices (V, 3)."""
+    out = np.empty(len(faces))
+    for n in range(len(faces)):
+        a, b, c = vertices[faces[n, 0]], vertices[faces[n, 1]], vertices[faces[n, 2]]
+        x, y, z = b[0] - a[0], b[1] - a[1], b[2] - a[2]
+        u, v, w = c[0] - a[0], c[1] - a[1], c[2] - a[2]
+        out[n] = np.sqrt((y * w - z * v) ** 2 + (z * u - x * w) ** 2 + (x * v - y * u) ** 2) / 2
+    return out
 
 
 def distances_to_faces(points: np.ndarray, mesh: trimesh.Trimesh) -> np.ndarray:
     """Return the distances (N,) of points (N, 3) from the nearest of the NEAREST faces of a mesh."""
     count = min(NEAREST, len(mesh.faces))
-    faces = cKDTree(mesh.triangles_center).query(points, count, workers=-1)[1].reshape(len(points), count)
+    tree = cKDTree(mesh.triangles_center, balanced_tree=False)
+    faces = tree.query(points, count, workers=-1)[1].reshape(len(points), count)
     targets = points.repeat(count, axis=0)
     found = trimesh.triangles.closest_point(mesh.triangles[faces.ravel()], targets)
     return np.linalg.norm(found - targets, axis=1).reshape(len(points), count).min(axis=1)

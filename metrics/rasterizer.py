@@ -1,50 +1,10 @@
 """A small software rasteriser, independent of the tracer and of the networks, that draws meshes as viewers do."""
-from typing import NamedTuple
-
-import numba
 import numpy as np
 
 from assets.atlas import tangents_of
+from assets.highlights import decoded, encoded, highlights
+from assets.visibility import drawn
 from helper import unit
-
-
-class Fragments(NamedTuple):
-    """What the pixels of a picture show."""
-    face: np.ndarray        # (H, W) int32, -1 for none
-    weights: np.ndarray     # (H, W, 3), barycentric, right in perspective
-
-
-def drawn(vertices, faces, camera):
-    """Return the Fragments of a mesh seen by a helper.Camera; the faces' backs are not drawn."""
-    local = (vertices - camera.pose[:3, 3]) @ camera.pose[:3, :3]
-    depth = local[:, 2]
-    pixels = local @ np.asarray(camera.intrinsics).T
-    return Fragments(*fill(pixels[:, :2] / depth[:, None], depth, np.asarray(faces), *camera.shape))
-
-
-@numba.njit(cache=True)
-def fill(pixels, depth, faces, height, width):
-    nearest = np.full((height, width), np.inf)
-    face, weights = np.full((height, width), np.int32(-1)), np.zeros((height, width, 3))
-    for number in range(len(faces)):
-        a, b, c = faces[number]
-        (ax, ay), (bx, by), (cx, cy) = pixels[a], pixels[b], pixels[c]
-        area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
-        if area >= 0:       # y points down, so that a front is clockwise
-            continue
-        for y in range(max(int(np.ceil(min(ay, by, cy))), 0), min(int(max(ay, by, cy)) + 1, height)):
-            for x in range(max(int(np.ceil(min(ax, bx, cx))), 0), min(int(max(ax, bx, cx)) + 1, width)):
-                v = ((x - ax) * (cy - ay) - (y - ay) * (cx - ax)) / area
-                w = ((bx - ax) * (y - ay) - (by - ay) * (x - ax)) / area
-                u = 1 - v - w
-                if u < 0 or v < 0 or w < 0:
-                    continue
-                u, v, w = u / depth[a], v / depth[b], w / depth[c]
-                total = u + v + w
-                if 1 / total < nearest[y, x]:
-                    nearest[y, x], face[y, x] = 1 / total, number
-                    weights[y, x] = u / total, v / total, w / total
-    return face, weights
 
 
 def interpolated(fragments, faces, values):
@@ -80,8 +40,13 @@ def shown(asset, camera):
     local = texture_at(asset.normal_map / 127.5 - 1, uv)
     axes = [unit(interpolated(fragments, atlas.faces, axis)) for axis in (tangents[:, :3], bitangents, normals)]
     rgb, mapped = np.ones(camera.shape + (3,)), np.zeros(camera.shape + (3,))
-    rgb[where] = texture_at(asset.base_color / 255, uv)
     mapped[where] = unit(sum(local[:, [k]] * axes[k] for k in range(3)))
+    if asset.light is None:
+        rgb[where] = texture_at(asset.base_color / 255, uv)
+    else:
+        towards = unit(camera.pose[:3, 3] - interpolated(fragments, mesh.faces, mesh.vertices))
+        shine = highlights(asset.light, mapped[where], towards[None])[0]
+        rgb[where] = encoded(texture_at(decoded(asset.below / 255), uv) + shine)
     return rgb, mapped, where
 
 

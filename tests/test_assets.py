@@ -14,12 +14,13 @@ from test_extract import NOTHING_FROM_OUTSIDE, photographed
 
 import extract
 import helper
+from assets import appearance, baking, decimation, formats, highlights, orientation, page, photographs, visibility
 from assets import atlas as atlases
-from assets import baking, decimation, formats, orientation, page, photographs
 from assets.surface import Surface
 from config.settings import Tracer
 from datasets import Scene
 from metrics import meshes, rasterizer
+from rendering.pixels import render_view
 
 SIZE = 256
 
@@ -48,7 +49,7 @@ def gradient_of(sdf, points):
 
 
 def exact(sdf):
-    return Surface(sdf, lambda points: (paint(points), gradient_of(sdf, points)))
+    return Surface(sdf, lambda points, directions=None: (paint(points), gradient_of(sdf, points)))
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +152,11 @@ def test_a_texel_knows_its_place_on_its_face(ring):
 
 
 def test_what_shows_no_face_gets_the_nearest_value():
-    image, places = np.zeros((9, 9, 2), np.uint8), np.array([0, 80])
-    image.reshape(-1, 2)[places] = [[7, 1], [9, 2]]
-    full = atlases.filled(image, places)
-    assert full[1, 2].tolist() == [7, 1] and full[7, 7].tolist() == [9, 2] and set(full[..., 0].ravel()) == {7, 9}
+    images, places = np.zeros((2, 9, 9, 2), np.uint8), np.array([0, 80])
+    images.reshape(2, -1, 2)[:, places] = [[[7, 1], [9, 2]], [[3, 3], [4, 4]]]
+    atlases.fill(images, places)
+    assert images[0, 1, 2].tolist() == [7, 1] and images[0, 7, 7].tolist() == [9, 2]
+    assert [set(image[..., 0].ravel()) for image in images] == [{7, 9}, {3, 4}]
 
 
 # --- textures, as a viewer shows them ---------------------------------------------------------------------------------
@@ -221,6 +223,138 @@ def test_a_surface_that_the_sphere_cuts_is_textured_there_too():
     assert on_sphere.sum() > 100 and angles(mapped[on_sphere], trimesh.unitize(places[on_sphere])).mean() < 2
 
 
+# --- colours without a viewing direction ------------------------------------------------------------------------------
+
+SUN = highlights.Light(trimesh.unitize([0.5, 0.4, 0.75]), np.array([2.5, 2.0, 1.5]), 0.2)
+
+
+def ball(points):
+    return (np.linalg.norm(points, axis=1) - 0.5).astype(np.float32)
+
+
+def around(count, distance=3.0):
+    """Centres (count, 3) of cameras that are spread over a sphere."""
+    height, turn = (2 * np.arange(count) + 1) / count - 1, np.pi * (3 - 5 ** 0.5) * np.arange(count)
+    flat = np.sqrt(1 - height ** 2)
+    return distance * np.stack([flat * np.cos(turn), flat * np.sin(turn), height], axis=1)
+
+
+def glossy(sdf, light=SUN):
+    """A Surface painted below the highlights of a light, as a glTF viewer shows it."""
+    def shade(points, directions=None):
+        gradient = gradient_of(sdf, points)
+        normals = trimesh.unitize(gradient).astype(np.float32)
+        towards = normals if directions is None else -directions
+        shine = highlights.highlights(light, normals, towards[None])[0]
+        return highlights.encoded(highlights.decoded(paint(points)) + shine).astype(np.float32), gradient
+
+    return Surface(sdf, shade)
+
+
+@pytest.fixture(scope="module")
+def glossy_ball():
+    """Return a glossy Surface, its Asset, and what share of the changes with the view its light explains."""
+    surface, mesh = glossy(ball), trimesh.creation.icosphere(4, radius=0.5)
+    mesh = extract.with_colors(mesh, surface.shade)
+    look, explained = appearance.look_of(mesh, surface, around(30), True)
+    return surface, baking.baked(mesh, SIZE, surface, look), explained
+
+
+def test_a_colour_is_the_mean_of_what_the_cameras_see():
+    """Red is the view's cosine with z. What no camera sees keeps the colour along the normal."""
+    def shade(points, directions=None):
+        gradient = gradient_of(two_balls, points)
+        along = (-trimesh.unitize(gradient) if directions is None else directions)[:, 2]
+        return np.stack([0.5 - along / 2, *np.full((2, len(points)), 0.25)], axis=1).astype(np.float32), gradient
+
+    surface = Surface(two_balls, shade)
+    mesh = trimesh.util.concatenate([trimesh.creation.icosphere(4, radius=0.3),
+                                     trimesh.creation.icosphere(4, radius=0.15).apply_translation([0, 0, -0.6])])
+    mesh = extract.with_colors(mesh, shade)
+    centres = np.array([[0.0, 0, -3], [3, 0, -3], [3, 0, -3]])
+    look, _ = appearance.look_of(mesh, surface, centres, False)
+    found = look.base[:, 0] + shade(mesh.vertices.astype(np.float32), -look.towards)[0][:, 0]
+    assert look.light is None and look.below is None and np.abs(look.base[:, 1:]).max() < 1e-6
+
+    def at(place):
+        return np.linalg.norm(mesh.vertices - place, axis=1).argmin()
+
+    unseen, hidden, both = at([0, 0, 0.3]), at([0, 0, -0.3]), at([0.1, 0, -0.72])
+    assert look.base[unseen] == pytest.approx([0, 0, 0], abs=1e-6)
+    assert look.towards[unseen] == pytest.approx(mesh.vertex_normals[unseen], abs=1e-6)
+    to = trimesh.unitize(centres - mesh.vertices[hidden])       # the small ball hides it from the first camera
+    assert found[hidden] == pytest.approx(0.5 + to[1, 2] / 2, abs=2e-3)
+    to = trimesh.unitize(centres - mesh.vertices[both])
+    weights = to @ mesh.vertex_normals[both]
+    assert found[both] == pytest.approx(0.5 + np.average(to[:, 2], weights=weights) / 2, abs=2e-3)
+
+
+def test_cameras_see_what_faces_them():
+    mesh = extract.with_colors(trimesh.creation.icosphere(4, radius=0.5), exact(ball).shade)
+    cosines = visibility.cosines_seen(mesh, np.array([2.0, 0, 0]))
+    truth = np.einsum("nc,nc->n", mesh.vertex_normals, trimesh.unitize([2, 0, 0] - mesh.vertices))
+    assert np.abs(cosines - truth)[truth > 0.15].max() < 1e-3 and not cosines[truth < 0].any()
+    assert not visibility.cosines_seen(mesh, np.array([0.3, 0, 0])).any()       # from within
+
+
+def test_of_many_cameras_those_count_that_stand_apart():
+    centres = np.concatenate([around(20), np.repeat(around(20)[:1], 200, axis=0)])
+    assert {*range(20)} <= {*appearance.spread(centres)} and len(appearance.spread(centres)) == appearance.MOST_VIEWS
+    assert appearance.spread(centres[:20]).tolist() == list(range(20))
+
+
+def test_the_light_of_highlights_is_found(glossy_ball):
+    light, explained = glossy_ball[1].light, glossy_ball[2]
+    assert explained > 0.98 and light.direction @ SUN.direction > np.cos(np.radians(1))
+    assert light.color == pytest.approx(SUN.color, rel=0.05) and light.alpha == pytest.approx(SUN.alpha, rel=0.05)
+
+
+def test_without_highlights_there_is_no_light(glossy_ball):
+    mesh = glossy_ball[1].mesh
+    seen = np.full((9, len(mesh.vertices)), 255, np.uint8)
+    views = appearance.views_of(mesh, exact(ball), around(9), seen, np.arange(200))
+    assert highlights.fitted_light(views) == (None, 0.0)
+    rng = np.random.default_rng(0)
+    noise = views._replace(colors=np.clip(views.colors + rng.normal(0, 0.1, views.colors.shape), 0, 1).astype("f4"))
+    light, explained = highlights.fitted_light(noise)
+    assert light is None and explained < highlights.LEAST_EXPLAINED
+
+
+@pytest.mark.parametrize("turn", [0, 70])
+def test_an_asset_with_highlights_looks_as_the_surface_from_new_sides(glossy_ball, turn):
+    surface, shiny, _ = glossy_ball
+    mesh, plain, matrix = shiny.mesh, shiny._replace(light=None), np.diag([2.0, 2, 2, 1])
+    matrix[:3, :3] @= Rotation.from_euler("xz", [turn, turn], degrees=True).as_matrix()
+    pose = np.eye(4)
+    pose[:3, :3], pose[:3, 3] = Rotation.from_euler("y", 215, degrees=True).as_matrix(), [1.7, 0, 2.4]
+    camera = helper.Camera(np.array([[150.0, 0, 40], [0, 150, 40], [0, 0, 1]]), pose, (81, 81))
+    fragments = visibility.drawn(mesh.vertices, mesh.faces, camera)
+    places = rasterizer.interpolated(fragments, mesh.faces, mesh.vertices).astype(np.float32)
+    truth = surface.shade(places, helper.unit(places - pose[:3, 3].astype(np.float32)))[0]
+    moved = camera._replace(pose=matrix @ camera.pose @ np.diag([0.5, 0.5, 0.5, 1]))
+    errors = [np.sqrt(((rasterizer.shown(formats.moved(asset, matrix), moved)[0][fragments.face >= 0] - truth) ** 2)
+                      .mean()) for asset in (plain, shiny)]
+    assert len(truth) > 1000 and errors[1] < 0.01 and errors[0] > 5 * errors[1]
+
+
+def test_photographs_without_highlights_are_the_paint(glossy_ball):
+    surface, size, poses = glossy_ball[0], 61, np.tile(np.eye(4), (6, 1, 1))
+    for pose, centre in zip(poses, around(6)):
+        forward = -trimesh.unitize(centre)
+        right = helper.rightwards(forward, np.array([0.0, 0, 1]))
+        pose[:3, :3], pose[:3, 3] = np.stack([right, np.cross(forward, right), forward], axis=1), centre
+    intrinsics = np.tile(np.array([[150.0, 0, 30], [0, 150, 30], [0, 0, 1]]), (6, 1, 1))
+    views = [render_view(ball, surface.shade, helper.Camera(intrinsics[0], pose, (size, size)), Tracer())
+             for pose in poses]
+    images = np.stack([np.rint(255 * view.rgb).astype(np.uint8) for view in views])
+    scene = Scene(images, np.stack([view.hit for view in views]), intrinsics, poses, np.eye(4), list("abcdef"))
+    seen = photographs.blended(photographs.photographs_of(scene, range(6), ball, Tracer()))
+    normals = trimesh.unitize(np.random.default_rng(0).normal(size=(500, 3))).astype(np.float32)
+    points = baking.Points(0.5 * normals, normals, paint(0.5 * normals))
+    errors = [np.abs(seen(points, light) - points.rgb).mean() for light in (SUN, None)]
+    assert errors[0] < 0.003 and errors[0] < 0.5 * errors[1]
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 def facts(shape):
@@ -264,12 +398,27 @@ def validator(tmp_path_factory):
     return folder / "check.js"
 
 
-@pytest.mark.parametrize("kind", ["unlit", "lit", "jpeg", "colours"])
-def test_khronos_validator_finds_nothing(ring, validator, tmp_path, kind):
+def test_a_glb_with_highlights(ring):
+    asset = ring[2]._replace(below=ring[2].base_color // 2, light=SUN)
+    content = formats.textured_glb(asset, facts(asset))
+    tree = tree_of(content)
+    material, light = tree["materials"][0], tree["extensions"]["KHR_lights_punctual"]["lights"][0]
+    assert material["emissiveTexture"] == {"index": 0} and tree["images"][0]["name"] == "below_highlights"
+    assert material["pbrMetallicRoughness"]["roughnessFactor"] == pytest.approx(SUN.alpha ** 0.5)
+    assert "KHR_materials_unlit" not in material["extensions"] and light["type"] == "directional"
+    assert light["intensity"] * np.array(light["color"]) == pytest.approx(SUN.color)
+    node = tree["nodes"][tree["scenes"][0]["nodes"][1]]
+    assert Rotation.from_quat(node["rotation"]).apply([0, 0, -1]) == pytest.approx(-SUN.direction)
+    assert "lights" not in str(tree_of(formats.textured_glb(asset, facts(asset), lit=True)))
+
+
+@pytest.mark.parametrize("kind", ["unlit", "lit", "jpeg", "highlights", "colours"])
+def test_khronos_validator_finds_nothing(ring, glossy_ball, validator, tmp_path, kind):
     asset = ring[2]
     content = {"unlit": lambda: formats.textured_glb(asset, facts(asset)),
                "lit": lambda: formats.textured_glb(asset, facts(asset), True),
                "jpeg": lambda: formats.textured_glb(asset, facts(asset), True, 90),
+               "highlights": lambda: formats.textured_glb(glossy_ball[1], facts(glossy_ball[1])),
                "colours": lambda: formats.colored_glb(asset.mesh, facts(asset))}[kind]()
 
     def issues(content):
@@ -406,3 +555,22 @@ def test_the_page_shows_the_texture_and_its_tools_work(ring, tmp_path):
     colors = {tuple(color) for color in tools[60:340:3, 40:360:3].reshape(-1, 3) // 32}
     assert len(colors) > 15     # of the paint, not of a single colour
     assert (tools[60:340, 40:360].max(axis=-1) < 90).mean() > 0.01     # wires
+
+
+def test_the_page_shows_highlights_as_the_rasteriser_does(glossy_ball, tmp_path):
+    """The page's camera is that of viewer.js: 2.9 radii away and 0.29 radians above the front, 40 degrees wide."""
+    asset = glossy_ball[1]
+    picture, console = photographed(page.page(asset, "ball", facts(asset)).replace("<head>", NOTHING_FROM_OUTSIDE),
+                                    tmp_path)
+    assert console == []
+    height = np.flatnonzero((picture[:, 0] == [244, 244, 242]).all(axis=-1))[0]     # where the tools begin
+    back, focal = np.array([0, np.sin(0.29), np.cos(0.29)]), height / 2 / np.tan(np.pi / 9)
+    pose = np.eye(4)
+    pose[:3, 0], pose[:3, 1], pose[:3, 2], pose[:3, 3] = [1, 0, 0], np.cross(-back, [1, 0, 0]), -back, 2.9 * 0.5 * back
+    intrinsics = np.array([[focal, 0, 199.5], [0, focal, (height - 1) / 2], [0, 0, 1]])
+    camera = helper.Camera(intrinsics, pose, (height, 400))
+    (shiny, _, where), matt = rasterizer.shown(asset, camera), rasterizer.shown(asset._replace(light=None), camera)[0]
+    highlight = where & (np.abs(shiny - matt).max(axis=-1) > 0.1)
+    assert highlight.sum() > 500
+    errors = [np.abs(picture[:height] / 255 - rgb)[highlight].mean() for rgb in (shiny, matt)]
+    assert errors[0] < 0.03 and errors[0] < 0.3 * errors[1]

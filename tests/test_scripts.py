@@ -141,7 +141,8 @@ def test_extraction_of_an_asset(folder):
     assert stl.extents[[0, 2, 1]] == pytest.approx(1000 * glb.extents, rel=1e-4)        # mm, z up; and m, y up
     scale = np.load(folder / "scenes/tiny/cameras.npz")["scale_mat_0"][0, 0]
     assert 0.3 < 100 * np.linalg.norm(glb.extents) / scale < 3
-    run("extract.py", *MODEL, "--texture", "64", "--faces", "400", cwd=folder)
+    said = run("extract.py", *MODEL, "--texture", "64", "--faces", "400", "--highlights", cwd=folder)
+    assert "highlights" in said
     run("report.py", "results_tiny", cwd=folder)
     assert "asset.glb" in (folder / "results_tiny" / "report.html").read_text(encoding="utf-8")
 
@@ -149,7 +150,10 @@ def test_extraction_of_an_asset(folder):
 @pytest.mark.parametrize("options, named", [
     (("--faces", "0"), "--faces"), (("--faces", "-5"), "--faces"), (("--texture", "100000"), "--texture"),
     (("--texture", "0"), "--texture"), (("--texture", "64", "--output", "a.stl"), "--texture"),
-    (("--appearance", "photographs"), "--texture"), (("--unit", "mm"), "--world"), (("--world", "--unit", "mm"), "mm"),
+    (("--appearance", "photographs"), "--texture"), (("--highlights",), "--texture"),
+    (("--highlights", "--texture", "64", "--output", "a.obj"), ".glb"),
+    (("--highlights", "--texture", "64", "--lit"), "--lit"), (("--unit", "mm"), "--world"),
+    (("--world", "--unit", "mm"), "mm"),
     (("--output", "a.usdz"), "a.usdz"),
 ])
 def test_options_of_an_asset_that_cannot_be_are_refused(folder, options, named):

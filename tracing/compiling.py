@@ -1,6 +1,19 @@
-"""Loops in Python that Numba compiles."""
+"""Loops in Python that Numba compiles, and threads to run them in."""
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Callable
+
 import numba
 
 # Decorates a loop: compiled at the first call, cached beside its file. No fastmath, so that products and sums round as
 # NumPy's do.
 compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
+
+# Decorates a function of numbers: it then takes arrays, too, as NumPy's do, and loops that are compiled may call it.
+elementwise = numba.vectorize(cache=True)
+
+
+def in_threads(function: Callable, count: int, size: int) -> None:
+    """Call a function that releases the GIL for slices of `size` that make up range(count), in all cores' threads."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda start: function(slice(start, min(start + size, count))), range(0, count, size)))
