@@ -1,13 +1,13 @@
 import os
 import sys
-from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from commands import ROOT
+
 sys.path.insert(0, str(ROOT))
 
 SHARED = ROOT.parent / "shared"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 from test_network import BACKENDS, relative_error
-from test_scripts import refused, run, series
+from test_scripts import series
 
 import datasets
 import helper
@@ -14,6 +14,7 @@ import make_scene
 import network
 import ray_tracer
 from backends import architecture
+from commands import refused, run
 from config.settings import Network
 from conftest import write_demo_config
 from training import cameras, checkpoints

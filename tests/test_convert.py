@@ -14,13 +14,13 @@ import h5py
 import nnabla as nn
 import numpy as np
 import pytest
-from test_scripts import refused, run
 
 import convert
 import datasets
 import helper
 import network
 from backends import architecture
+from commands import refused, run
 from config import settings
 from config.settings import Network
 from conftest import ROOT, SHARED, link_scan65
@@ -113,7 +113,7 @@ def test_the_reference_network_computes_the_authors_numbers(reference, tmp_path,
              for scope, layers in (("implicit", 9), ("rendering", 5)) for layer in range(layers)
              for part, short in parts.items()}
     write_model(tmp_path / "latest.pth", state, old_form)
-    said = run("convert.py", "latest.pth", "--output", "out/model.h5", cwd=tmp_path)
+    said = run("convert.py", "latest.pth", "--output", "out/model.h5", cwd=tmp_path, anew=True)
     width, feature = int(reference["width"]), int(reference["feature"])
     layers = sum(name.endswith("/v") for name in reference if name.startswith("implicit_network/"))
     assert f"out/model.h5: network: {{width: {width}, feature: {feature}, layers: {layers}}}" in said
