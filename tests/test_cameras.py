@@ -5,7 +5,7 @@ import nnabla as nn
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
-from test_network import BACKENDS, relative_error
+from test_network import BACKENDS, relative_error, single
 from test_scripts import series
 
 import datasets
@@ -88,7 +88,7 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
     network.initialize(Network(64, 8, 4), np.random.default_rng(0))
     rng = np.random.default_rng(5)
     for parameter in nn.get_parameters().values():
-        parameter.d = parameter.d + 0.01 * rng.normal(size=parameter.shape)
+        parameter.d = single(parameter.d + 0.01 * rng.normal(size=parameter.shape))
     sdf = network.sdf_evaluator()
     pose = make_scene.look_at(np.array([1.5, -1.2, 0.9]), np.zeros(3), (0, 0, 1))
     vector = cameras.pose_vectors(pose[None])[0] * np.array([1.7] * 4 + [1.0] * 3)
@@ -106,15 +106,15 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
     in_camera, t, hit, hits = in_camera[order], t[order], hit[order], hit.sum()
     monkeypatch.setattr(network, "on_cpu", lambda: numpy)
     graph = TrainingGraph((), LossSettings(1.0, 0.7), len(t), hits + 5, want_grad_rays=True)
-    graph.rgb.d = 2.0 * np.sign(rng.normal(size=(hits + 5, 3)))      # out of reach: |rgb - I| has no kink
-    graph.color_weights.d, graph.mask_weights.d, graph.alpha.d = hit[None, :hits + 5], 1 - hit[None], 5.0
+    graph.rgb.d = single(2.0 * np.sign(rng.normal(size=(hits + 5, 3))))  # out of reach: |rgb - I| has no kink
+    graph.color_weights.d, graph.mask_weights.d, graph.alpha.d = map(single, (hit[None, :hits + 5], 1 - hit[None], 5.0))
     graph.object_mask.d = rng.integers(0, 2, (len(t), 1))
     uniform = rng.uniform(-1, 1, (len(t) // 2, 3))
 
     def fill(vector, t):
         origin, directions = cameras.rays(vector, in_camera)
         points = origin + t[:, None] * directions
-        graph.points.d, graph.directions.d = np.concatenate([points, uniform]), directions[:hits + 5]
+        graph.points.d, graph.directions.d = single(np.concatenate([points, uniform])), single(directions[:hits + 5])
         return points
 
     def loss(vector):

@@ -29,8 +29,8 @@ if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
     rm -rf "$venv"
     "$python" -m venv "$venv"
     grep -h -v -E '^(nnabla|numpy|h5py)==|^-r' requirements.txt requirements-dev.txt > "$venv/others.txt"
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check "pip>=20.3"
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -r "$venv/others.txt" "${nnabla[@]}"
+    "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check "pip>=20.3"
+    "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check -r "$venv/others.txt" "${nnabla[@]}"
     echo "$wanted" > "$stamp"
 fi
 
