@@ -4,6 +4,7 @@ A new Python spends a second on imports. So the processes are copies (forks) of 
 import. Run as a script, this file is that one.
 """
 import functools
+import gc
 import json
 import os
 import runpy
@@ -79,5 +80,14 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     for script in ("convert", "evaluate", "extract", "make_scene", "prepare", "report", "synthesize", "train"):
         __import__(script)
+    gc.collect()
+    gc.freeze()     # else the first collection in a copy touches, and so copies, all memory
     sys.argv = next_command()
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    status = 0
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as ended:
+        status = ended.code or 0
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)    # tearing the modules down would touch all memory, too
