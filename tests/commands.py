@@ -8,12 +8,21 @@ import gc
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_SECONDS = 300      # then a copy is ended by SIGALRM
+
+
+class Ended(NamedTuple):
+    status: int     # negative: the signal that ended the process
+    out: str
+    error: str
 
 
 def run(*command, cwd, status=0, anew=False):
@@ -21,18 +30,14 @@ def run(*command, cwd, status=0, anew=False):
 
     anew: start a new Python, in which nothing is imported yet. Each script is run so at least once.
     """
-    command = [str(ROOT / command[0]), *map(str, command[1:])]
-    with tempfile.NamedTemporaryFile("w+") as out, tempfile.NamedTemporaryFile("w+") as error:
-        if anew:
-            ended = subprocess.run([sys.executable, *command], cwd=str(cwd), stdout=out, stderr=error).returncode
-        else:
-            ended = run_in_copy(command, str(cwd), out, error)
-        said = ""
-        for file in (out, error):
-            file.seek(0)
-            said += file.read()
-    assert ended == status, f"status {ended}\n{said}"
-    return said
+    command = [ROOT / command[0], *map(str, command[1:])]
+    if anew:
+        done = subprocess.run([sys.executable, *command], cwd=str(cwd), capture_output=True, text=True)
+        ended = Ended(done.returncode, done.stdout, done.stderr)
+    else:
+        ended, = run_copies([command], cwd)
+    assert ended.status == status, ended
+    return ended.out + ended.error
 
 
 def refused(*command, cwd):
@@ -45,35 +50,53 @@ def refused(*command, cwd):
     return said[0]
 
 
+def run_copies(commands, cwd, environments=None):
+    """Run Python files, all at once, with this process's environment if there is no other. Return an Ended for each.
+
+    commands: for each process the path of a file and its arguments. They can import our modules.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        streams = [(Path(folder, f"{number}.out"), Path(folder, f"{number}.err")) for number in range(len(commands))]
+        jobs = zip([list(map(str, command)) for command in commands], [list(map(str, pair)) for pair in streams],
+                   environments or [dict(os.environ)] * len(commands))
+        print(json.dumps([str(cwd), list(jobs)]), file=original().stdin, flush=True)
+        statuses = json.loads(original().stdout.readline())
+        return [Ended(status, out.read_text(), error.read_text()) for status, (out, error) in zip(statuses, streams)]
+
+
 @functools.lru_cache(maxsize=None)
 def original():
     """Return the process whose copies the scripts are. It ends with this one, which closes its standard input."""
     return subprocess.Popen([sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
-def run_in_copy(command, cwd, out, error):
-    """Run `command` with the open files `out` and `error`, as this process's environment is. Return its status."""
-    print(json.dumps([command, cwd, [out.name, error.name], dict(os.environ)]), file=original().stdin, flush=True)
-    return int(original().stdout.readline())
-
-
-def next_command():
-    """Copy this process for every command that comes; return only in the copies, with the command to run there."""
+def next_job():
+    """Copy this process for every job that comes. Return only in the copies, as the process that the job asks for."""
     answers = os.fdopen(os.dup(1), "w")
     for line in sys.stdin:
-        command, cwd, streams, environment = json.loads(line)
-        process = os.fork()
-        if process == 0:
-            for number, path in enumerate([os.devnull, *streams]):
-                os.dup2(os.open(path, os.O_RDWR), number)
-            sys.stdin = open(0)
-            os.chdir(cwd)
-            os.environ.clear()
-            os.environ.update(environment)
-            return command
-        ended = os.waitpid(process, 0)[1]
-        print(-os.WTERMSIG(ended) if os.WIFSIGNALED(ended) else os.WEXITSTATUS(ended), file=answers, flush=True)
+        cwd, jobs = json.loads(line)
+        processes = []
+        for job in jobs:
+            processes.append(os.fork())
+            if processes[-1] == 0:
+                return become(cwd, *job)
+        ended = [os.waitpid(process, 0)[1] for process in processes]
+        statuses = [-os.WTERMSIG(end) if os.WIFSIGNALED(end) else os.WEXITSTATUS(end) for end in ended]
+        print(json.dumps(statuses), file=answers, flush=True)
     sys.exit()
+
+
+def become(cwd, command, streams, environment):
+    """Make this copy the process of a command."""
+    signal.alarm(MOST_SECONDS)
+    null = os.open(os.devnull, os.O_RDONLY)
+    for number, file in enumerate([null, *(os.open(path, os.O_WRONLY | os.O_CREAT) for path in streams)]):
+        os.dup2(file, number)
+    sys.stdin = open(0)
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.argv = command
 
 
 if __name__ == "__main__":
@@ -82,12 +105,12 @@ if __name__ == "__main__":
         __import__(script)
     gc.collect()
     gc.freeze()     # else the first collection in a copy touches, and so copies, all memory
-    sys.argv = next_command()
+    next_job()
     status = 0
     try:
         runpy.run_path(sys.argv[0], run_name="__main__")
     except SystemExit as ended:
-        status = ended.code or 0
+        status = int(ended.code or 0)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)    # tearing the modules down would touch all memory, too

@@ -20,6 +20,7 @@ import helper
 import make_scene
 import report
 import train
+from commands import run_copies
 from config import old_form, settings
 from conftest import ROOT, write_demo_config
 from files import folders, writing
@@ -162,6 +163,13 @@ helper.run(train.main)
 """
 
 
+def run_killed(home, write, config, name):
+    """Train in {name}_tiny until the file of number `write` is half written. Return the exit status."""
+    (home / "killed.py").write_text(KILLED)
+    command = [home / "killed.py", write, "--context", "cpu", "--config", config, "--monitor-path", home / name]
+    return run_copies([command], ROOT)[0].status
+
+
 @pytest.mark.parametrize("write, step, models", [
     (2, None, 0),       # the first state
     (8, 2 * VIEWS, 1),  # the second epoch's page, after configuration, state, page, state, render, shape and model
@@ -170,10 +178,9 @@ helper.run(train.main)
 ])
 def test_a_run_that_is_killed_while_it_writes(home, capfd, write, step, models):
     name = f"killed{write}"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(write), "--context", "cpu", "--config",
-                           write_config(home), "--monitor-path", home / name], cwd=str(ROOT), stderr=subprocess.DEVNULL)
+    status = run_killed(home, write, write_config(home), name)
     folder = home / f"{name}_tiny"
-    assert done.returncode == -signal.SIGKILL and list(folder.glob(folders.UNFINISHED + "*"))
+    assert status == -signal.SIGKILL and list(folder.glob(folders.UNFINISHED + "*"))
     assert len(list(folder.glob("model_*.h5"))) == models
     for model in folder.glob("model_*.h5"):
         nn.load_parameters(str(model))
@@ -188,9 +195,7 @@ def test_a_run_that_is_killed_while_it_writes(home, capfd, write, step, models):
 
 def test_a_complete_run_that_is_killed_in_its_last_page(home, capfd):
     config, folder = write_config(home, train__steps=VIEWS), home / "page_tiny"
-    done = subprocess.run([sys.executable, "-c", KILLED, "8", "--context", "cpu", "--config", config, "--monitor-path",
-                           home / "page"], cwd=str(ROOT), stderr=subprocess.DEVNULL)
-    assert done.returncode == -signal.SIGKILL and (folder / "model_00000.h5").exists()
+    assert run_killed(home, 8, config, "page") == -signal.SIGKILL and (folder / "model_00000.h5").exists()
     assert [path.suffix for path in folder.glob(folders.UNFINISHED + "*")] == [".html"]
     assert start(home, "page", "--resume", train__steps=VIEWS) == 0 and "is trained" in capfd.readouterr().out
     assert not list(folder.glob(".*"))
