@@ -305,7 +305,7 @@ def test_the_other_scripts_use_trained_cameras(folder):
 
 def test_a_resumed_run_with_cameras_is_the_one_that_was_not_interrupted(folder):
     """Take the rays of several views per step, which the fixture's run does not; 3 do not divide the 8 views."""
-    changes = {"train__views_per_step": 3, "train__validations": 9, "train__models": 9, "train__steps": 90}
+    changes = {"train__views_per_step": 3, "train__validations": 3, "train__models": 3, "train__steps": 90}
     train(folder, "--monitor-path", "whole", **changes)
     errors = series(folder / "whole_tiny", "camera_rotation")
     assert errors[-1] < errors[0]

@@ -189,12 +189,12 @@ def test_the_full_model_of_scan_65_renders_it(tmp_path):
     scene = datasets.load_scene(tmp_path / "scene", 4)
     inside = np.flatnonzero(scene.masks[0])
     wanted = np.zeros(scene.masks[0].size, bool)
-    wanted[np.random.default_rng(0).choice(inside, 2000, replace=False)] = True
+    wanted[np.random.default_rng(0).choice(inside, 500, replace=False)] = True
     wanted = wanted.reshape(scene.masks[0].shape)
     camera = helper.Camera(scene.intrinsics[0], scene.poses[0], wanted.shape)
     render = pixels.render_view(network.sdf_evaluator(), network.shader(conf.network), camera, conf.tracer, wanted)
     error = images.squared_error(render.rgb, scene.images[0] / 255.0, wanted)
-    assert images.psnr(error) == pytest.approx(17.9, abs=0.2)     # 18.26 over all pixels of the view
+    assert images.psnr(error) == pytest.approx(17.74, abs=0.2)    # 18.26 over all pixels of the view
     nn.clear_parameters()
 
 
