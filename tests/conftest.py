@@ -1,13 +1,13 @@
 import os
 import sys
-from pathlib import Path
 
 import hypothesis
 import numpy as np
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+from commands import ROOT
+
 sys.path.insert(0, str(ROOT))
 
 SHARED = ROOT.parent / "shared"
@@ -19,6 +19,15 @@ hypothesis.settings.register_profile("many", max_examples=int(os.environ.get("FU
                                      database=None, print_blob=True,
                                      suppress_health_check=list(hypothesis.HealthCheck))
 hypothesis.settings.load_profile("few")
+
+
+@pytest.hookimpl(tryfirst=True)     # before xdist reads the marks
+def pytest_collection_modifyitems(items):
+    """Keep the tests that share a module's fixture, and so its runs and scenes, in one worker; others run anywhere."""
+    for item in items:
+        fixtures = [fixture for found in item._fixtureinfo.name2fixturedefs.values() for fixture in found]
+        if any(fixture.scope == "module" for fixture in fixtures):
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session", params=sorted(path.stem for path in (ROOT / "tests" / "data").glob("*.npz")))

@@ -5,8 +5,8 @@ import nnabla as nn
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
-from test_network import BACKENDS, relative_error
-from test_scripts import refused, run, series
+from test_network import BACKENDS, relative_error, single
+from test_scripts import series
 
 import datasets
 import helper
@@ -14,6 +14,7 @@ import make_scene
 import network
 import ray_tracer
 from backends import architecture
+from commands import refused, run
 from config.settings import Network
 from conftest import write_demo_config
 from training import cameras, checkpoints
@@ -87,7 +88,7 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
     network.initialize(Network(64, 8, 4), np.random.default_rng(0))
     rng = np.random.default_rng(5)
     for parameter in nn.get_parameters().values():
-        parameter.d = parameter.d + 0.01 * rng.normal(size=parameter.shape)
+        parameter.d = single(parameter.d + 0.01 * rng.normal(size=parameter.shape))
     sdf = network.sdf_evaluator()
     pose = make_scene.look_at(np.array([1.5, -1.2, 0.9]), np.zeros(3), (0, 0, 1))
     vector = cameras.pose_vectors(pose[None])[0] * np.array([1.7] * 4 + [1.0] * 3)
@@ -105,15 +106,15 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
     in_camera, t, hit, hits = in_camera[order], t[order], hit[order], hit.sum()
     monkeypatch.setattr(network, "on_cpu", lambda: numpy)
     graph = TrainingGraph((), LossSettings(1.0, 0.7), len(t), hits + 5, want_grad_rays=True)
-    graph.rgb.d = 2.0 * np.sign(rng.normal(size=(hits + 5, 3)))      # out of reach: |rgb - I| has no kink
-    graph.color_weights.d, graph.mask_weights.d, graph.alpha.d = hit[None, :hits + 5], 1 - hit[None], 5.0
+    graph.rgb.d = single(2.0 * np.sign(rng.normal(size=(hits + 5, 3))))  # out of reach: |rgb - I| has no kink
+    graph.color_weights.d, graph.mask_weights.d, graph.alpha.d = map(single, (hit[None, :hits + 5], 1 - hit[None], 5.0))
     graph.object_mask.d = rng.integers(0, 2, (len(t), 1))
     uniform = rng.uniform(-1, 1, (len(t) // 2, 3))
 
     def fill(vector, t):
         origin, directions = cameras.rays(vector, in_camera)
         points = origin + t[:, None] * directions
-        graph.points.d, graph.directions.d = np.concatenate([points, uniform]), directions[:hits + 5]
+        graph.points.d, graph.directions.d = single(np.concatenate([points, uniform])), single(directions[:hits + 5])
         return points
 
     def loss(vector):
@@ -304,7 +305,7 @@ def test_the_other_scripts_use_trained_cameras(folder):
 
 def test_a_resumed_run_with_cameras_is_the_one_that_was_not_interrupted(folder):
     """Take the rays of several views per step, which the fixture's run does not; 3 do not divide the 8 views."""
-    changes = {"train__views_per_step": 3, "train__validations": 9, "train__models": 9, "train__steps": 90}
+    changes = {"train__views_per_step": 3, "train__validations": 3, "train__models": 3, "train__steps": 90}
     train(folder, "--monitor-path", "whole", **changes)
     errors = series(folder / "whole_tiny", "camera_rotation")
     assert errors[-1] < errors[0]

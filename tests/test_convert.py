@@ -14,13 +14,13 @@ import h5py
 import nnabla as nn
 import numpy as np
 import pytest
-from test_scripts import refused, run
 
 import convert
 import datasets
 import helper
 import network
 from backends import architecture
+from commands import refused, run
 from config import settings
 from config.settings import Network
 from conftest import ROOT, SHARED, link_scan65
@@ -113,7 +113,7 @@ def test_the_reference_network_computes_the_authors_numbers(reference, tmp_path,
              for scope, layers in (("implicit", 9), ("rendering", 5)) for layer in range(layers)
              for part, short in parts.items()}
     write_model(tmp_path / "latest.pth", state, old_form)
-    said = run("convert.py", "latest.pth", "--output", "out/model.h5", cwd=tmp_path)
+    said = run("convert.py", "latest.pth", "--output", "out/model.h5", cwd=tmp_path, anew=True)
     width, feature = int(reference["width"]), int(reference["feature"])
     layers = sum(name.endswith("/v") for name in reference if name.startswith("implicit_network/"))
     assert f"out/model.h5: network: {{width: {width}, feature: {feature}, layers: {layers}}}" in said
@@ -189,12 +189,12 @@ def test_the_full_model_of_scan_65_renders_it(tmp_path):
     scene = datasets.load_scene(tmp_path / "scene", 4)
     inside = np.flatnonzero(scene.masks[0])
     wanted = np.zeros(scene.masks[0].size, bool)
-    wanted[np.random.default_rng(0).choice(inside, 2000, replace=False)] = True
+    wanted[np.random.default_rng(0).choice(inside, 500, replace=False)] = True
     wanted = wanted.reshape(scene.masks[0].shape)
     camera = helper.Camera(scene.intrinsics[0], scene.poses[0], wanted.shape)
     render = pixels.render_view(network.sdf_evaluator(), network.shader(conf.network), camera, conf.tracer, wanted)
     error = images.squared_error(render.rgb, scene.images[0] / 255.0, wanted)
-    assert images.psnr(error) == pytest.approx(17.9, abs=0.2)     # 18.26 over all pixels of the view
+    assert images.psnr(error) == pytest.approx(17.74, abs=0.2)    # 18.26 over all pixels of the view
     nn.clear_parameters()
 
 

@@ -11,6 +11,7 @@ import trimesh
 import datasets
 import helper
 import make_scene
+from commands import run
 from conftest import ROOT
 from scenes import surroundings
 
@@ -269,7 +270,7 @@ def test_scene_loads_as_it_was_made(scene, capsys):
 
 
 def test_same_settings_give_the_same_bytes(scene, tmp_path):
-    make(tmp_path)
+    run(*COMMAND, cwd=tmp_path)
     assert contents(tmp_path / "scenes" / "small") == contents(scene)
     assert [p.name for p in (tmp_path / "scenes").iterdir()] == ["small"]  # and no temporary folder is left
 

@@ -21,6 +21,11 @@ def relative_error(found, wanted):
     return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
 
 
+def single(values):
+    """Return values in float32, as a training's are. Numba would compile all kernels anew for others."""
+    return np.asarray(values, np.float32)
+
+
 BACKENDS = pytest.mark.parametrize("numpy", [True, False], ids=["numpy", "graph"])
 
 
@@ -179,20 +184,20 @@ def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, num_
         rng = np.random.default_rng(0)
         network.initialize(Network(64, 32, 9, without=list(without)), rng)
         for parameter in nn.get_parameters().values():
-            parameter.d = parameter.d + 0.02 * rng.normal(size=parameter.shape)
+            parameter.d = single(parameter.d + 0.02 * rng.normal(size=parameter.shape))
         graph = TrainingGraph(without, LossSettings(100.0, 0.1, least_slope=least), 200, num_surface, want_grad_rays)
         graph.alpha.d = 50.0
         for _ in range(2):
             hit_in_mask = np.arange(200) < num_surface - 7
             directions = rng.normal(size=(num_surface, 3))
-            graph.points.d = rng.uniform(-0.7, 0.7, (300, 3))
+            graph.points.d = single(rng.uniform(-0.7, 0.7, (300, 3)))
             weights = rng.uniform(0.3, 3.0, (1, 200))
             graph.object_mask.d = rng.integers(0, 2, (200, 1))
-            graph.mask_weights.d = weights * (1.0 - hit_in_mask)
+            graph.mask_weights.d = single(weights * (1.0 - hit_in_mask))
             if num_surface:
-                graph.directions.d = directions / np.linalg.norm(directions, axis=1, keepdims=True)
-                graph.rgb.d = rng.uniform(-1, 1, (num_surface, 3))
-                graph.color_weights.d = (weights * hit_in_mask)[:, :num_surface]
+                graph.directions.d = single(directions / np.linalg.norm(directions, axis=1, keepdims=True))
+                graph.rgb.d = single(rng.uniform(-1, 1, (num_surface, 3)))
+                graph.color_weights.d = single((weights * hit_in_mask)[:, :num_surface])
             for parameter in nn.get_parameters().values():
                 parameter.g = 0
             graph.forward()

@@ -4,9 +4,7 @@ nnabla connects processes on GPUs only. Here, a communicator that sums through s
 variables replace mpirun.
 """
 import os
-import re
 import signal
-import subprocess
 import sys
 
 import nnabla as nn
@@ -21,6 +19,7 @@ import make_scene
 import network
 import train
 from backends import context
+from commands import run_copies
 from config.settings import Network
 from conftest import ROOT
 from training import checkpoints, parallel, step
@@ -32,7 +31,7 @@ PROCESS = """
 import os, signal, sys
 from multiprocessing.connection import Client, Listener
 import numpy as np
-import helper, train
+import helper, report, train
 from backends import context
 from files import writing
 from training import parallel, step
@@ -96,6 +95,7 @@ def trained(self, stop, run=train.Training.run):
 
 
 step.TrainingStep.fill, train.Training.run = failing, trained
+report.page = lambda run, running: ""       # to save time
 if parallel.launched().rank:
     writing.replacing = written
 parallel.nccl_communicator = lambda here: Sockets(here.rank, here.size)
@@ -117,15 +117,14 @@ def start(home, name, *more, ranks=RANKS, fails=("0", ""), failing=None, config=
     fails: (step, event) of the process with rank `failing`; event: "nan", or the number of a signal, or "".
     """
     config = config or [write_config(home, train__steps=STEPS * EPOCHS)] * ranks
-    started = [subprocess.Popen(
-        [sys.executable, "-c", PROCESS, str(home / "socket"), *(fails if rank == failing else ("0", "")), "--config",
-         str(config[rank]), "--monitor-path", str(home / name), *more], cwd=str(ROOT), env=environment(rank, ranks),
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True) for rank in range(ranks)]
-    said = [[re.sub(r".*nnabla..INFO.*\n", "", text) for text in process.communicate(timeout=100)]
-            for process in started]
+    (home / "process.py").write_text(PROCESS)
+    commands = [[home / "process.py", home / "socket", *(fails if rank == failing else ("0", "")), "--config",
+                 config[rank], "--monitor-path", home / name, *more] for rank in range(ranks)]
+    ended = run_copies(commands, ROOT, [environment(rank, ranks) for rank in range(ranks)])
     if (home / "socket").exists():
         (home / "socket").unlink()
-    return [process.returncode for process in started], *zip(*said)
+    statuses, *said = zip(*ended)
+    return list(statuses), *said
 
 
 @pytest.fixture(scope="module")

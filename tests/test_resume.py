@@ -20,6 +20,7 @@ import helper
 import make_scene
 import report
 import train
+from commands import run_copies
 from config import old_form, settings
 from conftest import ROOT, write_demo_config
 from files import folders, writing
@@ -149,7 +150,7 @@ def test_an_interruption_while_rendering(home, monkeypatch):
 
 
 KILLED = """
-import os, signal, sys, helper, train
+import os, signal, sys, helper, report, train
 sync, count = os.fsync, [int(sys.argv.pop(1))]
 def fsync(handle):
     count[0] -= 1
@@ -158,8 +159,16 @@ def fsync(handle):
         os.kill(os.getpid(), signal.SIGKILL)
     sync(handle)
 os.fsync = fsync
+report.page = lambda run, running: "a page"     # to save time
 helper.run(train.main)
 """
+
+
+def run_killed(home, write, config, name):
+    """Train in {name}_tiny until the file of number `write` is half written. Return the exit status."""
+    (home / "killed.py").write_text(KILLED)
+    command = [home / "killed.py", write, "--context", "cpu", "--config", config, "--monitor-path", home / name]
+    return run_copies([command], ROOT)[0].status
 
 
 @pytest.mark.parametrize("write, step, models", [
@@ -170,10 +179,9 @@ helper.run(train.main)
 ])
 def test_a_run_that_is_killed_while_it_writes(home, capfd, write, step, models):
     name = f"killed{write}"
-    done = subprocess.run([sys.executable, "-c", KILLED, str(write), "--context", "cpu", "--config",
-                           write_config(home), "--monitor-path", home / name], cwd=str(ROOT), stderr=subprocess.DEVNULL)
+    status = run_killed(home, write, write_config(home), name)
     folder = home / f"{name}_tiny"
-    assert done.returncode == -signal.SIGKILL and list(folder.glob(folders.UNFINISHED + "*"))
+    assert status == -signal.SIGKILL and list(folder.glob(folders.UNFINISHED + "*"))
     assert len(list(folder.glob("model_*.h5"))) == models
     for model in folder.glob("model_*.h5"):
         nn.load_parameters(str(model))
@@ -188,9 +196,7 @@ def test_a_run_that_is_killed_while_it_writes(home, capfd, write, step, models):
 
 def test_a_complete_run_that_is_killed_in_its_last_page(home, capfd):
     config, folder = write_config(home, train__steps=VIEWS), home / "page_tiny"
-    done = subprocess.run([sys.executable, "-c", KILLED, "8", "--context", "cpu", "--config", config, "--monitor-path",
-                           home / "page"], cwd=str(ROOT), stderr=subprocess.DEVNULL)
-    assert done.returncode == -signal.SIGKILL and (folder / "model_00000.h5").exists()
+    assert run_killed(home, 8, config, "page") == -signal.SIGKILL and (folder / "model_00000.h5").exists()
     assert [path.suffix for path in folder.glob(folders.UNFINISHED + "*")] == [".html"]
     assert start(home, "page", "--resume", train__steps=VIEWS) == 0 and "is trained" in capfd.readouterr().out
     assert not list(folder.glob(".*"))

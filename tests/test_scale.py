@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,21 +14,26 @@ import datasets
 import helper
 import make_scene
 import prepare
+from commands import run as run_script
 from scenes import scale, scale_page
 
 POINTS = np.array([[0.42, -0.16, 0.3], [-0.2, 0.37, -0.25]])    # in the unit sphere's coordinates
 FAR = "0:10,10 0:30,30 1:10,10 1:30,30 = 1"
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Return the folder of the embedded scene with six small views."""
+    folder = tmp_path_factory.mktemp("made")
+    run_script("make_scene.py", "--output", "toy", "--views", 6, "--held-out", 0, "--size", 64, cwd=folder)
+    return folder / "toy"
+
+
 @pytest.fixture()
-def scene(tmp_path, monkeypatch, capsys):
-    """Return the folder of the embedded scene with six small views; tests run in its parent."""
+def scene(made, tmp_path, monkeypatch):
+    """Return the folder of a copy of that scene; tests run in its parent."""
     monkeypatch.chdir(tmp_path)
-    words = "make_scene.py --output toy --views 6 --held-out 0 --size 64".split()
-    monkeypatch.setattr(sys, "argv", words)
-    make_scene.main()
-    capsys.readouterr()
-    return tmp_path / "toy"
+    return Path(shutil.copytree(str(made), str(tmp_path / "toy")))
 
 
 def run(monkeypatch, *words):

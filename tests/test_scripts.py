@@ -1,8 +1,6 @@
 """Run the scripts as a user does: from scene to mesh on a tiny scene, the initial surface, and what is refused."""
 import html
 import re
-import subprocess
-import sys
 
 import imageio.v2 as imageio
 import nnabla as nn
@@ -12,26 +10,9 @@ import trimesh
 
 import network
 from backends import context
-from conftest import ROOT, write_demo_config
+from commands import refused, run
+from conftest import write_demo_config
 from training import checkpoints
-
-
-def run(*command, cwd, status=0):
-    """Run one of our scripts in the folder `cwd`; return its standard output followed by its standard error."""
-    done = subprocess.run([sys.executable, str(ROOT / command[0]), *map(str, command[1:])], cwd=cwd,
-                          capture_output=True, text=True)
-    assert done.returncode == status, done.stdout + done.stderr
-    return done.stdout + done.stderr
-
-
-def refused(*command, cwd):
-    """Run a script that must fail with status 2 and one line, and write nothing; return the line."""
-    before = sorted(p for p in cwd.rglob("*"))
-    said = [line for line in run(*command, cwd=cwd, status=2).splitlines() if "[nnabla][INFO]" not in line]
-    said = [line for line in said if not line.startswith("computing on ")]
-    assert len(said) == 1 and said[0].startswith("error: "), said
-    assert sorted(p for p in cwd.rglob("*")) == before, "something was written"
-    return said[0]
 
 
 def write_config(folder, **changes):
@@ -48,10 +29,11 @@ def write_config(folder, **changes):
 def folder(tmp_path_factory):
     """Return a folder in which the scripts have made a tiny scene and trained a model on it."""
     folder = tmp_path_factory.mktemp("user")
-    run("make_scene.py", "--output", "scenes/tiny", "--views", "9", "--held-out", "1", "--size", "32", cwd=folder)
+    run("make_scene.py", "--output", "scenes/tiny", "--views", "9", "--held-out", "1", "--size", "32", cwd=folder,
+        anew=True)
     write_config(folder)
     run("train.py", "--context", "cpu", "--device-id", "0", "--monitor-path", "results", "--config", "tiny.yaml",
-        cwd=folder)
+        cwd=folder, anew=True)
     return folder
 
 
@@ -131,7 +113,8 @@ def test_extraction_of_a_surface_that_leaves_the_unit_sphere_is_closed_and_says_
 
 def test_extraction_of_an_asset(folder):
     said = run("extract.py", *MODEL, "--faces", "900", "--texture", "64", "--appearance", "photographs", "--upright",
-               "--world", "cm", "--output", "asset/a.glb", "asset/a.obj", "asset/a.html", "asset/a.stl", cwd=folder)
+               "--world", "cm", "--output", "asset/a.glb", "asset/a.obj", "asset/a.html", "asset/a.stl", cwd=folder,
+               anew=True)
     assert float(re.search(r"Chamfer distance to the full mesh: ([\d.]+)", said).group(1)) < 0.005
     assert said.count("texture of 64x64") == 3 and said.count(" watertight") == 4
     assert {path.name for path in (folder / "asset").iterdir()} == {"a.glb", "a.obj", "a.mtl", "a.png", "a_normal.png",
@@ -180,7 +163,7 @@ def test_the_extractions_resolution_has_the_configurations_bounds(folder, resolu
 
 
 def test_rendering_writes_pictures(folder):
-    run("synthesize.py", *MODEL, "--views", "0", "9", "--normals", "--depth", cwd=folder)
+    run("synthesize.py", *MODEL, "--views", "0", "9", "--normals", "--depth", cwd=folder, anew=True)
     renders = folder / "results_tiny" / "renders"
     assert len(list(renders.iterdir())) == 8
     rendered, truth = imageio.imread(renders / "view_009.png"), imageio.imread(folder / "scenes/tiny/image/009.png")
@@ -232,7 +215,7 @@ def test_rendering_a_path_and_another_models_colours(folder):
 
 
 def test_evaluation_prints_and_writes_both_measures_per_view_and_over_all(folder):
-    said, results = run("evaluate.py", *MODEL, cwd=folder), folder / "results_tiny"
+    said, results = run("evaluate.py", *MODEL, cwd=folder, anew=True), folder / "results_tiny"
     assert len(re.findall(r"^view ", said, re.M)) == 10 and "held out" in said
     assert re.search(r"^ +rays through pixel centres: +pixels as areas:$", said, re.M) and "the paper's measure" in said
     cell = r" +([\d.]+) dB +SSIM ([\d.]+) +missed +([\d.]+)%"
@@ -243,7 +226,7 @@ def test_evaluation_prints_and_writes_both_measures_per_view_and_over_all(folder
         assert number == pytest.approx(over_all, abs=0.006) and 0 <= over_all < (1 if "ssim" in name else 100)
         assert len(series(results, f"{name}_held_out_views")) == 1
     assert printed[5] < printed[2] and printed[3] != printed[0]     # areas miss less
-    run("report.py", "results_tiny", cwd=folder)
+    run("report.py", "results_tiny", cwd=folder, anew=True)
     page = html.unescape((results / "report.html").read_text(encoding="utf-8"))
     for words in ("pixels as areas", "the paper's measure", "held-out views", f"{printed[0]:.2f} dB<",
                   f"{printed[3]:.2f} dB<", f"{printed[5]:.2f} %<"):
@@ -263,9 +246,9 @@ def test_the_measured_colours_are_those_of_the_picture(folder):
 
 
 def test_the_initial_sphere_as_pictures(tmp_path):
-    said = run("network.py", "-Ds", "64", "128", "-R", "0.75", "--context", "cpu", cwd=tmp_path)
+    said = run("network.py", "-Ds", "64", "128", "-R", "0.75", "--context", "cpu", cwd=tmp_path, anew=True)
     assert [float(e) for e in re.findall(r"mean absolute error ([\d.]+)", said)] == pytest.approx([0.3, 0.3], abs=0.3)
-    said = run("ray_tracer.py", "-D", "128", "-L", "9", "--context", "cpu", cwd=tmp_path)
+    said = run("ray_tracer.py", "-D", "128", "-L", "9", "--context", "cpu", cwd=tmp_path, anew=True)
     hits, rays = re.search(r"(\d+) of (\d+) rays hit", said).groups()
     assert 0.05 * int(rays) < int(hits) < 0.9 * int(rays)
     assert sorted(p.name for p in tmp_path.iterdir()) == [

@@ -29,10 +29,11 @@ if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
     rm -rf "$venv"
     "$python" -m venv "$venv"
     grep -h -v -E '^(nnabla|numpy|h5py)==|^-r' requirements.txt requirements-dev.txt > "$venv/others.txt"
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check "pip>=20.3"
-    "$venv/bin/python" -m pip install -qq --disable-pip-version-check -r "$venv/others.txt" "${nnabla[@]}"
+    "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check "pip>=20.3"
+    "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check -r "$venv/others.txt" "${nnabla[@]}"
     echo "$wanted" > "$stamp"
 fi
+"$venv/bin/python" tools/compile.py > /dev/null    # or each worker of pytest compiles it all
 
 # The ids of all tests against the authors' numbers contain idr_reference, the name of the data file.
 "$venv/bin/python" -m pytest --disable-warnings -k "test_network or idr_reference" \

@@ -73,8 +73,9 @@ fi
 
 echo "Setting up .venv with $(identify .venv/bin/python): about a minute"
 # "pip>=20.3": older versions do not support the platform tag of nnabla's wheels.
+# Without --no-compile, pip compiles all of each package, of which little is imported.
 for packages in "pip>=20.3" "--requirement=requirements-dev.txt"; do
-    .venv/bin/python -m pip install -qq --disable-pip-version-check "$packages" \
+    .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check "$packages" \
         || fail "pip install $packages failed in .venv; see pip's message above"
 done
 .venv/bin/python tools/compile.py > /dev/null 2>&1     # if this fails, the first run reports why
