@@ -77,6 +77,7 @@ def main():
 def prepare(args):
     """Make the scene args.output. Raise UserError, and write no scene, if something is wrong."""
     folders.check_new(args.output)
+    rembg = mask_files.rembg_masks() if args.masks == "rembg" else None     # before the cameras take their time
     alone, root = photographs.without_cameras(args.input, args.images), Path(args.input)
     root = root if root.is_dir() else root.parent
     source = photographs.find_cameras(alone, args.output, args.frames) if alone else args.input
@@ -84,8 +85,11 @@ def prepare(args):
     check_photographs(views)
     sources = mask_files.mask_sources(views, args.masks, root)
     print(f"read {what}; masks: {sources[0] if isinstance(sources[0], str) else sources[0].parent}")
+    drawn = sources[0]
+    if rembg:
+        sources = [rembg] * len(views)
     with folders.new_folder(args.output) as folder:     # it refuses a full one before the masks take their time
-        drawn, sources = sources[0], mask_makers(views, sources, args.subject, source)
+        sources = mask_makers(views, sources, args.subject, source)
         looks, intrinsics = write_pictures(folder, views, sources, args.threshold, args.downscale)
         hint = {"background": partial(mask_files.background_hint, views, args.threshold),
                 "auto": auto_hint}.get(drawn, no_hint)
@@ -145,7 +149,7 @@ def write_scale_page(scene):
 
 
 def mask_makers(views, sources, subject, cameras):
-    """Return the sources of mask_files.mask_sources, with functions that make the masks in place of auto and rembg.
+    """Return the sources of mask_files.mask_sources, with functions that make the masks in place of auto.
 
     subject: the value of --subject, or None. cameras: the folder or file from which the views were read. Raises
     UserError if a subject is given for other masks.
@@ -155,7 +159,7 @@ def mask_makers(views, sources, subject, cameras):
     if sources[0] == "auto":
         box = auto_masks.read_subject(subject, views) if subject is not None else None
         return auto_masks.mask_makers(views, box, camera_files.sparse_points_of(cameras))
-    return [mask_files.rembg_masks()] * len(views) if sources[0] == "rembg" else sources
+    return sources
 
 
 def check(scene):
