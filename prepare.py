@@ -32,6 +32,7 @@ from scenes import auto_masks, camera_files, checks, mask_files, overview, photo
 from scenes.views import read_view
 from scenes.visual_hull import Ball, Hull, enclosing_sphere, make_look, normalised
 
+FOUND_MASK_WEIGHT = 20      # train.mask_weight for masks that were found; 100 holds the surface to their mistakes
 KEPT = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg"}   # the formats that a scene holds, by Pillow's names
 
 
@@ -107,6 +108,9 @@ def prepare(args):
     print(f"{args.output}: {len(views)} views; the unit sphere lies at {np.array2string(sphere.centre, precision=4)}, "
           f"radius {sphere.radius:.4g}; {size_in_words(hull, sphere.radius)}; look at "
           f"{lines_to_look_at(findings)}{picture}")
+    if drawn in ("auto", "rembg"):
+        print(f"these masks were found: train with train.mask_weight: {FOUND_MASK_WEIGHT}, which lets the colours "
+              f"correct them, or mend them by hand in {args.output}/mask and keep the configuration's weight")
     if args.scale_by == "" or alone and not args.marks:
         write_scale_page(Path(args.output))
 

@@ -1,5 +1,6 @@
 """Masks from a folder, from an alpha channel, or of an object before a plain background."""
 import os
+import textwrap
 from pathlib import Path
 
 import cv2
@@ -99,7 +100,7 @@ def rembg_masks():
     try:
         session = rembg.new_session()
     except Exception as error:      # of requests, pooch, onnxruntime or the system
-        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
         raise UserError(f"--masks rembg: its network cannot be fetched or read ({reason}); connect to the internet for "
                         "the first use, or put u2net.onnx into ~/.u2net, or say --masks auto") from error
     return lambda image: cleaned(np.asarray(rembg.remove(image, session=session, only_mask=True)) > 127)

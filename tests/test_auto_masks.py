@@ -68,7 +68,7 @@ def test_the_object_is_found_in_every_place(kind, least, places, run, tmp_path):
     options = ("--masks", "auto") if kind == "white" else ()    # without masks, auto is the default
     status, out, error = run(source, "--output", "scene", *options)
     assert status == 0, error
-    assert "masks: auto" in out
+    assert "masks: auto" in out and f"train.mask_weight: {prepare.FOUND_MASK_WEIGHT}" in out
     assert shares(tmp_path / "scene", masks).mean() > least
 
 
