@@ -32,6 +32,7 @@ from scenes import auto_masks, camera_files, checks, mask_files, overview, photo
 from scenes.views import read_view
 from scenes.visual_hull import Ball, Hull, enclosing_sphere, make_look, normalised
 
+FOUND_MASK_WEIGHT = 20      # train.mask_weight for masks that were found; 100 holds the surface to their mistakes
 KEPT = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg"}   # the formats that a scene holds, by Pillow's names
 
 
@@ -77,6 +78,7 @@ def main():
 def prepare(args):
     """Make the scene args.output. Raise UserError, and write no scene, if something is wrong."""
     folders.check_new(args.output)
+    rembg = mask_files.rembg_masks() if args.masks == "rembg" else None     # before the cameras take their time
     alone, root = photographs.without_cameras(args.input, args.images), Path(args.input)
     root = root if root.is_dir() else root.parent
     source = photographs.find_cameras(alone, args.output, args.frames) if alone else args.input
@@ -84,8 +86,11 @@ def prepare(args):
     check_photographs(views)
     sources = mask_files.mask_sources(views, args.masks, root)
     print(f"read {what}; masks: {sources[0] if isinstance(sources[0], str) else sources[0].parent}")
+    drawn = sources[0]
+    if rembg:
+        sources = [rembg] * len(views)
     with folders.new_folder(args.output) as folder:     # it refuses a full one before the masks take their time
-        drawn, sources = sources[0], mask_makers(views, sources, args.subject, source)
+        sources = mask_makers(views, sources, args.subject, source)
         looks, intrinsics = write_pictures(folder, views, sources, args.threshold, args.downscale)
         hint = {"background": partial(mask_files.background_hint, views, args.threshold),
                 "auto": auto_hint}.get(drawn, no_hint)
@@ -103,6 +108,9 @@ def prepare(args):
     print(f"{args.output}: {len(views)} views; the unit sphere lies at {np.array2string(sphere.centre, precision=4)}, "
           f"radius {sphere.radius:.4g}; {size_in_words(hull, sphere.radius)}; look at "
           f"{lines_to_look_at(findings)}{picture}")
+    if drawn in ("auto", "rembg"):
+        print(f"these masks were found: train with train.mask_weight: {FOUND_MASK_WEIGHT}, which lets the colours "
+              f"correct them, or mend them by hand in {args.output}/mask and keep the configuration's weight")
     if args.scale_by == "" or alone and not args.marks:
         write_scale_page(Path(args.output))
 
@@ -145,7 +153,7 @@ def write_scale_page(scene):
 
 
 def mask_makers(views, sources, subject, cameras):
-    """Return the sources of mask_files.mask_sources, with functions that make the masks in place of auto and rembg.
+    """Return the sources of mask_files.mask_sources, with functions that make the masks in place of auto.
 
     subject: the value of --subject, or None. cameras: the folder or file from which the views were read. Raises
     UserError if a subject is given for other masks.
@@ -155,7 +163,7 @@ def mask_makers(views, sources, subject, cameras):
     if sources[0] == "auto":
         box = auto_masks.read_subject(subject, views) if subject is not None else None
         return auto_masks.mask_makers(views, box, camera_files.sparse_points_of(cameras))
-    return [mask_files.rembg_masks()] * len(views) if sources[0] == "rembg" else sources
+    return sources
 
 
 def check(scene):

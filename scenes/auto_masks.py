@@ -28,7 +28,7 @@ from tqdm import tqdm
 import datasets
 import helper
 from helper import UserError
-from scenes import segmentation, sparse_points
+from scenes import mask_files, segmentation, sparse_points
 from scenes.views import read_view
 from scenes.visual_hull import SMALL, Hull, Look, agreements, make_look, project, silhouette
 from tracing.compiling import compiled
@@ -464,7 +464,7 @@ def refined(found, index, image):
     rows, columns = (slice(*(np.flatnonzero(near.any(axis=axis))[[0, -1]] + (0, 1))) for axis in (1, 0))
     outline[rows, columns] = segmentation.cut(evidence[rows, columns], segmentation.edge_costs(small)[:, rows, columns],
                                               outline[rows, columns])
-    return resampled(outline, factor, image.shape) > 0.5
+    return resampled(mask_files.without_specks(outline), factor, image.shape) > 0.5
 
 
 def resampled(picture, scale, shape):

@@ -1,5 +1,6 @@
 """Masks from a folder, from an alpha channel, or of an object before a plain background."""
 import os
+import textwrap
 from pathlib import Path
 
 import cv2
@@ -88,14 +89,20 @@ def has_alpha(path):
 def rembg_masks():
     """Return a function that makes the mask (H, W) bool of an image (H, W, 3) uint8 by the package rembg.
 
-    Raises UserError if it is not installed.
+    rembg fetches its network at the first use, and keeps it. Raises UserError if rembg is not installed, or its network
+    cannot be had.
     """
     try:
         import rembg
-    except ImportError as error:
+    except (ImportError, SystemExit) as error:      # some versions exit where onnxruntime is missing
         raise UserError("--masks rembg: the package rembg is not installed; pip install \"rembg[cpu]\", or say --masks "
                         "auto") from error
-    session = rembg.new_session()
+    try:
+        session = rembg.new_session()
+    except Exception as error:      # of requests, pooch, onnxruntime or the system
+        reason = textwrap.shorten(f"{type(error).__name__}: {error}", 120, placeholder=" ...")
+        raise UserError(f"--masks rembg: its network cannot be fetched or read ({reason}); connect to the internet for "
+                        "the first use, or put u2net.onnx into ~/.u2net, or say --masks auto") from error
     return lambda image: cleaned(np.asarray(rembg.remove(image, session=session, only_mask=True)) > 127)
 
 
@@ -162,6 +169,11 @@ def cleaned(mask):
     disc = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (3 + 2 * (max(mask.shape) // 800),) * 2)
     mask = mask.astype(np.uint8)
     mask = cv2.morphologyEx(cv2.morphologyEx(mask, cv2.MORPH_CLOSE, disc), cv2.MORPH_OPEN, disc) > 0
+    return without_specks(mask)
+
+
+def without_specks(mask):
+    """Return a mask (H, W) bool without small holes, nor pieces below a tenth of the largest."""
     mask = skimage.morphology.remove_small_holes(mask, mask.size // 1000)
     labels = skimage.measure.label(mask)
     sizes = np.bincount(labels.ravel())

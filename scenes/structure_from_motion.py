@@ -34,6 +34,8 @@ FOCAL = 1.2                 # of the longer side: the focal length to start from
 FILM_DIAGONAL = 43.27       # mm, of 35 mm film
 LEAST_VIEWS = 3
 STILL = 0.002               # of the diagonal: a match that moves less stands still
+FINE = 0.75                 # share of a photograph's features, the smallest, that the last adjustment takes
+FEWEST_FINE = 60            # of a photograph, which keeps as many at least
 SURE_CENTRE = 0.0015        # of the longer side: the principal point is refined if it is known better than that
 SURE_BEND = 5.0             # standard deviations that the second coefficient of distortion must differ from 0
 BETTER = ("take 30 to 60 sharp pictures in even light, all around and from two heights, each overlapping the next by "
@@ -91,6 +93,7 @@ def find_cameras(paths, work, in_sequence=False):
             turning = leave_still(progress)
             models = map_views(progress, work)
             model, left_out = judged(models, progress)
+            drop_coarse(model, database)
     except (RuntimeError, ValueError, IndexError) as error:     # as pycolmap raises for a damaged database
         raise UserError(f"{path}: cannot be used ({str(error).splitlines()[0][-200:]}); remove {work} and start "
                         "again") from error
@@ -400,16 +403,31 @@ def reason(progress, index, placed):
 
 # --- refinement -------------------------------------------------------------------------------------------------------
 
+def drop_coarse(model, database):
+    """Remove from a pycolmap.Reconstruction what each photograph shows by its largest features.
+
+    The place of a feature is uncertain in proportion to its size: on DTU's scans those of the largest quarter miss
+    their points three times as far as those of the smallest.
+    """
+    for number in model.reg_image_ids():
+        sizes, points = np.asarray(database.read_keypoints(number))[:, 2], model.images[number].points2D
+        used = np.array([index for index in range(len(points)) if points[index].has_point3D()], int)
+        kept = max(FEWEST_FINE, int(FINE * len(used)))
+        for index in used[np.argsort(sizes[used], kind="stable")][kept:]:
+            if points[index].has_point3D():     # a point that only two views show goes from both at once
+                model.delete_observation(number, int(index))
+
+
 def refined(model):
     """Return a pycolmap.Reconstruction whose cameras and points are adjusted once more, as free as the data allow.
 
     First with free principal points. COLMAP holds these at the image's centre, which turns all cameras by a common
-    angle. Then with a second coefficient of radial distortion. If the data do not tell such a value, as the principal
-    point where the camera never rolls or comes nearer, the result is the one before.
+    angle. If the data do not tell the principal point, as where the camera never rolls or comes nearer, it stays at the
+    centre. Otherwise a second coefficient of radial distortion is tried, too, and kept if the data tell it.
     """
     centred = adjusted(model, "SIMPLE_RADIAL")
     if not all(known_centre(camera, spread) for camera, spread in zip(*spreads(*centred))):
-        return model
+        return adjusted(model, "SIMPLE_RADIAL", free_centre=False)[0]
     bent = adjusted(centred[0], "RADIAL")
     cameras, deviations = spreads(*bent)
     known = all(known_centre(camera, spread) and abs(camera.params[4]) > SURE_BEND * spread[4]
@@ -417,10 +435,11 @@ def refined(model):
     return bent[0] if known else centred[0]
 
 
-def adjusted(model, lens):
+def adjusted(model, lens, free_centre=True):
     """Return a copy of a pycolmap.Reconstruction after a bundle adjustment of everything, and its adjuster.
 
-    lens: the cameras' model, "SIMPLE_RADIAL" or "RADIAL", which has one coefficient more.
+    lens: the cameras' model, "SIMPLE_RADIAL" or "RADIAL", which has one coefficient more. free_centre: adjust the
+    principal points, too.
     """
     pycolmap, trial = library(), copy.deepcopy(model)
     for camera in trial.cameras.values():
@@ -428,7 +447,7 @@ def adjusted(model, lens):
         camera.model = getattr(pycolmap.CameraModelId, lens)
         camera.params = params[:4 + (lens == "RADIAL")]
     options = pycolmap.BundleAdjustmentOptions()
-    options.refine_principal_point, options.print_summary = True, False
+    options.refine_principal_point, options.print_summary = free_centre, False
     options.ceres.loss_function_type = pycolmap.LossFunctionType.CAUCHY     # of 1 pixel: wrong matches count less
     config = pycolmap.BundleAdjustmentConfig()
     for number in trial.reg_image_ids():

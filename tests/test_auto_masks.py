@@ -5,6 +5,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 import datasets
 import helper
@@ -67,7 +68,7 @@ def test_the_object_is_found_in_every_place(kind, least, places, run, tmp_path):
     options = ("--masks", "auto") if kind == "white" else ()    # without masks, auto is the default
     status, out, error = run(source, "--output", "scene", *options)
     assert status == 0, error
-    assert "masks: auto" in out
+    assert "masks: auto" in out and f"train.mask_weight: {prepare.FOUND_MASK_WEIGHT}" in out
     assert shares(tmp_path / "scene", masks).mean() > least
 
 
@@ -151,21 +152,44 @@ def test_rembg_is_asked_for_by_name_where_it_is_missing(places, run, tmp_path, m
     assert status == 2 and "pip install" in error and "--masks auto" in error and not list(tmp_path.iterdir())
 
 
+class Rembg:
+    """The package's interface, as far as it is used: `remove` asks a session for the masks, as Pillow's pictures."""
+    @staticmethod
+    def new_session():
+        class Session:
+            @staticmethod
+            def predict(picture):
+                assert picture.mode == "RGB"
+                return [picture.convert("HSV").getchannel("V").point(lambda value: 255 * (value > 40))]
+        return Session()
+
+    @staticmethod
+    def remove(data, session=None, only_mask=False):
+        masks = session.predict(Image.fromarray(data))
+        assert only_mask and len(masks) == 1
+        return np.asarray(masks[0])
+
+
 def test_rembg_makes_the_masks(places, run, tmp_path, monkeypatch):
-    class Rembg:    # the package's interface, as far as it is used
-        @staticmethod
-        def new_session():
-            return "session"
-
-        @staticmethod
-        def remove(image, session, only_mask):
-            assert session == "session" and only_mask
-            return np.where(image.max(axis=2) > 40, 255, 0).astype(np.uint8)
-
     monkeypatch.setitem(sys.modules, "rembg", Rembg)
     source, masks = places["black"]
-    assert run(source, "--output", "scene", "--masks", "rembg")[0] == 0
+    status, out, error = run(source, "--output", "scene", "--masks", "rembg")
+    assert status == 0 and "masks: rembg" in out, error
     assert shares(tmp_path / "scene", masks).mean() > 0.9
+
+
+@pytest.mark.parametrize("failure", [OSError("Max retries exceeded with url: u2net.onnx\nno route"),
+                                     ValueError("hash of downloaded file does not match")])
+def test_a_network_of_rembg_that_cannot_be_fetched(failure, places, run, tmp_path, monkeypatch):
+    def fail():
+        raise failure
+
+    monkeypatch.setattr(Rembg, "new_session", staticmethod(fail))
+    monkeypatch.setitem(sys.modules, "rembg", Rembg)
+    monkeypatch.setattr(camera_files, "read_views", lambda *_: pytest.fail("it is tried before the cameras"))
+    status, _, error = run(places["black"][0], "--output", "scene", "--masks", "rembg")
+    assert status == 2 and str(failure).splitlines()[0] in error and "--masks auto" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_photographs_of_nothing_end_in_one_line(tmp_path, run):
