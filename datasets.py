@@ -30,6 +30,7 @@ from helper import (
     check_is_file,
     decompose_projection,
     pixel_directions,
+    pixel_rays,
     random_numbers,
     ray_matrices,
 )
@@ -448,20 +449,17 @@ def view_rays(scene: Scene, view: int, uv: np.ndarray) -> Tuple[np.ndarray, np.n
     uv: (N, 2), column and row, whole numbers.
     Returns origin (3,), unit directions (N, 3) and rgb (N, 3) in [-1, 1], all float32, and mask (N,) bool.
     """
-    rays = rays_of_views(scene, np.array([view]), np.zeros(len(uv), np.int64), uv)
-    return (scene.poses[view][:3, 3].astype(np.float32), *rays)
+    origin, directions = pixel_rays(uv, scene.intrinsics[view], scene.poses[view])
+    return (origin, directions, *colors_and_mask(scene, view, uv))
 
 
-def rays_of_views(scene: Scene, views: np.ndarray, which: np.ndarray,
-                  uv: np.ndarray) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the directions (N, 3), rgb (N, 3) and mask (N,) of view_rays for pixels of several views.
+def colors_and_mask(scene: Scene, view: Union[int, np.ndarray], uv: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Return rgb (N, 3) float32 in [-1, 1] and mask (N,) bool at the pixels `uv` (N, 2) of a view, or of each its own.
 
-    views: (V,) indices; which: (N,), the number of each pixel's view among these; uv: (N, 2), column and row.
+    view: an index, or indices (N,).
     """
-    cameras = (np.stack([array[view] for view in views.tolist()]) for array in (scene.intrinsics, scene.poses))
-    directions = pixel_directions(uv, ray_matrices(*cameras)[which])
-    view, (u, v) = views[which], np.asarray(uv).astype(np.int64).T
-    return directions, scene.images[view, v, u].astype(np.float32) / 127.5 - 1.0, scene.masks[view, v, u]
+    u, v = np.asarray(uv).astype(np.int64).T
+    return scene.images[view, v, u].astype(np.float32) / 127.5 - 1.0, scene.masks[view, v, u]
 
 
 class Batch(NamedTuple):
@@ -528,17 +526,18 @@ def training_batches(scene: Scene, views: Sequence[int], draw: Draw, first_step:
     """
     steps = drawn_pixels(scene, views, draw, first_step, process or Process())
     width, ahead = scene.masks.shape[2], next(steps)
-    which = np.repeat(np.arange(draw.views_per_step), np.diff([0, *ray_ends(draw.num_rays, draw.views_per_step)]))
+    matrices, centres = ray_matrices(scene.intrinsics, scene.poses), scene.poses[:, :3, 3].astype(np.float32)
+    counts = np.diff([0, *ray_ends(draw.num_rays, draw.views_per_step)])
     while True:
-        (drawn, pixels, weights), ahead = ahead, next(steps)       # one step ahead, so that a disk has time to read
-        centres = np.stack([scene.poses[view][:3, 3] for view in drawn.tolist()]).astype(np.float32)
-        rays = rays_of_views(scene, drawn, which, np.stack(np.divmod(pixels, width)[::-1], axis=1))
-        yield Batch(drawn, centres[which], *rays, weights)
+        (drawn, pixels, weights), ahead = ahead, next(steps)        # one step ahead, so that a disk has time to read
+        view, uv = np.repeat(drawn, counts), np.stack(np.divmod(pixels, width)[::-1], axis=1)
+        yield Batch(drawn, centres[view], pixel_directions(uv, matrices[view]), *colors_and_mask(scene, view, uv),
+                    weights)
 
 
 class Strata(NamedTuple):
     """How the rays of a view are shared among the regions of its mask."""
-    regions: Tuple[Region, ...]
+    regions: List[Region]
     ends: List[float]       # the share of the rays in the first region, and in the first two
     weights: np.ndarray     # (3,) float32, of a ray in each
 
@@ -555,30 +554,29 @@ class Strata(NamedTuple):
         shares = np.where(sizes > 0, shares, 0.0)
         shares /= shares.sum()
         weights = np.divide(sizes / sizes.sum(), shares, out=np.zeros(3), where=shares > 0)
-        return cls(tuple(regions), np.cumsum(shares[:-1]).tolist(), weights.astype(np.float32))
+        return cls(regions, np.cumsum(shares[:-1]).tolist(), weights.astype(np.float32))
 
     def draw(self, num_rays: int, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
         """Return random pixels, flat indices (num_rays,) int32, and their weights (num_rays,) float32."""
         shift = rng.random()        # rounds at random
         first, second = (min(int(end * num_rays + shift), num_rays) for end in self.ends)
-        counts = first, second - first, num_rays - second
-        return pixels_of_regions(self.regions, counts, rng.random(num_rays)), np.repeat(self.weights, counts)
+        counts, uniform = (first, second - first, num_rays - second), rng.random(num_rays)
+        parts = uniform[:first], uniform[first:second], uniform[second:]
+        pixels = [random_pixels(*region, part) for region, part in zip(self.regions, parts)]
+        return np.concatenate(pixels), np.repeat(self.weights, counts)
 
 
 @compiled
-def pixels_of_regions(regions: Tuple[Region, ...], counts: Tuple[int, ...], uniform: np.ndarray) -> np.ndarray:
-    """Return random pixels, flat indices (N,) int32: so many of each region, from N uniform numbers in [0, 1).
+def random_pixels(starts: np.ndarray, before: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Return random pixels of a Region (starts, before), flat indices (N,) int32, from N uniform numbers in [0, 1).
 
-    They are distinct unless a region has too few. A compiled loop, since a step asks for few pixels of each of many
+    They are distinct unless the region has too few. A compiled loop, since a step asks for few pixels of each of many
     regions.
     """
-    pixels, first = np.empty(len(uniform), np.int32), 0
-    for region, count in zip(regions, counts):
-        numbers = random_subset(region.before[-1], uniform[first:first + count])
-        for i in range(count):
-            run = np.searchsorted(region.before, numbers[i], side="right") - 1
-            pixels[first + i] = region.starts[run] + (numbers[i] - region.before[run])
-        first += count
+    pixels, numbers = np.empty(len(uniform), np.int32), random_subset(before[-1], uniform)
+    for i in range(len(uniform)):
+        run = np.searchsorted(before, numbers[i], side="right") - 1
+        pixels[i] = starts[run] + (numbers[i] - before[run])
     return pixels
 
 
