@@ -23,6 +23,7 @@ from files import writing
 
 Weights = Union[cpu.PackedWeights, gpu.FoldedWeights]
 
+NETWORKS = ("implicit", "rendering")
 FEWEST_ROWS = 64        # of a shading on a GPU
 
 # --- parameters -------------------------------------------------------------------------------------------------------
@@ -85,7 +86,7 @@ def backend() -> ModuleType:
 
 
 def implicit(x: nn.Variable, weights: Weights) -> Tuple[nn.Variable, nn.Variable, nn.Variable]:
-    """The implicit network and the gradient of its sdf, the normal; training takes a SurfaceEvaluation instead.
+    """The implicit network and the gradient of its sdf, the normal, without a backward pass.
 
     x: (N, 3); weights: folded_weights("implicit").
     Returns sdf (N, 1), positive outside, feature (N, F) and normal (N, 3), which is not normalised.
@@ -108,8 +109,8 @@ def rendering(x: nn.Variable, normal: nn.Variable, view: nn.Variable, feature: n
 
 
 def surface_evaluation(points: nn.Variable, directions: nn.Variable, want_grad_points: bool,
-                       least_slope: float) -> Union[cpu.SurfaceEvaluation, gpu.SurfaceEvaluation]:
-    """Return the backend's SurfaceEvaluation of the current parameters; see backends/cpu.py."""
+                       least_slope: float) -> gpu.SurfaceEvaluation:
+    """Return a GPU's SurfaceEvaluation of the current parameters; see backends/gpu.py."""
     return backend().SurfaceEvaluation(layer_parameters("implicit"), points, directions, want_grad_points, least_slope)
 
 
