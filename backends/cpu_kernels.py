@@ -292,13 +292,20 @@ def implicit_sdf(x: np.ndarray, net: Weights) -> np.ndarray:
 @compiled
 def sdf_block(number: int, split: Split, x: np.ndarray, net: Weights, out: np.ndarray) -> None:
     """Do one block of implicit_sdf."""
-    w, b = affine(net.packed, net.sizes, len(net.sizes) - 1)
-    w, nothing = w[:, 0].copy(), np.empty(0, np.float32)
     block = block_of(split, number)
     rows = slice(block.first, block.first + block.rows)
-    values = np.dot(last_hidden(x[rows], net, nothing, nothing), w)
-    for row in range(block.rows):
-        out[block.first + row] = values[row] + b[0]
+    out[rows] = sdf_values(x[rows], net)
+
+
+@compiled
+def sdf_values(x: np.ndarray, net: Weights) -> np.ndarray:
+    """Return the sdf (N,) at x (N, 3), on one core."""
+    w, b = affine(net.packed, net.sizes, len(net.sizes) - 1)
+    w, nothing = w[:, 0].copy(), np.empty(0, np.float32)
+    values = np.dot(last_hidden(x, net, nothing, nothing), w)
+    for row in range(len(x)):
+        values[row] += b[0]
+    return values
 
 
 class Kept(NamedTuple):

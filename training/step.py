@@ -15,6 +15,7 @@ from backends.cpu_kernels import LossTerms, StepRows
 from backends.gpu import constant, row_sums
 from config.settings import Network, Tracer, Train
 from tracing.sdf_grid import SdfGrid
+from training.search import CompiledSearch
 
 LOSSES = ("loss", "color", "mask", "eikonal")       # the total first
 
@@ -45,10 +46,11 @@ def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng, grid: Optional
     alone; rng: of the samples' places; grid: what is known of the sdf. It hears all values, and learns nothing yet.
     """
     settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
-    heard = grid.listening(sdf) if grid else sdf
+    compiled = grid and isinstance(sdf, cpu.Sdf)
+    search, heard = CompiledSearch(grid, sdf.folded) if compiled else sdf.search, grid.listening(sdf) if grid else sdf
     t, hit_in_mask = ray_tracer.hit_or_least_sdf(heard, batch.origins, batch.directions, batch.mask, grid=grid,
-                                                 half_precision_sdf=sdf.half_precision, search=sdf.search,
-                                                 rng=rng, **settings)
+                                                 half_precision_sdf=sdf.half_precision, search=search, rng=rng,
+                                                 **settings)
     return Placed(batch.origins + t[:, None] * batch.directions, hit_in_mask)
 
 
