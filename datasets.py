@@ -23,7 +23,18 @@ from tqdm import tqdm
 
 from files import folders, picture_store, pictures
 from files.picture_store import PictureStore, Region
-from helper import ORDER, PIXELS, UserError, check_is_file, decompose_projection, pixel_rays, random_numbers
+from helper import (
+    ORDER,
+    PIXELS,
+    UserError,
+    check_is_file,
+    decompose_projection,
+    pixel_directions,
+    pixel_rays,
+    random_numbers,
+    ray_matrices,
+)
+from tracing.compiling import compiled
 
 SUFFIXES = (".png", ".jpg", ".jpeg")                            # of a scene's pictures
 PHOTOGRAPHS = SUFFIXES + (".tif", ".tiff", ".webp", ".bmp", ".heic", ".heif")   # of photographs to make a scene from
@@ -439,9 +450,16 @@ def view_rays(scene: Scene, view: int, uv: np.ndarray) -> Tuple[np.ndarray, np.n
     Returns origin (3,), unit directions (N, 3) and rgb (N, 3) in [-1, 1], all float32, and mask (N,) bool.
     """
     origin, directions = pixel_rays(uv, scene.intrinsics[view], scene.poses[view])
+    return (origin, directions, *colors_and_mask(scene, view, uv))
+
+
+def colors_and_mask(scene: Scene, view: Union[int, np.ndarray], uv: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Return rgb (N, 3) float32 in [-1, 1] and mask (N,) bool at the pixels `uv` (N, 2) of a view, or of each its own.
+
+    view: an index, or indices (N,).
+    """
     u, v = np.asarray(uv).astype(np.int64).T
-    rgb = scene.images[view, v, u].astype(np.float32) / 127.5 - 1.0
-    return origin, directions, rgb, scene.masks[view, v, u]
+    return scene.images[view, v, u].astype(np.float32) / 127.5 - 1.0, scene.masks[view, v, u]
 
 
 class Batch(NamedTuple):
@@ -508,17 +526,19 @@ def training_batches(scene: Scene, views: Sequence[int], draw: Draw, first_step:
     """
     steps = drawn_pixels(scene, views, draw, first_step, process or Process())
     width, ahead = scene.masks.shape[2], next(steps)
+    matrices, centres = ray_matrices(scene.intrinsics, scene.poses), scene.poses[:, :3, 3].astype(np.float32)
+    counts = np.diff([0, *ray_ends(draw.num_rays, draw.views_per_step)])
     while True:
-        drawn, ahead = ahead, next(steps)       # one step ahead, so that a disk has time to read
-        parts = [(np.broadcast_to(rays[0], rays[1].shape), *rays[1:], weights) for view, pixels, weights in drawn
-                 for rays in (view_rays(scene, view, np.stack(np.divmod(pixels, width)[::-1], axis=1)),)]
-        yield Batch(np.array([view for view, _, _ in drawn]), *map(np.concatenate, zip(*parts)))
+        (drawn, pixels, weights), ahead = ahead, next(steps)        # one step ahead, so that a disk has time to read
+        view, uv = np.repeat(drawn, counts), np.stack(np.divmod(pixels, width)[::-1], axis=1)
+        yield Batch(drawn, centres[view], pixel_directions(uv, matrices[view]), *colors_and_mask(scene, view, uv),
+                    weights)
 
 
 class Strata(NamedTuple):
     """How the rays of a view are shared among the regions of its mask."""
     regions: List[Region]
-    ends: np.ndarray        # (2,) float64, the share of the rays in the first region, and in the first two
+    ends: List[float]       # the share of the rays in the first region, and in the first two
     weights: np.ndarray     # (3,) float32, of a ray in each
 
     @classmethod
@@ -534,27 +554,67 @@ class Strata(NamedTuple):
         shares = np.where(sizes > 0, shares, 0.0)
         shares /= shares.sum()
         weights = np.divide(sizes / sizes.sum(), shares, out=np.zeros(3), where=shares > 0)
-        return cls(regions, np.cumsum(shares[:-1]), weights.astype(np.float32))
+        return cls(regions, np.cumsum(shares[:-1]).tolist(), weights.astype(np.float32))
 
     def draw(self, num_rays: int, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
         """Return random pixels, flat indices (num_rays,) int32, and their weights (num_rays,) float32."""
-        first, second = np.floor(self.ends * num_rays + rng.random()).astype(int).tolist()     # rounded at random
-        counts = first, second - first, num_rays - second
-        pixels = [region.pixels(rng.choice(region.size, count, replace=count > region.size, shuffle=False))
-                  for region, count in zip(self.regions, counts) if count]
+        shift = rng.random()        # rounds at random
+        first, second = (min(int(end * num_rays + shift), num_rays) for end in self.ends)
+        counts, uniform = (first, second - first, num_rays - second), rng.random(num_rays)
+        parts = uniform[:first], uniform[first:second], uniform[second:]
+        pixels = [random_pixels(*region, part) for region, part in zip(self.regions, parts)]
         return np.concatenate(pixels), np.repeat(self.weights, counts)
 
 
+@compiled
+def random_pixels(starts: np.ndarray, before: np.ndarray, uniform: np.ndarray) -> np.ndarray:
+    """Return random pixels of a Region (starts, before), flat indices (N,) int32, from N uniform numbers in [0, 1).
+
+    They are distinct unless the region has too few. A compiled loop, since a step asks for few pixels of each of many
+    regions.
+    """
+    pixels, numbers = np.empty(len(uniform), np.int32), random_subset(before[-1], uniform)
+    for i in range(len(uniform)):
+        run = np.searchsorted(before, numbers[i], side="right") - 1
+        pixels[i] = starts[run] + (numbers[i] - before[run])
+    return pixels
+
+
+@compiled
+def random_subset(size: int, uniform: np.ndarray) -> np.ndarray:
+    """Return random whole numbers (N,) int64 below `size`, from N uniform ones in [0, 1); distinct ones if N <= size.
+
+    Floyd's method: the i-th is below size - N + i + 1, or just that bound less 1 where it has come before. A hash table
+    knows what has come.
+    """
+    count, places = len(uniform), 16
+    while places < 2 * count:
+        places *= 2
+    numbers, table = np.empty(count, np.int64), np.full(places, -1)
+    for i in range(count):
+        last = size - 1 if count > size else size - count + i
+        numbers[i] = int(uniform[i] * (last + 1))
+        for number in (numbers[i], last):
+            place = (number * 2654435761 >> 8) & (places - 1)
+            while table[place] >= 0 and table[place] != number:
+                place = (place + 1) & (places - 1)
+            if table[place] < 0 and count <= size:
+                table[place] = numbers[i] = number
+                break
+    return numbers
+
+
 def drawn_pixels(scene: Scene, views: Sequence[int], draw: Draw, first_step: int,
-                 process: Process) -> Iterator[List[Tuple[int, np.ndarray, np.ndarray]]]:
-    """Yield for each step a list of its views, each with its flat pixel indices (R,) and their weights (R,) float32.
+                 process: Process) -> Iterator[Tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield for each step its views (V,) int64, and in their order the rays' flat pixel indices and weights, (R,).
 
     Of a scene in a store, the system begins to read them.
     """
     strata, num_pixels, ends = {}, math.prod(scene.masks.shape[1:]), ray_ends(draw.num_rays, draw.views_per_step)
     for step in itertools.count(first_step):
         rng, found = random_numbers(draw.seed, PIXELS, step * process.size + process.rank), []
-        for view, start, end in zip(step_views(views, draw, step, process).tolist(), [0, *ends], ends):
+        chosen = step_views(views, draw, step, process)
+        for view, start, end in zip(chosen.tolist(), [0, *ends], ends):
             if draw.outline_fraction:
                 if view not in strata:
                     regions = scene.store.regions(view) if scene.store else mask_regions(scene.masks[view])
@@ -565,8 +625,8 @@ def drawn_pixels(scene: Scene, views: Sequence[int], draw: Draw, first_step: int
                 weights = np.ones(end - start, np.float32)
             if scene.store:
                 scene.store.fetch(view, pixels)
-            found.append((view, pixels, weights))
-        yield found
+            found.append((pixels, weights))
+        yield (chosen, *map(np.concatenate, zip(*found)))
 
 
 def mask_regions(mask: np.ndarray) -> List[Region]:

@@ -167,10 +167,25 @@ def pixel_rays(uv, intrinsics, pose):
     uv: (N, 2), column and row, pixel centres at integers; intrinsics (3, 3) and pose (4, 4): see
     decompose_projection.
     """
-    homogeneous = np.concatenate([np.asarray(uv, np.float64), np.ones((len(uv), 1))], axis=1)
-    directions = homogeneous @ np.linalg.inv(intrinsics).T @ pose[:3, :3].T
-    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
-    return pose[:3, 3].astype(np.float32), directions.astype(np.float32)
+    return pose[:3, 3].astype(np.float32), pixel_directions(uv, ray_matrices(intrinsics, pose))
+
+
+def ray_matrices(intrinsics, pose):
+    """Return the matrices (..., 3, 3) from (column, row, 1) of a pixel to a vector along its ray.
+
+    intrinsics (..., 3, 3) and pose (..., 4, 4): see decompose_projection.
+    """
+    return pose[..., :3, :3] @ np.linalg.inv(intrinsics)
+
+
+def pixel_directions(uv, matrices):
+    """Return the unit directions (N, 3) float32 of the rays through the pixels uv (N, 2).
+
+    matrices: (3, 3), or (N, 3, 3) for each pixel's own, the result of ray_matrices.
+    """
+    uv = np.asarray(uv, np.float64)
+    directions = uv[:, :1] * matrices[..., 0] + uv[:, 1:] * matrices[..., 1] + matrices[..., 2]
+    return (directions / np.linalg.norm(directions, axis=1, keepdims=True)).astype(np.float32)
 
 
 def unit(vectors):

@@ -23,6 +23,7 @@ from files import writing
 
 Weights = Union[cpu.PackedWeights, gpu.FoldedWeights]
 
+NETWORKS = ("implicit", "rendering")
 SHADED_ON_CPU, SHADED_ON_GPU = 1 << 12, 1 << 14     # points that the networks shade at once
 FEWEST_ROWS = 64        # of a shading on a GPU
 
@@ -92,7 +93,7 @@ def backend() -> ModuleType:
 
 
 def implicit(x: nn.Variable, weights: Weights) -> Tuple[nn.Variable, nn.Variable, nn.Variable]:
-    """The implicit network and the gradient of its sdf, the normal; training takes a SurfaceEvaluation instead.
+    """The implicit network and the gradient of its sdf, the normal, without a backward pass.
 
     x: (N, 3); weights: folded_weights("implicit").
     Returns sdf (N, 1), positive outside, feature (N, F) and normal (N, 3), which is not normalised.
@@ -115,8 +116,8 @@ def rendering(x: nn.Variable, normal: nn.Variable, view: nn.Variable, feature: n
 
 
 def surface_evaluation(points: nn.Variable, directions: nn.Variable, want_grad_points: bool,
-                       least_slope: float) -> Union[cpu.SurfaceEvaluation, gpu.SurfaceEvaluation]:
-    """Return the backend's SurfaceEvaluation of the current parameters; see backends/cpu.py."""
+                       least_slope: float) -> gpu.SurfaceEvaluation:
+    """Return a GPU's SurfaceEvaluation of the current parameters; see backends/gpu.py."""
     return backend().SurfaceEvaluation(layer_parameters("implicit"), points, directions, want_grad_points, least_slope)
 
 
@@ -136,16 +137,17 @@ def shader(net: Network) -> Callable:
     return partial(shade, without=net.without)
 
 
-def shade(points: np.ndarray, directions: Optional[np.ndarray] = None,
-          without: Sequence[str] = ()) -> Tuple[np.ndarray, np.ndarray]:
+def shade(points: np.ndarray, directions: Optional[np.ndarray] = None, without: Sequence[str] = (),
+          chunk: Optional[int] = None) -> Tuple[np.ndarray, np.ndarray]:
     """Return the colours and the normals of surface points with the current parameters.
 
     points, directions: (N, 3) float32, the latter the unit ray directions. Without directions each point is seen along
-    its normal. without: as in `rendering`. Returns rgb (N, 3) in [0, 1] and the sdf's gradient (N, 3), float32.
+    its normal. without: as in `rendering`. chunk: how many points at once, None for the usual number.
+    Returns rgb (N, 3) in [0, 1] and the sdf's gradient (N, 3), float32.
     """
-    rows = min(len(points), SHADED_ON_CPU)
+    rows = min(len(points), chunk or SHADED_ON_CPU)
     if not on_cpu():        # a GPU's kernels are prepared for each number of rows, so these are few
-        rows = min(2 ** math.ceil(math.log2(max(len(points), FEWEST_ROWS))), SHADED_ON_GPU)
+        rows = min(2 ** math.ceil(math.log2(max(len(points), FEWEST_ROWS))), chunk or SHADED_ON_GPU)
     rgb, normals = np.empty((len(points), 3), np.float32), np.empty((len(points), 3), np.float32)
     if not len(points):
         return rgb, normals

@@ -56,10 +56,24 @@ class Chords(NamedTuple):
     length: np.ndarray      # (R,) float32
 
 
+@compiled
+def num_ahead(step):
+    """Return how many points a walking ray gets in a step of the refinement."""
+    return AHEAD[min(step, len(AHEAD) - 1)]
+
+
+@compiled
+def steps_left(step, steps):
+    """Return in how many steps, this one included, brackets must be narrow; 0 while there is no hurry."""
+    return steps - step if step >= SECANT_ALONE else 0
+
+
 class Limits(NamedTuple):
     """What a search elsewhere has to know."""
     max_slope: float = MAX_SLOPE
     max_cover: int = MAX_COVER
+    num_ahead: Callable = num_ahead
+    steps_left: Callable = steps_left
 
 
 @lru_cache(maxsize=None)
@@ -425,14 +439,6 @@ class Refinement(NamedTuple):
     steps: int              # maximum
     tolerance: float        # of the sdf
 
-    def num_ahead(self, step: int) -> int:
-        """Return how many points a walking ray gets in a step."""
-        return AHEAD[min(step, len(AHEAD) - 1)]
-
-    def steps_left(self, step: int) -> int:
-        """Return in how many steps, this one included, brackets must be narrow; 0 while there is no hurry."""
-        return self.steps - step if step >= SECANT_ALONE else 0
-
 
 def _refine(sdf_at, rays, ends, values, how):
     """Narrow each gap to where its ray enters the object; ends and values (2, n) are changed in place.
@@ -447,7 +453,7 @@ def _refine(sdf_at, rays, ends, values, how):
     """
     gaps = _Gaps(ends, values, values[1] <= how.tolerance, values[1] >= -how.tolerance, np.ones(rays.size, bool))
     for step in range(how.steps):
-        gap, t = _look_ahead(*gaps, how.secant, how.num_ahead(step), how.steps_left(step), how.tolerance)
+        gap, t = _look_ahead(*gaps, how.secant, num_ahead(step), steps_left(step, how.steps), how.tolerance)
         if not gap.size:
             break
         _take_in(*gaps, gap, t, sdf_at(rays[gap], t), how.tolerance)

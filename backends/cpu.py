@@ -1,19 +1,19 @@
 """The networks on the CPU as nnabla sees them, with cpu_kernels.py inside.
 
-gpu.py offers the same names for a GPU: folded_weights, implicit, rendering, SurfaceEvaluation, Sdf. network.py chooses.
+gpu.py offers the same names for a GPU: folded_weights, implicit, rendering, Sdf. network.py chooses.
 """
 import ctypes
 import sys
 from types import ModuleType
-from typing import List, Tuple
+from typing import List, Sequence, Tuple
 
 import nnabla as nn
 import numpy as np
 from nnabla.function import PythonFunction
 
 from backends import cpu_kernels
-from backends.architecture import array_sizes, inverse_slope
-from backends.cpu_kernels import Weights
+from backends.architecture import OPTIONAL_INPUTS, array_sizes
+from backends.cpu_kernels import LossTerms, Networks, StepRows, Weights
 
 Layers = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]     # v (in, out), g (out,) and b (out,) of each layer
 
@@ -127,7 +127,7 @@ class CpuFunction(PythonFunction):
 class ImplicitFunction(CpuFunction):
     """Input: points (N, 3). Outputs: sdf (N, 1), feature (N, F) and normal (N, 3).
 
-    It has no backward pass: in training, SurfaceEvaluation takes its place.
+    It has no backward pass: in training, StepEvaluation takes its place.
     """
 
     def min_outputs(self):
@@ -138,13 +138,13 @@ class ImplicitFunction(CpuFunction):
             output.reset_shape((inputs[0].shape[0], columns), True)
 
     def forward_impl(self, inputs, outputs):
-        output, normals, _ = cpu_kernels.implicit_forward(inputs[0].data.data, self.weights.fold())
+        output, normals = cpu_kernels.implicit_forward(inputs[0].data.data, self.weights.fold())
         for target, result in zip(outputs, (output[:, :1], output[:, 1:], normals)):
             target.data.data[...] = result
 
 
 class RenderingFunction(CpuFunction):
-    """Input: the renderer's input. Output: rgb. The backward pass also adds to the gradients of the parameters."""
+    """Input: the renderer's input. Output: rgb. It has no backward pass either."""
 
     def min_outputs(self):
         return 1
@@ -153,15 +153,7 @@ class RenderingFunction(CpuFunction):
         outputs[0].reset_shape((inputs[0].shape[0], 3), True)
 
     def forward_impl(self, inputs, outputs):
-        self.folded = self.weights.fold()
-        self.kept = cpu_kernels.rendering_forward(inputs[0].data.data, self.folded, outputs[0].data.data)
-
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        rgb, grad_rgb = outputs[0].data.data, outputs[0].grad.data
-        grad_input, grad_packed = cpu_kernels.rendering_backward(self.kept, self.folded, rgb, grad_rgb)
-        self.weights.backward(grad_packed)
-        self.kept, target = None, inputs[0].grad.data
-        target[...] = target + grad_input if accum[0] else grad_input
+        cpu_kernels.rendering_forward(inputs[0].data.data, self.weights.fold(), outputs[0].data.data)
 
 
 def implicit(x: nn.Variable, weights: PackedWeights) -> Tuple[nn.Variable, nn.Variable, nn.Variable]:
@@ -174,63 +166,46 @@ def rendering(h: nn.Variable, weights: PackedWeights) -> nn.Variable:
     return RenderingFunction(weights)(h)
 
 
-# --- the evaluation of a training step --------------------------------------------------------------------------------
+# --- a training step --------------------------------------------------------------------------------------------------
 
-class SurfaceEvaluation:
-    """The implicit network at a step's points, and at the differentiable hits of its first rays (equation 3).
+class StepEvaluation:
+    """Both networks, the losses and their gradients in a training step, where gpu.py has a graph of nnabla's functions.
 
-    layers: the network's parameters, Variables (v, g, b). points: (N, 3) Variable. directions: (S, 3) Variable, of the
-    first S points' rays.
-    Leaves for the graph of the losses, filled by forward(): sdf (N, 1), normal (N, 3); and of the S rays hit (S, 3),
-    hit_normal (S, 3) and hit_feature (S, F), each None where S is 0. backward() carries the leaves' gradients back and
-    adds to those of the parameters.
-
-    A hit has the value of its point, so one evaluation serves both. least_slope: of architecture.inverse_slope.
+    layers: the parameters of the implicit network and those of the renderer, Variables (v, g, b); without: which of
+    OPTIONAL_INPUTS the renderer was built without. A hit has the value of its point, so one evaluation serves both.
     """
 
-    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool,
-                 least_slope: float):
-        self.least_slope = least_slope
-        self.weights, self.points, self.directions = PackedWeights(layers), points, directions
-        rows, num_hits, num_features = points.shape[0], directions.shape[0], self.weights.sizes[-1, 1] - 1
-        self.sdf, self.normal = (nn.Variable((rows, columns), need_grad=True) for columns in (1, 3))
-        self.hit = self.hit_normal = self.hit_feature = None
-        if num_hits:
-            self.hit, self.hit_normal, self.hit_feature = (
-                nn.Variable((num_hits, columns), need_grad=True) for columns in (3, 3, num_features))
+    def __init__(self, layers: Tuple[Layers, Layers], without: Sequence[str]):
+        self.weights = [PackedWeights(network) for network in layers]
+        self.inputs = tuple(name not in without for name in OPTIONAL_INPUTS)
 
-    def leaves(self) -> List[nn.Variable]:
-        return [leaf for leaf in (self.sdf, self.normal, self.hit, self.hit_normal, self.hit_feature) if leaf]
+    def forward(self, rows: StepRows, terms: LossTerms) -> np.ndarray:
+        """Compute everything from the current parameters; return the colour, mask and eikonal loss (3,) float64."""
+        self.nets = Networks(*(weights.fold() for weights in self.weights), self.inputs)
+        self.rows, self.values = rows, cpu_kernels.step_forward(rows, self.nets, terms)
+        return self.values.sums.sum(axis=0)
 
-    def forward(self) -> None:
-        """Compute the leaves from the current parameters and points."""
-        x, num_hits = self.points.d, self.directions.shape[0]
-        self.folded = self.weights.fold()
-        output, self.normals, self.kept = cpu_kernels.implicit_forward(x, self.folded, num_hits)
-        results = output[:, :1], self.normals, x[:num_hits], self.normals[:num_hits], output[:num_hits, 1:]
-        for leaf, result in zip(self.leaves(), results):
-            leaf.d = result
-            leaf.grad.zero()
+    def backward(self, want_grad_directions: bool) -> None:
+        """Add the gradients of the losses' weighted sum to those of the parameters, once after each forward()."""
+        self.grad_directions = np.empty((len(self.rows.directions) if want_grad_directions else 0, 3), np.float32)
+        grad_packed = cpu_kernels.step_backward(self.rows, self.nets, self.values, self.grad_directions)
+        for weights, gradient in list(zip(self.weights, grad_packed))[:2 if len(self.rows.directions) else 1]:
+            weights.backward(gradient)
 
-    def backward(self) -> None:
-        """Add the loss's gradients to those of the parameters, once its graph has given the leaves theirs."""
-        grad_sdf, grad_normals, *grad_hits = (leaf.g for leaf in self.leaves())
-        if not grad_hits:
-            grad_hits = [np.empty((0, columns), np.float32) for columns in (3, 3, self.folded.sizes[-1, 1] - 1)]
-        v = self.directions.d
-        moves = -v * inverse_slope((v * self.normals[:len(v)]).sum(axis=1, keepdims=True), self.least_slope)
-        self.grads = cpu_kernels.Gradients(grad_sdf.copy(), grad_normals, grad_hits[0].copy(), *grad_hits[1:], moves)
-        self.weights.backward(cpu_kernels.implicit_backward(self.kept, self.folded, self.grads))
-        self.kept = None
+    @property
+    def sdf(self) -> np.ndarray:
+        """The sdf (N,) at the points of the rows."""
+        return self.values.output[:, 0]
 
     def grad_points(self) -> np.ndarray:
-        """Return the loss's gradient with respect to the points (N, 3), after backward().
+        """Return the losses' gradient with respect to the points (N, 3), after backward().
 
         A ray's point takes its hit along, and its sdf changes by normal . movement. The part that comes through the
         normal's loss is left out.
         """
-        grad = self.grads.sdf * self.normals
-        grad[:len(self.grads.hits)] += self.grads.hits
+        grads = self.values.grads
+        grad = grads.sdf * self.values.normals
+        grad[:len(grads.hits)] += grads.hits
         return grad
 
 

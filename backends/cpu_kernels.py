@@ -17,7 +17,7 @@ import scipy.linalg.cython_blas  # noqa: F401  compiled products use its BLAS, w
 from threadpoolctl import threadpool_limits
 
 from backends import architecture
-from backends.architecture import SOFTPLUS_BETA
+from backends.architecture import SOFTPLUS_BETA, VIEW_BANDS
 
 ROOT_HALF = np.float32(0.5 ** 0.5)
 BLOCK = 1 << 17         # values of a layer computed together (512 rows at least), so that they stay in the cache
@@ -81,6 +81,7 @@ compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"co
 
 
 has_skip = numba.extending.register_jitable(architecture.has_skip)
+inverse_slope = numba.extending.register_jitable(architecture.inverse_slope)
 
 
 @compiled
@@ -291,13 +292,20 @@ def implicit_sdf(x: np.ndarray, net: Weights) -> np.ndarray:
 @compiled
 def sdf_block(number: int, split: Split, x: np.ndarray, net: Weights, out: np.ndarray) -> None:
     """Do one block of implicit_sdf."""
-    w, b = affine(net.packed, net.sizes, len(net.sizes) - 1)
-    w, nothing = w[:, 0].copy(), np.empty(0, np.float32)
     block = block_of(split, number)
     rows = slice(block.first, block.first + block.rows)
-    values = np.dot(last_hidden(x[rows], net, nothing, nothing), w)
-    for row in range(block.rows):
-        out[block.first + row] = values[row] + b[0]
+    out[rows] = sdf_values(x[rows], net)
+
+
+@compiled
+def sdf_values(x: np.ndarray, net: Weights) -> np.ndarray:
+    """Return the sdf (N,) at x (N, 3), on one core."""
+    w, b = affine(net.packed, net.sizes, len(net.sizes) - 1)
+    w, nothing = w[:, 0].copy(), np.empty(0, np.float32)
+    values = np.dot(last_hidden(x, net, nothing, nothing), w)
+    for row in range(len(x)):
+        values[row] += b[0]
+    return values
 
 
 class Kept(NamedTuple):
@@ -325,19 +333,21 @@ def kept_of(kept: Kept, block: Block, sizes: np.ndarray) -> Kept:
                 kept.derivative[first:last], kept.normal_encoded[first:last])
 
 
-def implicit_forward(x: np.ndarray, net: Weights, num_hits: int = 0) -> Tuple[np.ndarray, np.ndarray, Kept]:
-    """Compute the implicit network and its sdf's gradient, the normal, at x (N, 3), of which the first num_hits are
-    hits.
-
-    Returns sdf and feature (N, 1 + F), the normals (N, 3), not normalised, and the Kept for implicit_backward.
-    """
-    x, rows, (total_in, total_out) = np.ascontiguousarray(x, np.float32), len(x), net.sizes.sum(axis=0).tolist()
-    columns, last = net.sizes[0, IN], net.sizes[-1, OUT]
+def new_kept(rows: int, sizes: np.ndarray) -> Kept:
+    """Return the Kept of so many rows, not yet filled."""
+    (total_in, total_out), columns, last = sizes.sum(axis=0).tolist(), sizes[0, IN], sizes[-1, OUT]
     shapes = 2 * rows * total_in, 2 * rows * total_out, rows * (total_out - last), (rows, columns), (rows, columns)
-    kept = Kept(*(np.empty(shape, np.float32) for shape in shapes))
-    output, normals = np.empty((rows, last), np.float32), np.empty((rows, 3), np.float32)
-    on_all_cores(implicit_forward_block, split_rows(rows, net.sizes[-1, IN], num_hits), x, net, kept, (output, normals))
-    return output, normals, kept
+    return Kept(*(np.empty(shape, np.float32) for shape in shapes))
+
+
+def implicit_forward(x: np.ndarray, net: Weights) -> Tuple[np.ndarray, np.ndarray]:
+    """Return the implicit network's sdf and feature (N, 1 + F) and the sdf's gradient, the normal (N, 3), not
+    normalised, at x (N, 3)."""
+    x, rows = np.ascontiguousarray(x, np.float32), len(x)
+    output, normals = np.empty((rows, net.sizes[-1, OUT]), np.float32), np.empty((rows, 3), np.float32)
+    split = split_rows(rows, net.sizes[-1, IN])
+    on_all_cores(implicit_forward_block, split, x, net, new_kept(rows, net.sizes), (output, normals))
+    return output, normals
 
 
 @compiled
@@ -392,38 +402,23 @@ class Gradients(NamedTuple):
 
     Where the surface moves, a hit moves along its ray: x0 - (sdf - sdf0) / (n0 . v) v (the paper's equation 3).
     """
-    sdf: np.ndarray             # (N, 1); implicit_backward adds the part of the hits that move
+    sdf: np.ndarray             # (N, 1); carry_block_back adds the part of the hits that move
     normals: np.ndarray         # (N, 3)
-    hits: np.ndarray            # (S, 3); implicit_backward adds the part of their normals and features
+    hits: np.ndarray            # (S, 3); carry_block_back adds the part of their normals and features
     hit_normals: np.ndarray     # (S, 3)
     hit_features: np.ndarray    # (S, F)
     moves: np.ndarray           # (S, 3): -v / (n0 . v), no gradient
 
 
-def implicit_backward(kept: Kept, net: Weights, grads: Gradients) -> np.ndarray:
-    """Carry a loss's gradients back through implicit_forward, and add to grads what Gradients says.
-
-    Returns the gradients with respect to the packed weights, in parts (parts, P) to be summed.
-    """
-    split = split_rows(len(grads.sdf), net.sizes[-1, IN], len(grads.hits))
-    grad_packed = np.empty((split.blocks, len(net.packed)), np.float32)
-    on_all_cores(implicit_backward_block, split, kept, net, grads, grad_packed)
-    return grad_packed
-
-
 @compiled
-def implicit_backward_block(number: int, split: Split, kept: Kept, net: Weights, grads: Gradients,
-                            grad_packed: np.ndarray) -> None:
-    """Do one block of implicit_backward."""
-    block = block_of(split, number)
-    own = kept_of(kept, block, net.sizes)
-    carry_block_back(block, own, net, grads)
-    for layer in range(len(net.sizes)):
+def find_weight_gradients(rows: int, kept: Kept, sizes: np.ndarray, grad_packed: np.ndarray) -> None:
+    """Write a block's gradients with respect to the packed weights (P,), once its gradients have been carried back."""
+    for layer in range(len(sizes)):
         # inputs^T grad_z + tangents^T deltas is one product, since they lie below one another.
-        grad_z = part(own.grad_zs, 2 * block.rows, net.sizes, OUT, layer)
-        grad_w, grad_b = affine(grad_packed[number], net.sizes, layer)
-        np.dot(part(own.inputs, 2 * block.rows, net.sizes, IN, layer).T, grad_z, grad_w)
-        sum_rows(grad_z[:block.rows], grad_b)
+        grad_z = part(kept.grad_zs, 2 * rows, sizes, OUT, layer)
+        grad_w, grad_b = affine(grad_packed, sizes, layer)
+        np.dot(part(kept.inputs, 2 * rows, sizes, IN, layer).T, grad_z, grad_w)
+        sum_rows(grad_z[:rows], grad_b)
 
 
 @compiled
@@ -523,32 +518,33 @@ def sum_rows(array: np.ndarray, out: np.ndarray) -> None:
 
 # --- the rendering network --------------------------------------------------------------------------------------------
 
-def rendering_forward(h: np.ndarray, net: Weights, rgb: np.ndarray) -> np.ndarray:
-    """Write rgb (N, 3) in [-1, 1] of the renderer's input h (N, in) to rgb.
-
-    Returns what rendering_backward takes as `kept`: flat, each block's inputs of all layers in order.
-    """
-    kept = np.empty(len(h) * net.sizes[:, IN].sum(), np.float32)
-    on_all_cores(rendering_forward_block, split_rows(len(h), net.sizes[-1, IN]), h, net, kept, rgb)
-    return kept
+def rendering_forward(h: np.ndarray, net: Weights, rgb: np.ndarray) -> None:
+    """Write rgb (N, 3) in [-1, 1] of the renderer's input h (N, in) to rgb."""
+    on_all_cores(rendering_forward_block, split_rows(len(h), net.sizes[-1, IN]), h, net, rgb)
 
 
 @compiled
-def rendering_forward_block(number: int, split: Split, h: np.ndarray, net: Weights, kept: np.ndarray,
-                            rgb: np.ndarray) -> None:
+def rendering_forward_block(number: int, split: Split, h: np.ndarray, net: Weights, rgb: np.ndarray) -> None:
     """Do one block of rendering_forward."""
-    sizes, total = net.sizes, net.sizes[:, IN].sum()
     block = block_of(split, number)
-    rows, first, last = block.rows, block.first, block.first + block.rows
-    inputs = kept[first * total:last * total]
-    part(inputs, rows, sizes, IN, 0)[:] = h[first:last]
+    rows = slice(block.first, block.first + block.rows)
+    inputs = np.empty(block.rows * net.sizes[:, IN].sum(), np.float32)
+    part(inputs, block.rows, net.sizes, IN, 0)[:] = h[rows]
+    render_block(inputs, net, rgb[rows])
+
+
+@compiled
+def render_block(inputs: np.ndarray, net: Weights, rgb: np.ndarray) -> None:
+    """Write a block's colours to rgb (N, 3). inputs: flat, of each layer (N, in), the first one given, the others
+    written."""
+    sizes, rows = net.sizes, len(rgb)
     for layer in range(len(sizes)):
         w, b = affine(net.packed, sizes, layer)
         z = np.dot(part(inputs, rows, sizes, IN, layer), w)
         if layer == len(sizes) - 1:
             for row in range(rows):
                 for column in range(len(b)):
-                    rgb[first + row, column] = np.tanh(z[row, column] + b[column])
+                    rgb[row, column] = np.tanh(z[row, column] + b[column])
         else:
             after = part(inputs, rows, sizes, IN, layer + 1)
             for row in range(rows):
@@ -557,32 +553,19 @@ def rendering_forward_block(number: int, split: Split, h: np.ndarray, net: Weigh
                     after[row, column] = np.float32(0.0) if value < 0.0 else value      # NaN stays NaN
 
 
-def rendering_backward(kept: np.ndarray, net: Weights, rgb: np.ndarray,
-                       grad_rgb: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """Return a loss's gradients with respect to h (N, in), and to the packed weights in parts (parts, P) to be summed,
-    from that with respect to rgb (N, 3)."""
-    split = split_rows(len(rgb), net.sizes[-1, IN])
-    grad_input = np.empty((len(rgb), net.sizes[0, IN]), np.float32)
-    grad_packed = np.empty((split.blocks, len(net.packed)), np.float32)
-    on_all_cores(rendering_backward_block, split, kept, net, (rgb, grad_rgb), (grad_input, grad_packed))
-    return grad_input, grad_packed
-
-
 @compiled
-def rendering_backward_block(number: int, split: Split, kept: np.ndarray, net: Weights, given: tuple,
-                             out: tuple) -> None:
-    """Do one block of rendering_backward."""
-    (rgb, grad_rgb), (grad_input, grad_packed), sizes = given, out, net.sizes
-    total = sizes[:, IN].sum()
-    block = block_of(split, number)
-    rows, first, last = block.rows, block.first, block.first + block.rows
+def carry_colors_back(inputs: np.ndarray, net: Weights, rgb: np.ndarray, grad_rgb: np.ndarray,
+                      grad_packed: np.ndarray) -> np.ndarray:
+    """Return a loss's gradient with respect to the input (N, in) of render_block, from that with respect to rgb (N, 3);
+    write that with respect to the packed weights to grad_packed (P,)."""
+    sizes, rows = net.sizes, len(rgb)
     grad_z = np.empty((rows, 3), np.float32)
     for row in range(rows):
         for c in range(3):
-            grad_z[row, c] = grad_rgb[first + row, c] * (np.float32(1.0) - rgb[first + row, c] ** 2)
+            grad_z[row, c] = grad_rgb[row, c] * (np.float32(1.0) - rgb[row, c] ** 2)
     for layer in range(len(sizes) - 1, -1, -1):
-        h = part(kept[first * total:last * total], rows, sizes, IN, layer)
-        grad_w, grad_b = affine(grad_packed[number], sizes, layer)
+        h = part(inputs, rows, sizes, IN, layer)
+        grad_w, grad_b = affine(grad_packed, sizes, layer)
         np.dot(h.T, grad_z, grad_w)
         sum_rows(grad_z, grad_b)
         grad_z = np.dot(grad_z, affine(net.packed, sizes, layer)[0].T)
@@ -591,7 +574,201 @@ def rendering_backward_block(number: int, split: Split, kept: np.ndarray, net: W
                 for column in range(grad_z.shape[1]):
                     if not h[row, column] > 0.0:
                         grad_z[row, column] = 0.0
-    grad_input[first:last] = grad_z
+    return grad_z
+
+
+# --- a training step --------------------------------------------------------------------------------------------------
+
+class StepRows(NamedTuple):
+    """A step's N points: first S that may be hits in the mask, then those of the other rays, R in all, then others."""
+    points: np.ndarray          # (N, 3)
+    directions: np.ndarray      # (S, 3), unit, of the rays
+    rgb: np.ndarray             # (S, 3), of the photographs
+    color_weights: np.ndarray   # (S,), 0 for a ray without a hit in its mask
+    object_mask: np.ndarray     # (R,), 1 on the object
+    mask_weights: np.ndarray    # (R,), 0 for a ray with a hit in its mask
+
+
+class LossTerms(NamedTuple):
+    """What the losses are multiplied by, and what else they depend on."""
+    mask: float
+    eikonal: float
+    alpha: float
+    least_slope: float          # of architecture.inverse_slope
+
+
+class Networks(NamedTuple):
+    """The weights of both networks, and which of OPTIONAL_INPUTS the renderer has."""
+    implicit: Weights
+    rendering: Weights
+    inputs: Tuple[bool, bool, bool]
+
+
+class StepValues(NamedTuple):
+    """What a step's forward pass finds, and keeps for the backward pass. Arrays over rows are in the order of
+    StepRows."""
+    kept: Kept
+    inputs: np.ndarray          # flat, each block's inputs of the renderer's layers, as in render_block
+    output: np.ndarray          # (N, 1 + F): sdf and feature
+    normals: np.ndarray         # (N, 3)
+    rgb: np.ndarray             # (S, 3)
+    grad_rgb: np.ndarray        # (S, 3)
+    grads: Gradients            # of the losses with respect to their inputs; the backward pass adds to them
+    sums: np.ndarray            # (blocks, 3) float64: the blocks' shares of the colour, mask and eikonal loss
+
+
+def step_forward(rows: StepRows, nets: Networks, terms: LossTerms) -> StepValues:
+    """Compute both networks at a step's points, the losses, and their gradients with respect to what enters them."""
+    def empty(*shape):
+        return np.empty(shape, np.float32)
+
+    sizes, (count, hits) = nets.implicit.sizes, (len(rows.points), len(rows.directions))
+    features, split = sizes[-1, OUT] - 1, step_split(rows, nets)
+    grads = Gradients(empty(count, 1), empty(count, 3), empty(hits, 3), empty(hits, 3), empty(hits, features),
+                      empty(hits, 3))
+    values = StepValues(new_kept(count, sizes), empty(hits * nets.rendering.sizes[:, IN].sum()),
+                        empty(count, 1 + features), empty(count, 3), empty(hits, 3), empty(hits, 3), grads,
+                        np.zeros((split.blocks, 3)))
+    on_all_cores(step_forward_block, split, rows, nets, terms, values)
+    return values
+
+
+def step_split(rows: StepRows, nets: Networks) -> Split:
+    """Return how a step's rows are cut into blocks."""
+    return split_rows(len(rows.points), nets.implicit.sizes[-1, IN], len(rows.directions))
+
+
+@compiled
+def step_forward_block(number: int, split: Split, rows: StepRows, nets: Networks, terms: LossTerms,
+                       values: StepValues) -> None:
+    """Do one block of step_forward."""
+    block, grads = block_of(split, number), values.grads
+    x = take(rows.points, block)
+    output, normals = forward_block(x, nets.implicit, kept_of(values.kept, block, nets.implicit.sizes))
+    put(output, block, values.output)
+    put(normals, block, values.normals)
+    if block.hits:
+        own, hits = slice(block.first_hit, block.first_hit + block.hits), block.hits
+        inputs, v = rendering_part(values, nets, block), rows.directions[own]
+        join_inputs(x[:hits], v, normals, output, nets.inputs, part(inputs, hits, nets.rendering.sizes, IN, 0))
+        render_block(inputs, nets.rendering, values.rgb[own])
+        for row in range(hits):
+            slope = v[row, 0] * normals[row, 0] + v[row, 1] * normals[row, 1] + v[row, 2] * normals[row, 2]
+            inverse = inverse_slope(slope, np.float32(terms.least_slope), max)
+            for c in range(3):
+                grads.moves[block.first_hit + row, c] = -v[row, c] * inverse
+    find_losses(block, rows, terms, values, values.sums[number])
+
+
+@compiled
+def rendering_part(values: StepValues, nets: Networks, block: Block) -> np.ndarray:
+    """Return a block's part of StepValues.inputs, as a view."""
+    total = nets.rendering.sizes[:, IN].sum()
+    return values.inputs[block.first_hit * total:(block.first_hit + block.hits) * total]
+
+
+@compiled
+def join_inputs(x: np.ndarray, directions: np.ndarray, normals: np.ndarray, output: np.ndarray,
+                used: Tuple[bool, bool, bool], h: np.ndarray) -> None:
+    """Write the renderer's inputs to h (M, in): point, encoded direction to the camera, normal and feature, as used."""
+    count, first = len(x), 3
+    h[:, :3] = x
+    if used[0]:
+        encoded = encode(-directions, VIEW_BANDS)
+        h[:, first:first + encoded.shape[1]] = encoded
+        first += encoded.shape[1]
+    if used[1]:
+        h[:, first:first + 3] = normals[:count]
+        first += 3
+    if used[2]:
+        h[:, first:] = output[:count, 1:]
+
+
+@compiled
+def find_losses(block: Block, rows: StepRows, terms: LossTerms, values: StepValues, sums: np.ndarray) -> None:
+    """Add a block's share of the losses to sums (3,), and write their gradients to values.grads and grad_rgb.
+
+    They are the losses of training/step.py.
+    """
+    f, grads, num_rays = np.float32, values.grads, len(rows.mask_weights)
+    alpha, per_point = f(terms.alpha), f(1.0 / len(rows.points))
+    for row in range(block.rows):
+        number = block.first_hit + row if row < block.hits else block.first_other + row - block.hits
+        n = values.normals[number]
+        length = np.sqrt(n[0] * n[0] + n[1] * n[1] + n[2] * n[2] + f(1e-12))     # a root has no derivative at 0
+        error, grads.sdf[number, 0] = length - f(1.0), 0.0
+        sums[2] += error * error * per_point
+        for c in range(3):
+            grads.normals[number, c] = f(2.0 * terms.eikonal) * per_point * error / length * n[c]
+        if number < num_rays:
+            weight, wanted = rows.mask_weights[number] / f(num_rays), rows.object_mask[number]
+            v = -alpha * values.output[number, 0]
+            e = np.exp(-abs(v))
+            sigmoid = (f(1.0) if v > 0 else e) / (f(1.0) + e)
+            sums[1] += weight * ((v if v > 0 else f(0.0)) - v * wanted + np.log1p(e)) / alpha
+            grads.sdf[number, 0] = f(terms.mask) * weight * (wanted - sigmoid)
+        if row < block.hits:
+            weight = rows.color_weights[number] / f(num_rays)
+            for c in range(3):
+                error = values.rgb[number, c] - rows.rgb[number, c]
+                sums[0] += weight * abs(error)
+                values.grad_rgb[number, c] = weight * np.sign(error)
+
+
+def step_backward(rows: StepRows, nets: Networks, values: StepValues,
+                  grad_directions: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+    """Return the gradients of the losses' sum with respect to the packed weights of both networks, in parts (parts, P).
+
+    grad_directions: (S, 3), receives that with respect to the directions that enter the renderer; or empty.
+    """
+    split = step_split(rows, nets)
+    grad_packed = tuple(np.empty((split.blocks, len(net.packed)), np.float32) for net in nets[:2])
+    on_all_cores(step_backward_block, split, nets, values, grad_directions, grad_packed)
+    return grad_packed
+
+
+@compiled
+def step_backward_block(number: int, split: Split, nets: Networks, values: StepValues, grad_directions: np.ndarray,
+                        grad_packed: Tuple[np.ndarray, np.ndarray]) -> None:
+    """Do one block of step_backward."""
+    block, grads, sizes = block_of(split, number), values.grads, nets.implicit.sizes
+    kept, own = kept_of(values.kept, block, sizes), slice(block.first_hit, block.first_hit + block.hits)
+    if block.hits:
+        inputs, rgb, grad_rgb = rendering_part(values, nets, block), values.rgb[own], values.grad_rgb[own]
+        grad_h = carry_colors_back(inputs, nets.rendering, rgb, grad_rgb, grad_packed[1][number])
+        h = part(inputs, block.hits, nets.rendering.sizes, IN, 0)
+        split_inputs(h, grad_h, nets.inputs, (grads.hits[own], grads.hit_normals[own], grads.hit_features[own]),
+                     grad_directions[own])
+    else:
+        grad_packed[1][number] = 0.0
+    carry_block_back(block, kept, nets.implicit, grads)
+    find_weight_gradients(block.rows, kept, sizes, grad_packed[0][number])
+
+
+@compiled
+def split_inputs(h: np.ndarray, grad_h: np.ndarray, used: Tuple[bool, bool, bool],
+                 out: Tuple[np.ndarray, np.ndarray, np.ndarray], grad_directions: np.ndarray) -> None:
+    """Write the gradient with respect to the parts of the renderer's inputs, as join_inputs joins them.
+
+    out: of point, normal and feature. grad_directions: of the rays' directions, unless it is empty.
+    """
+    (grad_x, grad_normals, grad_features), first = out, 3
+    grad_x[:], grad_normals[:], grad_features[:], grad_directions[:] = grad_h[:, :3], 0.0, 0.0, 0.0
+    if used[0]:
+        last = first + 3 + 6 * VIEW_BANDS
+        if len(grad_directions):
+            encoded = h[:, first:last].copy()
+            derivative = np.empty_like(encoded)
+            encode_derivative(encoded, derivative)
+            for row in range(len(h)):
+                for column in range(last - first):
+                    grad_directions[row, column % 3] -= grad_h[row, first + column] * derivative[row, column]
+        first = last
+    if used[1]:
+        grad_normals[:] = grad_h[:, first:first + 3]
+        first += 3
+    if used[2]:
+        grad_features[:] = grad_h[:, first:]
 
 
 # --- weight normalisation ---------------------------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def give_back(passes: Passes) -> None:
 # --- the evaluation of a training step --------------------------------------------------------------------------------
 
 class SurfaceEvaluation:
-    """As cpu.SurfaceEvaluation.
+    """As gpu.SurfaceEvaluation.
 
     The buffers, some 400 MB at full size, are held from forward() to backward() and then serve the next evaluation.
     """

@@ -1,6 +1,6 @@
 """The networks in nnabla's own functions, as a GPU runs them, with the implicit network's derivatives written out.
 
-cpu.py offers the same names for the CPU: folded_weights, implicit, rendering, SurfaceEvaluation, Sdf. network.py
+cpu.py offers the same names for the CPU: folded_weights, implicit, rendering, Sdf. network.py
 chooses.
 """
 import threading
@@ -162,8 +162,15 @@ def per_coordinate(columns: int) -> nn.Variable:
 # --- the evaluation of a training step --------------------------------------------------------------------------------
 
 class SurfaceEvaluation:
-    """As cpu.SurfaceEvaluation, with the derivatives written out in nnabla's functions.
+    """The implicit network at a step's points, and at the differentiable hits of its first rays (equation 3).
 
+    layers: the network's parameters, Variables (v, g, b). points: (N, 3) Variable. directions: (S, 3) Variable, of the
+    first S points' rays.
+    Leaves for the graph of the losses, filled by forward(): sdf (N, 1), normal (N, 3); and of the S rays hit (S, 3),
+    hit_normal (S, 3) and hit_feature (S, F), each None where S is 0. backward() carries the leaves' gradients back and
+    adds to those of the parameters. least_slope: of architecture.inverse_slope.
+
+    The derivatives are written out in nnabla's functions.
     A GPU waits for nnabla to start each function: 7 to 20 us on an H200, where a product takes 40 us and everything
     else less. So there are few functions. The one evaluation has the surface's rows twice: once as hits, once as
     points. The gradient with respect to a hit also moves the hit along its ray; `shift` is what that adds to the

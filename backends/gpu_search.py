@@ -71,7 +71,7 @@ class Search:
             self.start("list_gaps", num_rays, *samples, self.found, self.gaps, self.num_gaps, self.ray_gaps)
             num_gaps = self.read(self.num_gaps)
             if num_gaps:
-                self.refine(num_gaps, how)
+                self.refine(num_gaps, how, limits)
                 self.start("find_hits", num_rays, self.gaps, self.ray_gaps, num_rays, self.found)
             copy(self.host_found.ctypes.data, self.found.data.ptr, 8 * num_rays)
             worst = self.read(self.worst) / 2 ** 24
@@ -139,11 +139,11 @@ class Search:
                 self.start("take", count, *self.list, count, self.values, self.table, self.state, int(kind == "exact"),
                            np.float32(self.error), self.worst)
 
-    def refine(self, num_gaps: int, how) -> None:
+    def refine(self, num_gaps: int, how, limits) -> None:
         """Narrow the gaps, as ray_tracer does."""
         for step in range(how.steps):
             self.start("look_ahead", num_gaps, self.rays, self.gaps, num_gaps, self.ahead, *self.list, int(how.secant),
-                       how.num_ahead(step), how.steps_left(step), np.float32(how.tolerance))
+                       limits.num_ahead(step), limits.steps_left(step, how.steps), np.float32(how.tolerance))
             if not self.listed("refinement"):
                 break
             self.start("take_in", num_gaps, self.gaps, num_gaps, self.ahead, self.values, self.count,

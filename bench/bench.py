@@ -35,7 +35,6 @@ from backends import architecture, cpu_kernels  # noqa: E402
 from config.settings import Network, Tracer, load_config  # noqa: E402
 from files import picture_store  # noqa: E402
 from rendering import pixels  # noqa: E402
-from tracing.sdf_grid import SdfGrid  # noqa: E402
 from train import remembered  # noqa: E402
 from training import checkpoints, parallel  # noqa: E402
 from training.step import LossSettings, TrainingStep, place_points  # noqa: E402
@@ -45,8 +44,7 @@ SETTINGS = {"dtu": (Network(512, 256, 9), 2048), "small": (Network(128, 64, 9), 
 ALPHA = 50.0    # of the mask loss, as at the start of training
 LEARNING_RATE = 1e-4
 # The functions of the tracer that evaluate, and their titles.
-STAGES = {(ray_tracer, "_coarse_to_fine"): "samples", (SdfGrid, "search"): "samples",
-          (ray_tracer, "_refine"): "refinement"}
+STAGES = {(ray_tracer, "_coarse_to_fine"): "samples", (ray_tracer, "_refine"): "refinement"}
 
 
 class Machine(NamedTuple):
@@ -236,7 +234,9 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
         batch = timed_part("batch", next, batches)
         timed_part("refresh", sdf.refresh)
         with named_stages(stage):
-            placed = timed_part("trace", place_points, counting, batch, tracer, rng, grid)
+            placed = timed_part("trace", place_points, sdf if grid else counting, batch, tracer, rng, grid)
+        for place, (points, _) in enumerate(grid.heard if grid else ()):    # of each core, as CompiledSearch says
+            evaluations["refinement" if place % 2 else "samples"] += len(points) / num_steps
         graph = timed_part("inputs", step.fill, batch, placed, ALPHA, rng)
         solver.zero_grad()
         timed_part("forward", graph.forward)
@@ -248,6 +248,8 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
         timed_part("update", solver.update)
         num_surface.append(graph.directions.shape[0])
     count_search(evaluations, sdf.search, before, num_steps)
+    if grid:
+        evaluations.update({f"{stage} calls": np.nan for stage in STAGES.values()})
     return seconds, evaluations, np.mean(num_surface)
 
 

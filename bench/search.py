@@ -66,8 +66,8 @@ def compare(conf, scene, views, num_steps):
     train, counted, rng = conf.train, [], np.random.default_rng(0)
     solver = S.Adam(train.learning_rate, beta2=train.adam_beta2)
     solver.set_parameters(nn.get_parameters())
-    sdf = counting(network.sdf_evaluator(), counted)
-    grid = remembered(sdf, train.rays)
+    sdf = network.sdf_evaluator()
+    plain, grid = counting(sdf, counted), remembered(sdf, train.rays)
     taken = TrainingStep(conf.network.without, LossSettings.of(train), train.rays)
     draw = datasets.Draw(train.rays, train.seed, train.outline_fraction, train.views_per_step)
     batches = datasets.training_batches(scene, views, draw)
@@ -79,10 +79,10 @@ def compare(conf, scene, views, num_steps):
         compared, seed = None, (0, helper.SAMPLES, step)
         placed = place_points(sdf, batch, conf.tracer, helper.random_numbers(*seed), grid)
         if (step + 1) % EVERY == 0:
-            evaluations = sum(counted)
-            full = place_points(sdf, batch, conf.tracer, helper.random_numbers(*seed))
-            compared = difference(sdf, batch, alpha, placed, full, conf.tracer.tolerance), evaluations, sum(
-                counted) - evaluations
+            evaluations = sum(len(points) for points, _ in grid.heard)
+            full = place_points(plain, batch, conf.tracer, helper.random_numbers(*seed))
+            compared = (difference(sdf, batch, alpha, placed, full, conf.tracer.tolerance), evaluations,
+                        sum(counted))
         taken.compute_gradients(solver, batch, placed, alpha, rng)
         grid.learn_heard()
         grid.learn(*taken.uniform_points())
@@ -96,8 +96,7 @@ def counting(sdf, counted):
         return function and (lambda points: (counted.append(len(points)), function(points))[1])
 
     counts = count(sdf)
-    counts.half_precision, counts.refresh = count(sdf.half_precision), sdf.refresh
-    counts.search = sdf.search
+    counts.half_precision, counts.search = count(sdf.half_precision), sdf.search
     return counts
 
 

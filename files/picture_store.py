@@ -40,7 +40,7 @@ class Region(NamedTuple):
         flat = chosen.ravel()
         edges = [np.flatnonzero(flat[1:] != flat[:-1]) + 1, [len(flat)] if flat[-1] else []]
         edges = np.concatenate([[0] if flat[0] else [], *edges]).astype(np.int32)
-        starts, ends = edges[::2], edges[1::2]
+        starts, ends = edges[::2].copy(), edges[1::2]
         return cls(starts, np.concatenate([[0], np.cumsum(ends - starts)]).astype(np.int32))
 
     @property

@@ -667,6 +667,23 @@ def test_the_rays_of_several_views_are_those_of_their_views(outline_fraction):
         assert batch.weights.mean() == pytest.approx(1, abs=0 if outline_fraction == 0 else 0.5)
 
 
+@pytest.mark.parametrize("size, count", [(1, 1), (7, 7), (50, 20), (50, 49), (40000, 3000)])
+def test_a_random_subset_is_distinct_and_uniform(size, count):
+    rng, seen = np.random.default_rng(0), np.zeros(size)
+    for _ in range(400 if size < 100 else 4):
+        numbers = datasets.random_subset(size, rng.random(count))
+        assert len(set(numbers.tolist())) == count and numbers.min() >= 0 and numbers.max() < size
+        seen[numbers] += 1
+    expected = seen.sum() / size
+    assert ((seen - expected) ** 2 / expected).sum() / size < 2
+
+
+def test_a_random_subset_of_too_few_repeats_itself():
+    numbers = datasets.random_subset(5, np.random.default_rng(0).random(1000))
+    assert np.bincount(numbers, minlength=5).min() > 150 and len(np.bincount(numbers)) == 5
+    assert datasets.random_subset(5, np.full(9, 1 - 2.0 ** -53)).tolist() == [4] * 9
+
+
 def test_the_same_seed_gives_the_same_batches():
     scene = numbered_scene(18, 24)
 
@@ -747,12 +764,9 @@ def test_all_pixels_and_more_than_all():
 
 def test_an_error_in_the_feed_reaches_the_reader():
     scene = numbered_scene(4, 5)
-    scene = scene._replace(poses=list(scene.poses))
-    batches = datasets.training_batches(scene, [0, 1], datasets.Draw(10))
-    next(batches)
-    scene.poses.clear()
+    scene = scene._replace(images=scene.images[:1])
     with pytest.raises(IndexError):
-        next(batches)
+        list(itertools.islice(datasets.training_batches(scene, [0, 1], datasets.Draw(10)), 2))
 
 
 # --- large scenes -----------------------------------------------------------------------------------------------------

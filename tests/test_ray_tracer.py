@@ -693,6 +693,34 @@ def test_a_remembered_sdf_gives_the_answers_of_a_full_search(sdf, rays):
     assert (np.mean(differ, axis=0) <= (1e-3, 1e-3, 2e-2)).all()
 
 
+@pytest.mark.parametrize("num_rays, masked", [(10000, 0.5), (700, 1.0), (9, 0.0), (1, 1.0)])
+def test_the_compiled_search_gives_the_answers_of_the_tracer(reference_network, num_rays, masked):
+    """By the same functions, so all that differs is the rounding of matrix products over other rows."""
+    network = pytest.importorskip("network")
+    r, sdf, rng = reference_network, network.sdf_evaluator(), np.random.default_rng(0)
+    chosen = rng.integers(0, len(r["ray_directions"]), num_rays)
+    directions, want_hit = r["ray_directions"][chosen], rng.random(num_rays) < masked
+    batch = datasets.Batch(np.zeros(1), r["camera_location"], directions, directions, want_hit, np.ones(num_rays))
+    grid = SdfGrid.of(sdf, 24)
+    grid.values += 0.005 * rng.normal(size=grid.values.shape).astype(np.float32)      # an sdf that has moved
+    grids = grid, SdfGrid(grid.values.copy())
+
+    def plain(points):
+        return sdf(points)
+
+    plain.half_precision = plain.search = None
+    (points, hit), (wanted, wanted_hit) = (
+        step.place_points(function, batch, Tracer(samples=64), np.random.default_rng(1), known)
+        for function, known in zip((sdf, plain), grids))
+    assert np.array_equal(hit, wanted_hit) and (hit.any() == (masked > 0) or num_rays < 9)
+    assert length(points - wanted)[hit].max(initial=0.0) < 4 * TOLERANCE
+    assert np.abs(sdf(points) - sdf(wanted))[~hit].max(initial=0.0) < 1e-6
+    heard = [np.concatenate([points for points, _ in known.heard]) for known in grids]
+    assert abs(len(heard[0]) - len(heard[1])) < 0.02 * len(heard[1]) + 9
+    assert np.abs(sdf(heard[0]) - np.concatenate([values for _, values in grid.heard])).max() < 1e-6
+    assert np.allclose(grids[0].margins, grids[1].margins, rtol=1e-3)
+
+
 def test_a_remembered_sdf_saves_evaluations(rays):
     want_hit, grid, numbers = np.ones(len(rays[1]), bool), SdfGrid.of(torus, 48), []
     for number in range(4):

@@ -9,11 +9,13 @@ import numpy as np
 import datasets
 import network
 import ray_tracer
-from backends import context
+from backends import context, cpu
 from backends.architecture import LEAST_SLOPE
+from backends.cpu_kernels import LossTerms, StepRows
 from backends.gpu import constant, row_sums
 from config.settings import Network, Tracer, Train
 from tracing.sdf_grid import SdfGrid
+from training.search import CompiledSearch
 
 LOSSES = ("loss", "color", "mask", "eikonal")       # the total first
 
@@ -44,10 +46,11 @@ def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng, grid: Optional
     alone; rng: of the samples' places; grid: what is known of the sdf. It hears all values, and learns nothing yet.
     """
     settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
-    heard = grid.listening(sdf) if grid else sdf
+    compiled = grid and isinstance(sdf, cpu.Sdf)
+    search, heard = CompiledSearch(grid, sdf.folded) if compiled else sdf.search, grid.listening(sdf) if grid else sdf
     t, hit_in_mask = ray_tracer.hit_or_least_sdf(heard, batch.origins, batch.directions, batch.mask, grid=grid,
-                                                 half_precision_sdf=sdf.half_precision, search=sdf.search,
-                                                 rng=rng, **settings)
+                                                 half_precision_sdf=sdf.half_precision, search=search, rng=rng,
+                                                 **settings)
     return Placed(batch.origins + t[:, None] * batch.directions, hit_in_mask)
 
 
@@ -87,15 +90,28 @@ class TrainingGraph:
     (num_surface, 3); color_weights (1, num_surface), 0 for a ray without a hit in its mask; object_mask (num_rays, 1)
     and mask_weights (1, num_rays), 0 for a ray with a hit; alpha (1, 1). forward() computes `losses`, a Variable for
     each name of LOSSES; backward() adds the total's gradient to those of the parameters.
+
+    On a GPU it is a graph of nnabla's functions. On the CPU, compiled functions do the same, losses included: nnabla
+    takes longer to call its functions than they take.
     """
 
     def __init__(self, without, settings: LossSettings, num_rays, num_surface, want_grad_rays=False):
-        self.num_rays = num_rays
+        self.num_rays, self.settings = num_rays, settings
         self.points = nn.Variable((num_rays + num_rays // 2, 3))
         self.directions, self.rgb = nn.Variable((num_surface, 3)), nn.Variable((num_surface, 3))
         self.color_weights, self.alpha = nn.Variable((1, num_surface)), nn.Variable((1, 1))
         self.object_mask, self.mask_weights = nn.Variable((num_rays, 1)), nn.Variable((1, num_rays))
         self.directions.need_grad = want_grad_rays
+        if network.on_cpu():
+            self.compiled = cpu.StepEvaluation([network.layer_parameters(name) for name in network.NETWORKS], without)
+            self.losses = {name: nn.Variable(()) for name in LOSSES}
+        else:
+            self.compiled = None
+            self.build(without, want_grad_rays)
+
+    def build(self, without, want_grad_rays):
+        """Build nnabla's graph."""
+        settings, num_rays, num_surface = self.settings, self.num_rays, self.directions.shape[0]
         self.surface = surface = network.surface_evaluation(self.points, self.directions, want_grad_rays,
                                                             settings.least_slope)
         mask = mask_loss(surface.sdf[:num_rays], self.object_mask, self.mask_weights, self.alpha, num_rays)
@@ -111,14 +127,34 @@ class TrainingGraph:
         self.losses = {name: part.reshape((), unlink=True) for name, part in zip(LOSSES, parts)}
 
     def forward(self):
-        self.surface.forward()
-        self.total.forward(clear_no_need_grad=True)
+        if self.compiled:
+            self.forward_compiled()
+        else:
+            self.surface.forward()
+            self.total.forward(clear_no_need_grad=True)
+
+    def forward_compiled(self):
+        settings, rows = self.settings, StepRows(
+            self.points.d, self.directions.d, self.rgb.d, self.color_weights.d[0], self.object_mask.d[:, 0],
+            self.mask_weights.d[0])
+        terms = LossTerms(settings.mask, settings.eikonal, float(self.alpha.d[0, 0]), settings.least_slope)
+        color, mask, eikonal = self.compiled.forward(rows, terms)
+        total = color + mask * settings.mask + eikonal * settings.eikonal
+        for name, value in zip(LOSSES, (total, color, mask, eikonal)):
+            self.losses[name].d = value
 
     def backward(self):
+        if self.compiled:
+            self.compiled.backward(self.directions.need_grad)
+            return
         if self.directions.need_grad:
             self.directions.grad.zero()     # nnabla adds to an input's gradient
         self.total.backward(clear_buffer=True)
         self.surface.backward()
+
+    def sdf(self) -> np.ndarray:
+        """Return the sdf (num_rays + num_rays // 2,) at the points, after forward()."""
+        return self.compiled.sdf if self.compiled else self.surface.sdf.d[:, 0]
 
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
         """Return the loss's gradients with respect to the rays' points (R, 3) and the directions (num_surface, 3).
@@ -126,6 +162,8 @@ class TrainingGraph:
         Only with want_grad_rays, after backward(). The eikonal loss has no part in them, and the distance along a ray
         is held constant.
         """
+        if self.compiled:
+            return self.compiled.grad_points()[:self.num_rays], self.compiled.grad_directions
         return self.surface.grad_points()[:self.num_rays], self.directions.g.copy()
 
 
@@ -182,7 +220,7 @@ class TrainingStep:
     def uniform_points(self) -> Tuple[np.ndarray, np.ndarray]:
         """Return the eikonal loss's uniform points (R / 2, 3) and the sdf there (R / 2,), after compute_gradients."""
         graph, _ = self.latest
-        return graph.points.d[self.num_rays:], graph.surface.sdf.d[self.num_rays:, 0]
+        return graph.points.d[self.num_rays:], graph.sdf()[self.num_rays:]
 
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
         """Return the loss's gradients with respect to the batch's points and directions, (R, 3) float32 each.
@@ -207,6 +245,7 @@ def compile_functions():
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     mask, weights = np.arange(num_rays) % 2 == 0, np.ones(num_rays, np.float32)
     batch = datasets.Batch(np.zeros(1, np.int64), origin, directions, directions, mask, weights)
+    datasets.Strata.of(datasets.mask_regions(mask.reshape(4, 4)), 0.5).draw(num_rays, rng)
     ray_tracer.trace(sdf, origin, directions)
     grid = SdfGrid.of(sdf, 8)
     placed = place_points(sdf, batch, Tracer(samples=16), rng, grid)

@@ -1,0 +1,140 @@
+"""The search for a step's points on a CPU, compiled as one: each core takes its rays from the first guess to the hit.
+
+It does what ray_tracer.hit_or_least_sdf does with an SdfGrid, by the same functions. There each of some nine
+evaluations is handed to all cores and awaited; between them one core works alone, much of the time in Python.
+"""
+from typing import NamedTuple, Tuple
+
+import numpy as np
+
+import ray_tracer
+from backends import cpu_kernels
+from backends.cpu_kernels import Split, Weights
+from ray_tracer import Chords, Limits, Refinement
+from tracing import sdf_grid
+from tracing.compiling import compiled
+from tracing.sdf_grid import STRIDE, SdfGrid
+
+MIN_PER_CORE = 16       # rays; with fewer, handing them over takes longer than the work
+
+
+class Found(NamedTuple):
+    """What the search of R rays with S samples finds. The fields of (R, S) are those of tracing.sdf_grid."""
+    t: np.ndarray           # (R,) float32, the hit's distance, or that of the sample of least sdf
+    hit: np.ndarray         # (R,) bool
+    distances: np.ndarray   # (R, S) float32, of the samples
+    table: np.ndarray       # (R, S) float32
+    evaluated: np.ndarray   # (R, S) bool
+    needed: np.ndarray      # (R, S) float32
+
+
+class CompiledSearch:
+    """A search for hit_or_least_sdf, on the sdf of some weights, with what a grid knows of it.
+
+    It lets the grid hear what it has evaluated: of each block of rays the samples, then the points of the refinement.
+    """
+
+    def __init__(self, grid: SdfGrid, weights: Weights):
+        self.grid, self.weights = grid, weights
+
+    def __call__(self, chords: Chords, fractions: np.ndarray, how: Refinement,
+                 limits: Limits) -> Tuple[np.ndarray, np.ndarray]:
+        """Return t (R,) float32 and hit (R,) bool of rays, as hit_or_least_sdf does."""
+        distances = chords.near[:, None] + chords.length[:, None] * fractions
+        rays, shape = len(distances), distances.shape
+        found = Found(np.empty(rays, np.float32), np.zeros(rays, bool), distances, np.full(shape, np.inf, np.float32),
+                      np.zeros(shape, bool), np.zeros(shape, np.float32))
+        split = Split(rays, 0, min(max(rays // MIN_PER_CORE, 1), cpu_kernels.CORES))
+        heard = [None] * split.blocks
+
+        def search_part(number, split):
+            heard[number] = search_block(number, split, self.grid.values, self.grid.margins, chords, how, self.weights,
+                                         found)
+
+        cpu_kernels.on_all_cores(search_part, split)
+        self.grid.heard += [part for parts in heard for part in parts]
+        sdf_grid._widen(self.grid.margins, *found[2:], chords.want_hit, how.tolerance)
+        return found.t, found.hit
+
+
+@compiled
+def search_block(number: int, split: Split, grid: np.ndarray, margins: np.ndarray, chords: Chords, how: Refinement,
+                 net: Weights, found: Found) -> Tuple[Tuple[np.ndarray, np.ndarray], Tuple[np.ndarray, np.ndarray]]:
+    """Search a block of rays. Returns the points (N, 3) and their sdf (N,), of the samples and of the refinement."""
+    block = cpu_kernels.block_of(split, number)
+    own = slice(block.first, block.first + block.rows)
+    origins, directions, want_hit = chords.origins[own], chords.directions[own], chords.want_hit[own]
+    t, table, evaluated = found.distances[own], found.table[own], found.evaluated[own]
+    points, values = np.empty((t.size, 3), np.float32), np.empty(t.size, np.float32)
+    count = find_samples((origins, directions, want_hit), (grid, margins, how.tolerance, net),
+                         (t, table, evaluated, found.needed[own]), (points, values))
+    for ray in range(len(t)):
+        least = 1
+        for sample in range(2, t.shape[1]):
+            if table[ray, sample] < table[ray, least]:
+                least = sample
+        found.t[block.first + ray] = t[ray, least]
+    rays, ends = ray_tracer._gap_ends(t, table, evaluated, want_hit, how.tolerance)
+    both = np.empty((2, 2, len(rays)), np.float32)
+    for side in range(2):
+        for i in range(len(rays)):
+            both[0, side, i], both[1, side, i] = t[rays[i], ends[side, i]], table[rays[i], ends[side, i]]
+    near, holds, more = refine(origins, directions, rays, both, how, net)
+    for i in range(len(rays) - 1, -1, -1):      # of a ray's gaps that hold an entry, the first one counts
+        if holds[i]:
+            found.t[block.first + rays[i]], found.hit[block.first + rays[i]] = near[i], True
+    return (points[:count], values[:count]), more
+
+
+@compiled
+def find_samples(rays, known, samples, heard):
+    """Do SdfGrid.search: evaluate the samples that may be a ray's entry or have its least sdf.
+
+    rays: origins and directions (R, 3), want_hit (R,); known: the grid's values and margins, the tolerance, the
+    weights; samples: distances, table, evaluated and needed, (R, S) each; heard: arrays that receive the points and
+    their sdf. Returns how many.
+    """
+    (origins, directions, want_hit), (t, table, evaluated, needed) = rays, samples
+    (grid, margins, tolerance, net), (points, values), count, stride = known, heard, 0, STRIDE
+    estimate, within = np.empty(t.shape, np.float32), np.empty((len(t), 2), np.int64)
+    open_rays = np.ones(len(t), np.bool_)
+    sdf_grid._along(grid, origins, directions, t, np.float32(2) * margins.max(), estimate, within)
+    places = sdf_grid._first_guess(estimate, within, want_hit)
+    while len(places) or stride > 1:
+        last = count + len(places)
+        ray, distance = places // t.shape[1], np.empty(len(places), np.float32)
+        for i in range(len(places)):
+            distance[i] = t[ray[i], places[i] % t.shape[1]]
+        points[count:last] = ray_tracer._points(origins, directions, ray, distance)
+        values[count:last] = cpu_kernels.sdf_values(points[count:last], net)
+        for i in range(len(places)):
+            table[ray[i], places[i] % t.shape[1]] = values[count + i]
+            evaluated[ray[i], places[i] % t.shape[1]] = True
+        count = last
+        places = sdf_grid._samples_in_doubt(t, table, evaluated, estimate, within, want_hit, open_rays, needed,
+                                            margins, tolerance, stride)
+        stride = 1
+    return count
+
+
+@compiled
+def refine(origins, directions, rays, both, how, net):
+    """Do ray_tracer._refine for the gaps of `rays` (n,); both: their ends and the sdf there (2, 2, n).
+
+    Returns the entries' distances (n,), whether a gap holds one (n,) bool, and the points and values evaluated.
+    """
+    ends, values = both[0], both[1]
+    holds, walking, active = values[1] <= how.tolerance, values[1] >= -how.tolerance, np.ones(len(rays), np.bool_)
+    all_points, all_values = np.empty((0, 3), np.float32), np.empty(0, np.float32)
+    for step in range(how.steps):
+        gap, ahead = ray_tracer._look_ahead(ends, values, holds, walking, active, how.secant,
+                                            ray_tracer.num_ahead(step), ray_tracer.steps_left(step, how.steps),
+                                            how.tolerance)
+        if not len(gap):
+            break
+        points = ray_tracer._points(origins, directions, rays[gap], ahead)
+        found = cpu_kernels.sdf_values(points, net)
+        all_points, all_values = np.concatenate((all_points, points)), np.concatenate((all_values, found))
+        ray_tracer._take_in(ends, values, holds, walking, active, gap, ahead, found, how.tolerance)
+    t = np.where(np.abs(values[0]) <= np.abs(values[1]), ends[0], ends[1])
+    return t, holds, (all_points, all_values)
