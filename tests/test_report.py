@@ -7,7 +7,6 @@ import shlex
 import shutil
 import struct
 import subprocess
-import sys
 import time
 
 import imageio.v2 as imageio
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 
 import report
+from commands import run_copies
 from conftest import ROOT, write_demo_config
 from files import folders, writing
 
@@ -168,8 +168,8 @@ STRANGE = ["<img src=x onerror=alert(1)>\"'&", "o$\\frac{$", "n" * 255, "a\nb", 
 @pytest.mark.parametrize("name", STRANGE, ids=range(len(STRANGE)))
 def test_a_strange_name_is_a_text_and_nothing_else(run, name):
     folder = run.rename(run.with_name(name))
-    done = subprocess.run([sys.executable, str(ROOT / "report.py"), str(folder)], capture_output=True)
-    assert done.returncode == 0 and done.stderr == b"", done.stderr
+    done, = run_copies([[ROOT / "report.py", folder]], ROOT)
+    assert done.status == 0 and done.error == "", done.error
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "<img src=x" not in page
     assert " ".join(name.encode(errors="replace").decode().split()) in text_of(page)
@@ -191,17 +191,16 @@ def test_a_plot_takes_no_text_for_a_formula():
 
 def test_by_hand(run):
     def by_hand(folder):
-        return subprocess.run([sys.executable, str(ROOT / "report.py"), str(folder)], capture_output=True,
-                              text=True)
+        return run_copies([[ROOT / "report.py", folder]], ROOT)[0]
 
     done = by_hand(run)
-    assert done.returncode == 0 and done.stdout.strip() == str(run / "report.html")
+    assert done.status == 0 and done.out.strip() == str(run / "report.html")
     with folders.held(run):
-        assert by_hand(run).returncode == 0
+        assert by_hand(run).status == 0
     assert "running" in text_of((run / "report.html").read_text(encoding="utf-8"))
     for folder in (run / "validation", run / "nowhere", run / ("n" * 300)):
         done = by_hand(folder)
-        assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(folder) in done.stderr
+        assert done.status == 2 and len(done.error.splitlines()) == 1 and str(folder) in done.error
 
 
 @pytest.mark.parametrize("spoil", [False, True])
