@@ -1,4 +1,4 @@
-"""Compile all Numba functions, by a tiny training step. It takes about 15 s, which the first training then saves.
+"""Compile all Numba functions, by a tiny training step. It takes about 30 s, which the first training then saves.
 
 Numba keeps the compiled code in __pycache__ until the source changes.
 """
