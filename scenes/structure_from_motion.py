@@ -36,6 +36,8 @@ LEAST_VIEWS = 3
 STILL = 0.002               # of the diagonal: a match that moves less stands still
 FINE = 0.75                 # share of a photograph's features, the smallest, that the last adjustment takes
 FEWEST_FINE = 60            # of a photograph, which keeps as many at least
+SETTLED = 1e-7              # the last adjustment ends when a step lowers its cost by a smaller share
+SETTLED_ON_THE_WAY = 1e-5   # and an earlier one of all photographs
 SURE_CENTRE = 0.0015        # of the longer side: the principal point is refined if it is known better than that
 SURE_BEND = 5.0             # standard deviations that the second coefficient of distortion must differ from 0
 BETTER = ("take 30 to 60 sharp pictures in even light, all around and from two heights, each overlapping the next by "
@@ -347,6 +349,7 @@ def map_views(progress, work):
     options = pycolmap.IncrementalPipelineOptions()
     options.min_model_size, options.random_seed, options.extract_colors = LEAST_VIEWS, 0, False
     options.mapper.abs_pose_min_num_inliers = LEAST_SEEN
+    options.ba_global_function_tolerance = SETTLED_ON_THE_WAY
     scratch = work / "mapping.unfinished"
     shutil.rmtree(str(scratch), ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -449,6 +452,7 @@ def adjusted(model, lens, free_centre=True):
     options = pycolmap.BundleAdjustmentOptions()
     options.refine_principal_point, options.print_summary = free_centre, False
     options.ceres.loss_function_type = pycolmap.LossFunctionType.CAUCHY     # of 1 pixel: wrong matches count less
+    options.ceres.solver_options.function_tolerance = SETTLED
     config = pycolmap.BundleAdjustmentConfig()
     for number in trial.reg_image_ids():
         config.add_image(number)
