@@ -191,6 +191,7 @@ class StepEvaluation:
         grad_packed = cpu_kernels.step_backward(self.rows, self.nets, self.values, self.grad_directions)
         for weights, gradient in list(zip(self.weights, grad_packed))[:2 if len(self.rows.directions) else 1]:
             weights.backward(gradient)
+        self.values = self.values._replace(kept=None, inputs=None)      # so that the next step gets the same memory
 
     @property
     def sdf(self) -> np.ndarray:

@@ -686,33 +686,34 @@ def join_inputs(x: np.ndarray, directions: np.ndarray, normals: np.ndarray, outp
 
 @compiled
 def find_losses(block: Block, rows: StepRows, terms: LossTerms, values: StepValues, sums: np.ndarray) -> None:
-    """Add a block's share of the losses to sums (3,), and write their gradients to values.grads and grad_rgb.
+    """Write a block's share of the losses to sums (3,), and their gradients to values.grads and grad_rgb.
 
     They are the losses of training/step.py.
     """
     f, grads, num_rays = np.float32, values.grads, len(rows.mask_weights)
-    alpha, per_point = f(terms.alpha), f(1.0 / len(rows.points))
+    alpha, per_point, color, mask, eikonal = f(terms.alpha), f(1.0 / len(rows.points)), 0.0, 0.0, 0.0
     for row in range(block.rows):
         number = block.first_hit + row if row < block.hits else block.first_other + row - block.hits
         n = values.normals[number]
         length = np.sqrt(n[0] * n[0] + n[1] * n[1] + n[2] * n[2] + f(1e-12))     # a root has no derivative at 0
         error, grads.sdf[number, 0] = length - f(1.0), 0.0
-        sums[2] += error * error * per_point
+        eikonal += error * error * per_point
         for c in range(3):
             grads.normals[number, c] = f(2.0 * terms.eikonal) * per_point * error / length * n[c]
         if number < num_rays:
             weight, wanted = rows.mask_weights[number] / f(num_rays), rows.object_mask[number]
             v = -alpha * values.output[number, 0]
-            e = np.exp(-abs(v))
+            e = f(0.0) if abs(v) > f(80.0) else np.exp(-abs(v))     # numbers that small are slow, and count for nothing
             sigmoid = (f(1.0) if v > 0 else e) / (f(1.0) + e)
-            sums[1] += weight * ((v if v > 0 else f(0.0)) - v * wanted + np.log1p(e)) / alpha
+            mask += weight * ((v if v > 0 else f(0.0)) - v * wanted + np.log1p(e)) / alpha
             grads.sdf[number, 0] = f(terms.mask) * weight * (wanted - sigmoid)
         if row < block.hits:
             weight = rows.color_weights[number] / f(num_rays)
             for c in range(3):
                 error = values.rgb[number, c] - rows.rgb[number, c]
-                sums[0] += weight * abs(error)
+                color += weight * abs(error)
                 values.grad_rgb[number, c] = weight * np.sign(error)
+    sums[0], sums[1], sums[2] = color, mask, eikonal        # once, as the cores' sums lie side by side
 
 
 def step_backward(rows: StepRows, nets: Networks, values: StepValues,
