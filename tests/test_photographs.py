@@ -211,6 +211,34 @@ def test_without_pycolmap_one_line_says_so(truth, refused, tmp_path, monkeypatch
     assert not (tmp_path / "mine_colmap").exists()
 
 
+def test_the_last_adjustment_leaves_out_the_largest_features():
+    pycolmap = pytest.importorskip("pycolmap")
+    model = pycolmap.synthesize_dataset(pycolmap.SyntheticDatasetOptions(num_points3D=200))
+    rng, sizes = np.random.default_rng(0), {}
+
+    class Database:
+        @staticmethod
+        def read_keypoints(number):
+            return np.stack([sizes[number]] * 4, axis=1)
+
+    def used(number):
+        return np.array([point.has_point3D() for point in model.images[number].points2D])
+
+    numbers = model.reg_image_ids()
+    for number in numbers:
+        sizes[number] = rng.permutation(len(model.images[number].points2D)).astype(np.float32)
+    before = {number: used(number) for number in numbers}
+    structure_from_motion.drop_coarse(model, Database)
+    for number in numbers:
+        limit = np.sort(sizes[number][before[number]])[int(0.75 * before[number].sum()) - 1]
+        assert used(number).any() and sizes[number][used(number)].max() <= limit
+    sparse = pycolmap.synthesize_dataset(pycolmap.SyntheticDatasetOptions(num_points3D=40))     # few: all stay
+    count = sparse.compute_num_observations()
+    sizes = {number: np.arange(len(sparse.images[number].points2D)) for number in sparse.reg_image_ids()}
+    structure_from_motion.drop_coarse(sparse, Database)
+    assert sparse.compute_num_observations() == count
+
+
 def test_pairs_of_large_sets_and_videos_are_neighbours():
     def pairs(count, in_sequence):
         return [pair for block in structure_from_motion.pairs_to_match(count, in_sequence) for pair in block]
