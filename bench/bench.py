@@ -248,8 +248,6 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
         timed_part("update", solver.update)
         num_surface.append(graph.directions.shape[0])
     count_search(evaluations, sdf.search, before, num_steps)
-    if grid:
-        evaluations.update({f"{stage} calls": np.nan for stage in STAGES.values()})
     return seconds, evaluations, np.mean(num_surface)
 
 
@@ -259,7 +257,6 @@ def count_search(evaluations: Dict[str, float], search: Optional[Callable], befo
     for kind, so_far in before.items():
         title = kind if kind == "refinement" else "samples"
         evaluations[title] += (search.evaluations[kind] - so_far) / num_steps
-        evaluations[title + " calls"] = np.nan
 
 
 def print_steps(seconds: Dict[str, List[float]], evaluations: Dict[str, float], num_surface: float, num_rays: int,
@@ -278,8 +275,8 @@ def print_steps(seconds: Dict[str, List[float]], evaluations: Dict[str, float], 
     print(f"step: {whole / machine.yardstick:.2f} yardsticks; surface rows {num_surface:.0f}; {num_rays / whole:.0f} "
           "rays per second")
     print(f"evaluations per step: {traced:.0f}: " + ", ".join(
-        f"{stage} {evaluations[stage]:.0f} in {evaluations[stage + ' calls']:.1f} calls"
-        for stage in dict.fromkeys(STAGES.values())))
+        f"{stage} {evaluations[stage]:.0f}" + (f" in {calls:.1f} calls" if calls else "")
+        for stage in dict.fromkeys(STAGES.values()) for calls in [evaluations.get(f"{stage} calls")]))
 
 
 def floor(flops: Optional[float], seconds: float, rate: float) -> Tuple[Union[float, str], Union[float, str]]:
