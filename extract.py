@@ -28,16 +28,16 @@ import network
 from assets import appearance, baking, decimation, formats, orientation, page, photographs
 from assets.decimation import is_closed
 from assets.surface import Surface, cut_by_sphere, in_sphere
-from backends.cpu_kernels import CORES, Split, block_of, on_all_cores
 from config import settings
 from files import writing
 from metrics import meshes
-from tracing.compiling import compiled
+from tracing.compiling import compiled, in_threads
 from training import cameras, checkpoints
 
 SLACK = 1.5         # assumed bound on the sdf's slope; a steeper sdf may lose parts that touch no other part
 APART = 1e-3        # minimum |sdf| at a point of the grid, in cells; smaller values are raised to it
 LEAF = 2            # blocks of the grid are halved down to this many points per side
+LAYERS = 16         # of a grid's cells that a thread looks through in one turn
 SHADED = 1 << 16    # vertices shaded per batch
 SUFFIXES = (".ply", ".obj", ".glb", ".stl", ".html")
 METRES = {"mm": 0.001, "cm": 0.01, "m": 1.0}
@@ -372,15 +372,7 @@ def crossed_cells(values: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     The values of these corners become finite, with the same signs, so that a call does not return them again.
     """
     crossed = np.zeros(values.shape, bool)
-    layers = values.shape[0] - 1
-    split = Split(layers, 0, min(CORES, layers))
-    unknown = [None] * split.blocks
-
-    def look(number, split):
-        first, count = block_of(split, number)[:2]
-        unknown[number] = look_at_layers(values, crossed, first, first + count)
-
-    on_all_cores(look, split)
+    unknown = in_threads(lambda part: look_at_layers(values, crossed, part.start, part.stop), len(values) - 1, LAYERS)
     return crossed, np.concatenate(unknown)
 
 
@@ -406,15 +398,13 @@ def look_at_layers(values, crossed, first, end):
 
 def largest_component(mesh: trimesh.Trimesh) -> trimesh.Trimesh:
     """Return the connected component of a mesh with the largest area."""
-    vertices, faces = (np.asarray(array).view(np.ndarray) for array in (mesh.vertices, mesh.faces))
+    vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)
     first, others, count = faces[:, 0], faces[:, 1:], len(vertices)
     edges = coo_matrix((np.ones(others.size, np.int8), (first.repeat(2), others.ravel())), (count, count))
     number, labels = connected_components(edges, directed=False)
     if number == 1:
         return mesh
-    corner, *sides = vertices[first], vertices[faces[:, 1]], vertices[faces[:, 2]]
-    areas = np.linalg.norm(np.cross(*(side - corner for side in sides)), axis=1)
-    kept = labels == np.bincount(labels[first], areas).argmax()
+    kept = labels == np.bincount(labels[first], meshes.areas_of(vertices, faces)).argmax()
     return trimesh.Trimesh(vertices[kept], (np.cumsum(kept) - 1)[faces[kept[first]]], process=False)
 
 

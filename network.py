@@ -82,8 +82,7 @@ def on_cpu() -> bool:
 
 
 def renders_at_once() -> int:
-    """Return how many views to render at a time: on a GPU two, so that it works for one while the host does for the
-    other."""
+    """Return how many views to render at a time. On a GPU two: it works on one while the host works on the other."""
     return 1 if on_cpu() else 2
 
 

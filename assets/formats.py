@@ -13,7 +13,7 @@ import trimesh
 
 import helper
 from assets import atlas as atlases
-from assets.baking import Asset
+from assets.baking import Asset, triple
 from assets.highlights import REFLECTED, Light
 from files import writing
 from tracing.compiling import compiled
@@ -47,7 +47,7 @@ def mesh_of(shape: Union[trimesh.Trimesh, Asset]) -> trimesh.Trimesh:
 def facts_of(shape: Union[trimesh.Trimesh, Asset], closed: bool, unit: str, per_unit: float) -> Facts:
     """Return the Facts of a mesh or an Asset; unit: a name, and the mesh's lengths times per_unit are in it."""
     mesh = mesh_of(shape)
-    volume = enclosed(*(np.array(array) for array in (mesh.vertices, mesh.faces))) * per_unit ** 3 if closed else None
+    volume = enclosed(np.asarray(mesh.vertices), np.asarray(mesh.faces)) * per_unit ** 3 if closed else None
     return Facts(len(mesh.faces), len(mesh.vertices), bool(closed), volume,
                  [float(length) * per_unit for length in mesh.extents], unit, float(per_unit))
 
@@ -58,9 +58,7 @@ def enclosed(vertices, faces):
     """
     total = 0.0
     for face in range(len(faces)):
-        a, b, c = vertices[faces[face, 0]], vertices[faces[face, 1]], vertices[faces[face, 2]]
-        total += (a[0] * (b[1] * c[2] - b[2] * c[1]) + a[1] * (b[2] * c[0] - b[0] * c[2])
-                  + a[2] * (b[0] * c[1] - b[1] * c[0]))
+        total += triple(vertices[faces[face, 0]], vertices[faces[face, 1]], vertices[faces[face, 2]])
     return total / 6
 
 

@@ -15,7 +15,7 @@ from tracing.compiling import compiled
 from tracing.cones import Cones
 
 CHUNK = 1 << 15     # rays traced together; bounds the memory of a render, whatever the image's size
-TRACING = Lock()    # what traces and shades on a GPU keeps buffers, so one thread does at a time
+TRACING = Lock()    # a GPU's search and shading reuse their buffers, so that only one thread at a time may use them
 
 # A pixel's rays beside the one through its centre: columns and rows from there, in pixels. The five are a square
 # lattice, turned so that they have five different columns and rows. The lattice goes on in the next pixels.

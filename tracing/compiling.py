@@ -13,7 +13,10 @@ compiled = numba.njit(nogil=True, cache=True, error_model="numpy")
 elementwise = numba.vectorize(cache=True)
 
 
-def in_threads(function: Callable, count: int, size: int) -> None:
-    """Call a function that releases the GIL for slices of `size` that make up range(count), in all cores' threads."""
+def in_threads(function: Callable, count: int, size: int) -> list:
+    """Call a function that releases the GIL for slices of `size` that make up range(count), in all cores' threads.
+
+    Returns its results, in the slices' order.
+    """
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(lambda start: function(slice(start, min(start + size, count))), range(0, count, size)))
+        return list(pool.map(lambda start: function(slice(start, min(start + size, count))), range(0, count, size)))
