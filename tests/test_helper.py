@@ -629,6 +629,8 @@ def test_work_side_by_side_keeps_its_order_and_ends_with_the_first_error():
         done.append(x)
         if x == 2:
             raise helper.UserError("two")
+        if x > 2:
+            time.sleep(0.02)    # so that the error is seen long before the last item
         return x
 
     with pytest.raises(helper.UserError, match="two"):
