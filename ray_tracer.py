@@ -30,10 +30,11 @@ cannot move it afterwards.
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from typing import Callable, NamedTuple, Optional, Tuple
+from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 
+from tracing import sdf_grid
 from tracing.compiling import compiled
 from tracing.cones import Cones
 from tracing.sdf_grid import MAX_SLOPE, Rays, SdfGrid
@@ -70,8 +71,7 @@ def steps_left(step, steps):
 
 class Limits(NamedTuple):
     """What a search elsewhere has to know."""
-    max_slope: float = MAX_SLOPE
-    max_cover: int = MAX_COVER
+    constants: Dict = {"MAX_COVER": MAX_COVER, **sdf_grid.CONSTANTS}
     num_ahead: Callable = num_ahead
     steps_left: Callable = steps_left
 
@@ -134,7 +134,9 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
         chords = Chords(np.broadcast_to(origins, directions.shape)[rays], directions[rays], np.ones(rays.size, bool),
                         near[rays], far[rays] - near[rays])
         fractions = np.linspace(0, 1, samples, dtype=np.float32)
-        t_found, hits, passes = search.first_hits(chords, fractions, how, Limits(), cones and cones.spread)
+        search.still = search.still or search.remember(SdfGrid.of_still(sdf), Limits())
+        t_found, hits, passes = search.first_hits(chords, fractions, how, Limits(), search.still,
+                                                  cones and cones.spread)
         hits &= ~passes
         t[rays[hits]], hit[rays[hits]] = t_found[hits], True
         rays = rays[passes]

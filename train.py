@@ -21,6 +21,7 @@ from tqdm import tqdm
 import datasets
 import helper
 import network
+import ray_tracer
 import report
 import synthesize
 from config import settings
@@ -140,9 +141,8 @@ class Training:
                               "the same run's folder; let the machines share their files")
         self.pose = cameras.parameter()
         self.sdf, self.shade = network.sdf_evaluator(), network.shader(conf.network)
-        self.grid = None
-        if self.world.size == 1:        # of several processes, each would remember what it alone has seen
-            self.grid = state and checkpoints.grid_of(state) or remembered(self.sdf, conf.train.rays)
+        known = state and self.world.size == 1 and checkpoints.grid_of(state)   # of several processes, each has its own
+        self.grid = remembered(self.sdf, conf.train.rays, known)
         self.step = TrainingStep(conf.network.without, LossSettings.of(conf.train), conf.train.rays,
                                  want_grad_rays=self.camera_solver is not None)
         # After an epoch's last step its render and its model may still be missing, so the epoch is finished once more.
@@ -284,13 +284,17 @@ LOST = ("no ray has met the surface within its mask; the surface has shrunk to n
         "(prepare.py SCENE --check tells), or a train.learning_rate that is too high")
 
 
-def remembered(sdf, num_rays):
-    """Return the SdfGrid with which a training of so many rays per step begins, None on a GPU.
+def remembered(sdf, num_rays, known=None):
+    """Return what a training of so many rays per step begins with: `known` or a new SdfGrid, on a GPU its own form.
 
-    A step's evaluations renew it within some 50 steps. On a GPU, evaluations cost less than the choice among them.
+    A step's evaluations renew it within some 50 steps. nnabla's functions alone, on a GPU without CuPy, take none:
+    there evaluations cost less than the choice among them.
     """
+    if not network.on_cpu() and not sdf.search:
+        return None
     side = int(np.clip(round((256 * num_rays) ** (1 / 3)), 16, 128))
-    return SdfGrid.of(sdf, side) if network.on_cpu() else None
+    known = known or SdfGrid.of(sdf, side)
+    return known if network.on_cpu() else sdf.search.remember(known, ray_tracer.Limits())
 
 
 def model_name(epoch):

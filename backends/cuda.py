@@ -4,6 +4,7 @@ With gpu.py, nnabla's host side starts a thousand kernels in a step, and the GPU
 few dozen calls. Losses, solver and all parameters stay nnabla's. cpu.py and gpu.py offer the same names.
 """
 import threading
+from functools import partial
 from typing import List, Tuple, Union
 
 import cupy
@@ -230,12 +231,13 @@ class Sdf:
         self.layers, self.launching = layers, threading.Lock()
         with Gpu.device.current():
             self.network = gpu_kernels.ImplicitSdf(Gpu.device, sizes_of(layers), self.SIZES)
-            self.search = gpu_search.Search(Gpu.device, self.network.implicit_sdf)
+            self.search = gpu_search.Search(Gpu.device, partial(self.network.implicit_sdf, half=False))
         self.refresh()
 
     def refresh(self) -> None:
         with self.launching, Gpu.device.current():
             self.network.fold(pointers(self.layers))
+            self.search.still = None        # what is remembered was of other parameters
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
         return self.in_precision(points, half=False)

@@ -11,7 +11,7 @@ import ctypes
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Callable, Hashable, List, NamedTuple, Sequence, Tuple
+from typing import Callable, Hashable, List, NamedTuple, Sequence, Tuple, Union
 
 import cupy
 import numpy as np
@@ -106,9 +106,13 @@ class Device:
             return self.stream.end_capture()
 
 
-def compiled(source: Path, names: Sequence[str], *options: str, **constants: float) -> dict:
+def compiled(source: Path, names: Sequence[str], *options: str, **constants: Union[float, Sequence[float]]) -> dict:
     """Return {name: kernel} of a CUDA source, in which the constants are defined; options: the compiler's."""
-    options += tuple(f"-D{name}={value}{'f' if isinstance(value, float) else ''}" for name, value in constants.items())
+    def written(value):
+        return f"{value}f" if isinstance(value, float) else str(value)
+
+    options += tuple(f"-D{name}={','.join(map(written, value)) if isinstance(value, tuple) else written(value)}"
+                     for name, value in constants.items())
     module = cupy.RawModule(code=source.read_text(), options=options)
     return {name: module.get_function(name) for name in names}
 

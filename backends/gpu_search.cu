@@ -1,13 +1,13 @@
-// The search of ray_tracer.hit_or_least_sdf for a GPU: one thread for each ray, sample or gap. gpu_search.py compiles
-// and starts these kernels and defines MAX_SLOPE, the assumed bound on the sdf's slope, and MAX_COVER. The names are
-// those of ray_tracer.py, where each function is explained.
+// The search of ray_tracer.hit_or_least_sdf with a grid, for a GPU: one thread for each ray, sample, point or gap.
+// gpu_search.py compiles and starts these kernels and defines the constants. The names are those of ray_tracer.py and
+// tracing/sdf_grid.py, where each function is explained.
 //
 // Rows of `rays`: origin, direction, near end and length of the chord, what is wanted. t, table, state (R, S): the
-// samples' distances; their sdf, or a lower bound of it; and what is known there. A value in half precision may be off
-// by `error`; the table holds it minus that.
+// samples' distances; their sdf, or a lower bound of it; and which of the two.
 typedef long long Int;
 #define KERNEL extern "C" __global__ void
-enum State : unsigned char { BOUNDED, ROUGH, EXACT };
+#define INFINITE 3e38f
+enum State : unsigned char { BOUNDED, LISTED, EXACT };
 enum Wanted { LEAST, HIT_OR_LEAST, HIT };
 
 struct Ray { float origin[3], direction[3], near, length, wanted; };
@@ -32,18 +32,79 @@ __device__ void put(List list, int k, int place, const Ray &ray, float t) {
     for (int c = 0; c < 3; c++) list.points[3 * k + c] = ray.origin[c] + ray.direction[c] * t;
 }
 
-__device__ void add(List list, Int place, const Ray &ray, float t) {
-    put(list, atomicAdd(list.count, 1), place, ray, t);
-}
-
 #define EACH(count) \
     const Int i = blockIdx.x * (Int)blockDim.x + threadIdx.x; \
     if (i >= (count)) return;
 
+// --- the grid
+
+struct Grid {       // values (side, side, side), margins (NUM_MARGINS,)
+    const float *values, *margins;
+    Int side;
+};
+
+#define GRID const float *grid_values, const float *margins, Int side
+#define THE_GRID const Grid grid = {grid_values, margins, side};
+
+struct Cell { Int below; float above; };    // the number of the grid's point below, and how many steps it is away
+
+__device__ Cell cell(float x, Int side) {
+    const float place = (x + 1.0f) * (0.5f * (side - 1));
+    const Int below = min(max((Int)place, 0LL), side - 2);
+    return {below, place - below};
+}
+
+// The value and weight of each of the 8 points of the grid around x, and where they are.
+struct Corners {
+    Int place[8];
+    float weight[8];
+    __device__ Corners(const float *x, Int side) {
+        const Cell a = cell(x[0], side), b = cell(x[1], side), c = cell(x[2], side);
+        for (int k = 0; k < 8; k++) {
+            const int i = k >> 2, j = k >> 1 & 1, l = k & 1;
+            place[k] = ((a.below + i) * side + b.below + j) * side + c.below + l;
+            weight[k] = (i ? a.above : 1.0f - a.above) * (j ? b.above : 1.0f - b.above)
+                        * (l ? c.above : 1.0f - c.above);
+        }
+    }
+    __device__ float value(const float *values) const {
+        float sum = 0.0f;
+        for (int k = 0; k < 8; k++) sum += weight[k] * values[place[k]];
+        return sum;
+    }
+};
+
+__device__ float estimate_at(Grid grid, const Ray &ray, float t) {
+    float x[3];
+    for (int c = 0; c < 3; c++) x[c] = ray.origin[c] + ray.direction[c] * t;
+    return Corners(x, grid.side).value(grid.values);
+}
+
+// Add to changes (side, side, side, 2) what values (N,) at points (N, 3) ask of the grid's points, and their weight.
+KERNEL learn(GRID, const float *points, const float *values, Int count, float *changes) {
+    EACH(count)
+    const Corners corners(points + 3 * i, side);
+    float square = 0.0f;
+    for (int k = 0; k < 8; k++) square += corners.weight[k] * corners.weight[k];
+    const float step = (values[i] - corners.value(grid_values)) / square;
+    if (!(fabsf(step) < INFINITE)) return;
+    for (int k = 0; k < 8; k++) {
+        atomicAdd(changes + 2 * corners.place[k], step * corners.weight[k] * corners.weight[k]);
+        atomicAdd(changes + 2 * corners.place[k] + 1, corners.weight[k]);
+    }
+}
+
+// Change the grid's values (count,) by what they have been asked for.
+KERNEL change(float *values, float *changes, Int count) {
+    EACH(count)
+    if (changes[2 * i + 1] > 0.0f) values[i] += changes[2 * i] / changes[2 * i + 1];
+    changes[2 * i] = changes[2 * i + 1] = 0.0f;
+}
+
 // --- samples
 
 #define SAMPLES const Ray *all_rays, Int rays, Int samples, float *t, float *table, unsigned char *state, \
-                float tolerance, float error, LIST
+                float tolerance, LIST
 #define EACH_RAY \
     EACH(rays) \
     THE_LIST \
@@ -51,78 +112,161 @@ __device__ void add(List list, Int place, const Ray &ray, float t) {
     const Wanted wanted = (Wanted)(int)ray.wanted; \
     t += i * samples, table += i * samples, state += i * samples;
 
-// Set the samples' distances, and list every stride-th.
-KERNEL list_every(SAMPLES, const float *fractions, Int stride) {
+// What is known of the samples besides: the grid's values, where these matter (R, 2), the margins without which a
+// sample would not have been evaluated; and scratch: what is expected of a sample, up to what margin.
+#define DOUBTS float *estimate, int *within, float *needed, float *expected, float *margin
+#define THE_DOUBTS estimate += i * samples, within += 2 * i, needed += i * samples, expected += i * samples, \
+                   margin += i * samples;
+
+// List a ray's sample, unless that has been done; returns whether. `first`: the place of its ray's samples.
+__device__ bool list_sample(List list, Int first, Int number, const Ray &ray, const float *t, unsigned char *state) {
+    if (state[number] != BOUNDED) return false;
+    state[number] = LISTED;
+    put(list, atomicAdd(list.count, 1), first + number, ray, t[number]);
+    return true;
+}
+
+// Set the samples' distances and the grid's values there. List those on either side of the first change of sign, else
+// the one of least value; none where only a hit matters and no sample can be near the surface.
+KERNEL list_first_guess(SAMPLES, GRID, DOUBTS, const float *fractions) {
     EACH_RAY
+    THE_GRID
+    THE_DOUBTS
+    float doubt = 0.0f, least = INFINITE;
+    for (int k = 0; k < NUM_MARGINS; k++) doubt = fmaxf(doubt, 2.0f * margins[k]);
     for (Int number = 0; number < samples; number++) {
         t[number] = ray.near + ray.length * fractions[number];
-        state[number] = BOUNDED;
-        if (number % stride == 0) add(list, i * samples + number, ray, t[number]);
+        table[number] = INFINITE, state[number] = BOUNDED, needed[number] = 0.0f;
+        if (number % READ_STRIDE == 0)
+            least = fminf(least, estimate[number] = estimate_at(grid, ray, t[number]));
     }
-}
-
-// What the known samples show, every step-th: the number of the entry, or `samples`; and the least sdf; both surely.
-__device__ Int find_entry(const float *table, const unsigned char *state, Wanted wanted, Int samples, Int step,
-                          float tolerance, float error, float *least) {
-    bool outside = false;
-    *least = wanted == HIT ? -3e38f : 3e38f;
-    for (Int number = 0; number < samples; number += step) {
-        if (state[number] == BOUNDED) continue;
-        float most = table[number] + (state[number] == ROUGH ? 2.0f * error : 0.0f);
-        if (number > 0) *least = fminf(*least, most);
-        if (table[number] > tolerance) outside = true;
-        else if (outside && wanted != LEAST && most <= tolerance) return number;
+    const float slack = doubt + MAX_SLOPE * READ_STRIDE * (t[samples - 1] - t[0]) / samples;
+    Int first = samples, last = 0, entry = 0;
+    within[0] = within[1] = 0;
+    if (wanted == HIT && least > slack) return;
+    for (Int number = 0; number < samples; number += READ_STRIDE)
+        if (estimate[number] <= fmaxf(least, 0.0f) + slack) first = min(first, number), last = number;
+    within[0] = first = max(first - READ_STRIDE, 0LL), within[1] = last = min(last + READ_STRIDE, samples);
+    Int lowest = max(first, 1LL);
+    for (Int number = first; number < last; number++) {
+        if (number % READ_STRIDE) estimate[number] = estimate_at(grid, ray, t[number]);
+        if (number > lowest && estimate[number] < estimate[lowest]) lowest = number;
+        if (!entry && wanted != LEAST && number > first && estimate[number] <= 0.0f && estimate[number - 1] > 0.0f)
+            entry = number;
     }
-    return samples;
+    if (entry) list_sample(list, i * samples, entry - 1, ray, t, state);
+    list_sample(list, i * samples, entry ? entry : lowest, ray, t, state);
 }
 
-__device__ bool matters(const float *t, float bound, Wanted wanted, Int number, Int samples, Int entry, float least,
-                        float tolerance) {
-    float width = t[number] - t[max(number - 1, 0LL)];
-    if (number + 1 < samples) width = fmaxf(width, t[number + 1] - t[number]);
-    return wanted != LEAST && number <= entry && bound <= MAX_SLOPE * width + tolerance
-           || entry == samples && number > 0 && bound <= least;
+// Which margin is that of a ray whose least sdf is `least`.
+__device__ int level(float least) {
+    const float levels[] = {LEVELS};
+    int which = 1;
+    for (int k = 0; k < NUM_MARGINS - 2; k++) which += levels[k] < least;
+    return which;
 }
 
-// Of every fine-th sample between the coarse-th ones, list those that matter, and bound the sdf at the others.
-KERNEL list_between(SAMPLES, Int coarse, Int fine) {
+// Bound one ray's sdf from `first` to `*end`, which becomes that of the samples up to the entry if it is known. Returns
+// the least sdf found.
+__device__ float bound(const float *t, float *table, const unsigned char *state, const float *estimate, Int first,
+                       Int *end, bool want_hit, const float *margins, float tolerance, float widening,
+                       float *expected, float *margin) {
+    float least = INFINITE;
+    bool outside = first > 0;
+    for (Int number = first; number < *end; number++) {
+        if (state[number] != EXACT) continue;
+        if (number > 0) least = fminf(least, table[number]);
+        if (want_hit && outside && table[number] <= tolerance) {
+            *end = number + 1;
+            break;
+        }
+        outside |= table[number] > tolerance;
+    }
+    const float widest = widening * margins[want_hit && least <= tolerance && outside ? 0 : level(least)];
+    for (int backwards = 0; backwards < 2; backwards++) {
+        Int known = -1;
+        for (Int step = 0; step < *end - first; step++) {
+            const Int number = backwards ? *end - 1 - step : first + step;
+            if (state[number] == EXACT) {
+                known = number, expected[number] = table[number], margin[number] = 0.0f;
+                continue;
+            }
+            if (!backwards) table[number] = expected[number] = -INFINITE, margin[number] = INFINITE;
+            if (known < 0) continue;
+            const float far = fabsf(t[number] - t[known]), error = fminf(widest, ERROR_SLOPE * far);
+            const float value = estimate[number] + table[known] - estimate[known];
+            const float low = fmaxf(value - error, table[known] - MAX_SLOPE * far);
+            if (low > table[number]) table[number] = low, expected[number] = value, margin[number] = error;
+        }
+    }
+    return least;
+}
+
+// List the samples in doubt; of those that may be the least, every stride-th. The margins are widened by that factor.
+KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int stride, float widening) {
     EACH_RAY
-    float least;
-    const Int entry = find_entry(table, state, wanted, samples, coarse, tolerance, error, &least);
-    for (Int number = fine; number < samples; number += fine) {
-        Int before = number / coarse * coarse, after = before + coarse;
-        if (number == before) continue;
-        float bound = table[before] - MAX_SLOPE * (t[number] - t[before]);
-        if (after < samples) bound = fmaxf(bound, table[after] - MAX_SLOPE * (t[after] - t[number]));
-        table[number] = bound;
-        if (matters(t, bound, wanted, number, samples, entry, least, tolerance))
-            add(list, i * samples + number, ray, t[number]);
+    THE_DOUBTS
+    const Int first = within[0];
+    Int end = within[1], found = 0;
+    if (first == end) return;
+    const bool want_hit = wanted != LEAST;
+    const float least = bound(t, table, state, estimate, first, &end, want_hit, margins, tolerance, widening, expected,
+                              margin);
+    bool outside = first > 0, sure = wanted == HIT;
+    // A sample may be the entry, or the surface may hide in the gap before it, where both ends are listed.
+    for (Int number = first; want_hit && number < end; number++) {
+        const float low = table[number];
+        const Int last = max(number - 1, first);
+        const bool hides = outside && low > tolerance && low + table[last] < t[number] - t[last];
+        if (low <= tolerance || hides) {
+            if (state[number] != EXACT) needed[number] = expected[number] - tolerance;
+            found += list_sample(list, i * samples, last, ray, t, state);
+            found += list_sample(list, i * samples, number, ray, t, state);
+        }
+        if (outside && expected[number] + margin[number] <= tolerance) {
+            sure = true;
+            break;
+        }
+        outside |= low > tolerance;
     }
+    for (Int number = max(first, 1LL); !sure && number < end; number++)
+        if (state[number] == BOUNDED && table[number] <= least) {
+            needed[number] = expected[number] - least;
+            if (number % stride == 0) found += list_sample(list, i * samples, number, ray, t, state);
+        }
+    if (!found && (sure || stride == 1)) within[0] = within[1] = 0;
 }
 
-// List the samples that matter and are not exact yet.
-KERNEL list_rough(SAMPLES) {
-    EACH_RAY
-    float least;
-    const Int entry = find_entry(table, state, wanted, samples, 1, tolerance, error, &least);
-    for (Int number = 0; number < samples; number++)
-        if (state[number] != EXACT && matters(t, table[number], wanted, number, samples, entry, least, tolerance))
-            add(list, i * samples + number, ray, t[number]);
-}
-
-// Take in the sdf at the listed samples, exact or in half precision. worst (in units of 2^-24) becomes the largest
-// difference of the two.
-KERNEL take(LIST, Int listed, const float *values, float *table, unsigned char *state, Int exact, float error,
-            int *worst) {
+// Take in the sdf at the listed samples.
+KERNEL take(LIST, Int listed, const float *values, float *table, unsigned char *state) {
     EACH(listed)
-    const int place = places[i];
-    if (exact && state[place] == ROUGH) {
-        float off = fabsf(values[i] - (table[place] + error));
-        if (off < 1.0f) atomicMax(worst, (int)(off * 16777216.0f));
-    }
-    table[place] = exact ? values[i] : values[i] - error;
-    state[place] = exact ? EXACT : ROUGH;
+    table[places[i]] = values[i], state[places[i]] = EXACT;
     if (i == 0) *count = 0;
+}
+
+// Note what each ray's answer has needed: the most of each level, `most` (NUM_MARGINS,), and of how many rays.
+KERNEL note_needs(SAMPLES, DOUBTS, float *most, int *how_many) {
+    EACH_RAY
+    THE_DOUBTS
+    bool outside = false, enters = false;
+    Int answer = 1;
+    for (Int number = 0; number < samples && !enters; number++) {
+        if (state[number] == EXACT) {
+            enters = wanted != LEAST && outside && table[number] <= tolerance;
+            if (enters || number > 0 && (table[number] < table[answer] || state[answer] != EXACT)) answer = number;
+        }
+        outside |= table[number] > tolerance;
+    }
+    const int which = enters ? 0 : level(table[answer]);
+    atomicMax((int *)most + which, __float_as_int(fmaxf(needed[answer], 0.0f)));    // as positive numbers, they compare alike
+    atomicAdd(how_many + which, 1);
+}
+
+// Adapt the margins to what has been noted, and forget that.
+KERNEL widen(float *margins, float *most, int *how_many) {
+    EACH(NUM_MARGINS)
+    margins[i] = fmaxf(fmaxf(margins[i] * powf(1.0f - FORGET, how_many[i]), SPARE * most[i]), LEAST_MARGIN);
+    most[i] = 0.0f, how_many[i] = 0;
 }
 
 // Set passes (R,) to whether a ray may pass the surface within the radius spread * t, before it enters the object: where
@@ -154,10 +298,11 @@ KERNEL list_gaps(SAMPLES, float *found, Gap *gaps, int *num_gaps, int *ray_gaps)
         for (Int end = 0; end < samples; end++) {
             Int start = max(end - 1, 0LL);
             float before = table[start], value = table[end];
-            bool entry = end == 0 ? fabsf(value) <= tolerance : before > tolerance && value <= tolerance;
+            bool entry = state[end] == EXACT && (end == 0 ? fabsf(value) <= tolerance
+                                                          : before > tolerance && value <= tolerance);
             bool may_hide = end > 0 && before > tolerance && value > tolerance && before + value < t[end] - t[start];
             if (entry || may_hide) {
-                while (start > 0 && state[start] == BOUNDED) start--;
+                while (start > 0 && state[start] != EXACT) start--;
                 if (writing)
                     gaps[first + own] = {t[start], t[end], table[start], value, (int)i, 0, 0, value <= tolerance,
                                          value >= -tolerance, true};

@@ -1,8 +1,8 @@
-"""The search along rays on a GPU: samples in half precision, what they leave open exactly.
+"""The search along rays on a GPU, with a grid that remembers the sdf.
 
 A call for a few thousand points costs a GPU little, and each time that the host chooses the next ones, the GPU waits.
-So kernels choose (gpu_search.cu, which follows ray_tracer.py), and the host learns only how many points come next. No
-network is known here. Importing this file needs CuPy.
+So kernels choose (gpu_search.cu, which follows ray_tracer.py and tracing/sdf_grid.py), and the host learns only how
+many points come next. No network is known here. Importing this file needs CuPy.
 """
 from pathlib import Path
 from typing import Callable, Optional, Tuple
@@ -12,73 +12,114 @@ import numpy as np
 
 from backends.gpu_kernels import Device, Pointer, compiled, copy, page_locked
 
-STRIDES = (16, 4, 1)        # of the samples in half precision, coarse to fine
-FIRST_ERROR, LEAST_ERROR = 4e-3, 1e-5       # of the sdf in half precision
-SPARE = 1.5     # the assumed error is at least this many times the largest one of the step before ...
-FORGET = 0.01   # ... and falls by this share with each step
+# The rounds after the first guess: every so many-th doubtful sample is evaluated, and the margins are so many times as
+# wide. A round costs a GPU as much as a thousand points, so there are few.
+ROUNDS = ((2, 1.0), (1, 1.0), (1, 1.0), (1, 1.0), (1, 2.0), (1, 8.0))
 THREADS = 32    # of a block: few, so that a few thousand rays keep all of a GPU busy
 GAP_BYTES = 32
 HIT_OR_LEAST, HIT = 1, 2    # what is wanted of a ray, in gpu_search.cu
 SOURCE = Path(__file__).with_suffix(".cu")
-KERNELS = "list_every list_between list_rough take find_passes list_gaps look_ahead take_in find_hits".split()
+KERNELS = ("learn change list_first_guess list_doubtful take note_needs widen find_passes list_gaps look_ahead take_in "
+           "find_hits").split()
+
+
+class Grid:
+    """A tracing.sdf_grid.SdfGrid on a GPU. It hears what a search evaluates with it."""
+
+    def __init__(self, search: "Search", values: np.ndarray, margins: np.ndarray):
+        self.search, self.side = search, len(values)
+        with search.device.current():
+            self.on_gpu = cupy.asarray(values, np.float32), cupy.asarray(margins, np.float32)
+            self.changes = cupy.zeros((values.size, 2), np.float32)
+            self.needs = cupy.zeros(margins.size, np.float32), cupy.zeros(margins.size, np.int32)
+        self.arguments = *self.on_gpu, self.side
+
+    @property
+    def values(self) -> np.ndarray:
+        """(side, side, side) float32."""
+        return self.on_gpu[0].get()
+
+    @property
+    def margins(self) -> np.ndarray:
+        """(NUM_MARGINS,) float32."""
+        return self.on_gpu[1].get()
+
+    def hear(self, points: Pointer, values: Pointer, count: int) -> None:
+        """Note values (count,) at points (count, 3) on the GPU."""
+        self.search.start("learn", count, *self.arguments, points, values, count, self.changes)
+
+    def learn_heard(self) -> None:
+        """Learn all that was heard since the last time."""
+        with self.search.device.current():
+            self.search.start("change", len(self.changes), self.on_gpu[0], self.changes, len(self.changes))
+
+    def learn(self, points: np.ndarray, values: np.ndarray) -> None:
+        """Learn values (N,) at points (N, 3), float32."""
+        with self.search.device.current():
+            on_gpu = cupy.asarray(points, np.float32), cupy.asarray(values, np.float32)
+            self.hear(*on_gpu, len(points))
+            self.learn_heard()
 
 
 class Search:
-    """Finds hits and least samples of rays, as ray_tracer.hit_or_least_sdf without a grid does.
+    """Finds hits and least samples of rays, as ray_tracer.hit_or_least_sdf does with a grid.
 
-    evaluate(x, out, count, half) starts the computation of the sdf at x (count, 3), in half precision or exactly; x and
-    out point to float32 on the GPU. evaluations: points so far, by kind.
+    evaluate(x, out, count) starts the computation of the sdf at x (count, 3); x and out point to float32 on the GPU.
+    still: the Grid of an sdf that stays as it is, None while there is none. evaluations: points so far, by kind.
     """
 
-    def __init__(self, device: Device, evaluate: Callable[[Pointer, Pointer, int, bool], None]):
-        self.device, self.evaluate, self.kernels = device, evaluate, None
+    def __init__(self, device: Device, evaluate: Callable[[Pointer, Pointer, int], None]):
+        self.device, self.evaluate, self.kernels, self.still = device, evaluate, None, None
         self.room, self.ray_room, self.fractions = 0, 0, ()
-        self.error, self.evaluations = FIRST_ERROR, {"half": 0, "exact": 0, "refinement": 0}
+        self.evaluations = {"samples": 0, "refinement": 0}
         with device.current():
-            self.count, self.num_gaps, self.worst = (cupy.zeros(1, np.int32) for _ in range(3))
+            self.count, self.num_gaps = (cupy.zeros(1, np.int32) for _ in range(2))
             self.number = page_locked((1,), np.int32)
 
-    def __call__(self, chords, fractions: np.ndarray, how, limits) -> Tuple[np.ndarray, np.ndarray]:
+    def remember(self, grid, limits) -> Grid:
+        """Return the Grid of a SdfGrid; limits: ray_tracer.Limits."""
+        with self.device.current():
+            self.kernels = self.kernels or compiled(SOURCE, KERNELS, "-fmad=false", **limits.constants)
+        return Grid(self, grid.values, grid.margins)
+
+    def __call__(self, chords, fractions: np.ndarray, how, limits, grid: Grid) -> Tuple[np.ndarray, np.ndarray]:
         """Return t (R,) float32, each ray's hit if it is wanted and found, else its least sample; and hit (R,) bool.
 
         fractions: (S,) float32, the samples' places on the chords, ascending. chords, how, limits: ray_tracer's Chords,
-        Refinement and Limits.
+        Refinement and Limits. The grid hears what is evaluated, and its margins adapt.
         """
-        return self.search(chords, fractions, how, limits)[:2]
+        return self.search(chords, fractions, how, limits, grid)[:2]
 
-    def first_hits(self, chords, fractions: np.ndarray, how, limits,
+    def first_hits(self, chords, fractions: np.ndarray, how, limits, grid: Grid,
                    spread: Optional[float]) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return t (R,) float32 and hit (R,) bool of rays that all want a hit, and none the least sample.
 
         The third result, passes (R,) bool, tells the rays that may pass the surface as cones would that have the radius
-        `spread` at distance 1. Without spread there are none.
+        `spread` at distance 1. Without spread there are none. The grid stays as it is.
         """
-        return self.search(chords, fractions, how, limits, hits_alone=True, spread=spread)
+        return self.search(chords, fractions, how, limits, grid, hits_alone=True, spread=spread)
 
-    def search(self, chords, fractions, how, limits, *, hits_alone=False, spread=None):
+    def search(self, chords, fractions, how, limits, grid, *, hits_alone=False, spread=None):
         """As first_hits; without hits_alone, as __call__."""
         with self.device.current():
-            self.kernels = self.kernels or compiled(SOURCE, KERNELS, "-fmad=false", MAX_SLOPE=limits.max_slope,
-                                                    MAX_COVER=limits.max_cover)
             num_rays = len(chords.near)
             self.reserve(num_rays, len(fractions))
             self.send(chords, fractions, HIT if hits_alone else HIT_OR_LEAST)
             samples = (self.rays, num_rays, len(fractions), self.t, self.table, self.state, np.float32(how.tolerance),
-                       np.float32(self.error), *self.list)
-            self.fill_table(samples, num_rays)
+                       *self.list)
+            learning = None if hits_alone else grid
+            self.fill_table(samples, num_rays, grid, learning)
             if spread is not None:
                 self.start("find_passes", num_rays, *samples, np.float32(spread), self.passes)
             self.start("list_gaps", num_rays, *samples, self.found, self.gaps, self.num_gaps, self.ray_gaps)
             num_gaps = self.read(self.num_gaps)
             if num_gaps:
-                self.refine(num_gaps, how, limits)
+                self.refine(num_gaps, how, limits, learning)
                 self.start("find_hits", num_rays, self.gaps, self.ray_gaps, num_rays, self.found)
             copy(self.host_found.ctypes.data, self.found.data.ptr, 8 * num_rays)
-            worst = self.read(self.worst) / 2 ** 24
-            for number in (self.num_gaps, self.worst):
-                number.fill(0)
+            self.num_gaps.fill(0)
+            cupy.cuda.runtime.streamSynchronize(0)
             passes = np.zeros(num_rays, bool) if spread is None else self.passes[:num_rays].get() > 0
-        self.error = max(SPARE * worst, (1 - FORGET) * self.error, LEAST_ERROR)
         found = self.host_found[:num_rays]
         return found[:, 0].copy(), found[:, 1] > 0, passes
 
@@ -90,13 +131,16 @@ class Search:
             self.rays, self.host_rays = cupy.empty((rays, 9), np.float32), page_locked((rays, 9))
             self.fractions, self.host_fractions = cupy.empty(samples, np.float32), page_locked((samples,))
             self.found, self.host_found = cupy.empty((rays, 2), np.float32), page_locked((rays, 2))
-            self.ray_gaps, self.passes = cupy.empty((rays, 2), np.int32), cupy.empty(rays, np.uint8)
+            self.ray_gaps, self.within = cupy.empty((2, rays, 2), np.int32)
+            self.passes = cupy.empty(rays, np.uint8)
         if rays * samples > self.room:
             self.room = room = rays * samples
-            self.t, self.table, self.values, self.ahead = cupy.empty((4, room), np.float32)
+            self.t, self.table, self.values, self.ahead, *doubts = cupy.empty((8, room), np.float32)
             self.points, self.places = cupy.empty((room, 3), np.float32), cupy.empty(room, np.int32)
             self.state, self.gaps = cupy.empty(room, np.uint8), cupy.empty(room * GAP_BYTES, np.uint8)
             self.list = self.count, self.places, self.points, room
+            estimate, needed, expected, margin = doubts
+            self.doubts = estimate, self.within, needed, expected, margin
 
     def send(self, chords, fractions: np.ndarray, wanted: int) -> None:
         """Start copying chords, as rows of gpu_search.cu's Ray, and fractions to the GPU.
@@ -120,31 +164,44 @@ class Search:
         cupy.cuda.runtime.streamSynchronize(0)
         return int(self.number[0])
 
-    def listed(self, kind: str) -> int:
-        """Start the evaluation of the listed points, in half precision for the kind "half"; return their number."""
+    def listed(self, kind: str, grid: Optional[Grid]) -> int:
+        """Start the evaluation of the listed points, which the grid, if any, hears; return their number."""
         count = min(self.read(self.count), self.room)
-        self.evaluations[kind] += count
-        self.evaluate(self.points.data.ptr, self.values.data.ptr, count, kind == "half")
+        if count:
+            self.evaluations[kind] += count
+            self.evaluate(self.points.data.ptr, self.values.data.ptr, count)
+            if grid:
+                grid.hear(self.points, self.values, count)
         return count
 
-    def fill_table(self, samples: tuple, num_rays: int) -> None:
-        """Evaluate the samples that matter."""
-        listing = [("list_every", self.fractions, STRIDES[0])]
-        listing += [("list_between", *strides) for strides in zip(STRIDES, STRIDES[1:])] + [("list_rough",)]
-        for kernel, *arguments in listing:
-            kind = "exact" if kernel == "list_rough" else "half"
-            self.start(kernel, num_rays, *samples, *arguments)
-            count = self.listed(kind)
-            if count:
-                self.start("take", count, *self.list, count, self.values, self.table, self.state, int(kind == "exact"),
-                           np.float32(self.error), self.worst)
+    def fill_table(self, samples: tuple, num_rays: int, grid: Grid, learning: Optional[Grid]) -> None:
+        """Evaluate the samples that matter. learning: the grid, if it changes."""
+        known, before = (*samples, *grid.arguments, *self.doubts), 0
+        self.start("list_first_guess", num_rays, *known, self.fractions)
+        for stride, widening in ROUNDS:
+            if not self.take_samples(learning) and before == 1:
+                break
+            self.start("list_doubtful", num_rays, *known, stride, np.float32(widening))
+            before = stride
+        else:
+            self.take_samples(learning)
+        if learning:
+            self.start("note_needs", num_rays, *samples, *self.doubts, *grid.needs)
+            self.start("widen", len(grid.needs[0]), grid.on_gpu[1], *grid.needs)
 
-    def refine(self, num_gaps: int, how, limits) -> None:
-        """Narrow the gaps, as ray_tracer does."""
+    def take_samples(self, learning: Optional[Grid]) -> int:
+        """Evaluate the listed samples; return their number."""
+        count = self.listed("samples", learning)
+        if count:
+            self.start("take", count, *self.list, count, self.values, self.table, self.state)
+        return count
+
+    def refine(self, num_gaps: int, how, limits, learning: Optional[Grid]) -> None:
+        """Narrow the gaps, as ray_tracer does. learning: the grid, if it changes."""
         for step in range(how.steps):
             self.start("look_ahead", num_gaps, self.rays, self.gaps, num_gaps, self.ahead, *self.list, int(how.secant),
                        limits.num_ahead(step), limits.steps_left(step, how.steps), np.float32(how.tolerance))
-            if not self.listed("refinement"):
+            if not self.listed("refinement", learning):
                 break
             self.start("take_in", num_gaps, self.gaps, num_gaps, self.ahead, self.values, self.count,
                        np.float32(how.tolerance))

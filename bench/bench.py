@@ -235,7 +235,7 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
         timed_part("refresh", sdf.refresh)
         with named_stages(stage):
             placed = timed_part("trace", place_points, sdf if grid else counting, batch, tracer, rng, grid)
-        for place, (points, _) in enumerate(grid.heard if grid else ()):    # of each core, as CompiledSearch says
+        for place, (points, _) in enumerate(getattr(grid, "heard", ())):    # of each core, as CompiledSearch says
             evaluations["refinement" if place % 2 else "samples"] += len(points) / num_steps
         graph = timed_part("inputs", step.fill, batch, placed, ALPHA, rng)
         solver.zero_grad()
@@ -255,8 +255,7 @@ def count_search(evaluations: Dict[str, float], search: Optional[Callable], befo
                  num_steps: int) -> None:
     """Add the evaluations per step of a search on a GPU since `before`. It keeps no count of its calls."""
     for kind, so_far in before.items():
-        title = kind if kind == "refinement" else "samples"
-        evaluations[title] += (search.evaluations[kind] - so_far) / num_steps
+        evaluations[kind] += (search.evaluations[kind] - so_far) / num_steps
 
 
 def print_steps(seconds: Dict[str, List[float]], evaluations: Dict[str, float], num_surface: float, num_rays: int,

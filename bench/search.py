@@ -77,9 +77,11 @@ def compare(conf, scene, views, num_steps):
         sdf.refresh()
         counted.clear()
         compared, seed = None, (0, helper.SAMPLES, step)
+        before = sum(sdf.search.evaluations.values()) if sdf.search else 0
         placed = place_points(sdf, batch, conf.tracer, helper.random_numbers(*seed), grid)
         if (step + 1) % EVERY == 0:
-            evaluations = sum(len(points) for points, _ in grid.heard)
+            evaluations = (sum(sdf.search.evaluations.values()) - before if sdf.search else
+                           sum(len(points) for points, _ in grid.heard))
             full = place_points(plain, batch, conf.tracer, helper.random_numbers(*seed))
             compared = (difference(sdf, batch, alpha, placed, full, conf.tracer.tolerance), evaluations,
                         sum(counted))

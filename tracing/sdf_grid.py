@@ -16,14 +16,19 @@ from tracing.compiling import compiled
 
 MAX_SLOPE = 1.5     # assumed bound on the sdf's slope, by which samples are skipped
 ERROR_SLOPE = 2.0   # assumed bound on the slope of the grid's error
-STRIDE = 4          # the search for the least sample evaluates every 4th doubtful sample, then those that remain
+READ_STRIDE = 4     # of a ray's samples, every 4th is read from the grid first
+STRIDE = 2          # the search for the least sample evaluates every 2nd doubtful sample, then those that remain
 LEVELS = np.float32([0.0, 0.02, 0.05, 0.1, 0.2, 0.4])   # of a ray's least sdf, at which another margin begins
 NUM_MARGINS = 2 + len(LEVELS)     # of rays with a hit, and of the others by their level
 FIRST_MARGIN, LEAST_MARGIN = 0.05, 1e-3
 SPARE = 1.2         # a margin is at least this many times what a ray has lately needed ...
 FORGET = 1e-3       # ... and falls by this share with each ray of its level
 MIN_PER_CORE = 1 << 14      # samples; with fewer, handing them over takes longer than the work
-
+STILL_SIDE = 96     # of the grid of an sdf that stays as it is
+# For a search elsewhere, which does the same with a grid.
+CONSTANTS = {"MAX_SLOPE": MAX_SLOPE, "ERROR_SLOPE": ERROR_SLOPE, "READ_STRIDE": READ_STRIDE, "SPARE": SPARE,
+             "FORGET": FORGET, "LEAST_MARGIN": LEAST_MARGIN, "NUM_MARGINS": NUM_MARGINS,
+             "LEVELS": tuple(LEVELS.tolist())}
 
 
 class Rays(NamedTuple):
@@ -51,6 +56,7 @@ class SdfGrid:
         self.values = values
         self.margins = np.full(NUM_MARGINS, FIRST_MARGIN, np.float32) if margins is None else margins
         self.heard = []     # [(points, values)]
+        self.changes = np.zeros((*values.shape, 2), np.float32)     # scratch of _learn
 
     @classmethod
     def of(cls, sdf: Callable, side: int) -> "SdfGrid":
@@ -59,6 +65,21 @@ class SdfGrid:
         plane = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
         values = np.stack([sdf(np.insert(plane, 0, x, axis=1)) for x in line])
         return cls(values.astype(np.float32).reshape(side, side, side))
+
+    @classmethod
+    def of_still(cls, sdf: Callable, side: int = STILL_SIDE) -> "SdfGrid":
+        """Return the grid of an sdf that stays as it is. Its margins are what it is off by near the surface.
+
+        That is measured in the middle of the cells that the surface may cross, where the grid is off the most.
+        """
+        grid, low = cls.of(sdf, side), (slice(-1), slice(1, None))
+        corners = np.stack([grid.values[x, y, z] for x in low for y in low for z in low])
+        middle, step = corners.mean(axis=0), 2 / (side - 1)
+        near = np.argwhere(np.abs(middle) < step)
+        if len(near):
+            found = sdf((-1 + step * (near + 0.5)).astype(np.float32))
+            grid.margins[:] = max(SPARE * np.abs(found - middle[tuple(near.T)]).max(), LEAST_MARGIN)
+        return grid
 
     def listening(self, sdf: Callable) -> Callable:
         """Return an sdf that lets the grid hear what it returns."""
@@ -70,13 +91,13 @@ class SdfGrid:
 
     def learn_heard(self) -> None:
         """Learn all that was heard since the last time. Apart from the search, so that it can wait for a GPU's work."""
-        for points, values in self.heard:
-            self.learn(points, values)
+        if self.heard:
+            self.learn(*map(np.concatenate, zip(*self.heard)))
         self.heard.clear()
 
     def learn(self, points: np.ndarray, values: np.ndarray) -> None:
-        """Change the grid so that it gives `values` (N,) at `points` (N, 3), float32, one after the other."""
-        _learn(self.values, points, values)
+        """Change the grid so that it gives `values` (N,) at `points` (N, 3), float32, or nearly if many are close."""
+        _learn(self.values, points, values, self.changes)
 
     def search(self, sdf_at: Callable, rays: Rays, t: np.ndarray, tolerance: float) -> Samples:
         """Evaluate the samples at the distances t (R, S) that may be a ray's entry or have its least sdf.
@@ -151,36 +172,39 @@ def _along(values, origins, directions, t, doubt, out, within):
 
     The first sample where they matter, and the one after the last, are written to within (R, 2). Outside of these, the
     sdf is neither a ray's least nor at its entry, if the grid is off by less than `doubt` / 2. So not all are read:
-    first every STRIDE-th.
+    first every READ_STRIDE-th.
     """
     rays, samples = t.shape
     for ray in range(rays):
         (x, y, z), (dx, dy, dz) = origins[ray], directions[ray]
         least = np.float32(np.inf)
-        for number in range(0, samples, STRIDE):
+        for number in range(0, samples, READ_STRIDE):
             d = t[ray, number]
             out[ray, number] = _value(values, x + dx * d, y + dy * d, z + dz * d)
             least = min(least, out[ray, number])
-        limit = max(least, np.float32(0)) + doubt + MAX_SLOPE * STRIDE * (t[ray, samples - 1] - t[ray, 0]) / samples
+        spacing = (t[ray, samples - 1] - t[ray, 0]) / samples
+        limit = max(least, np.float32(0)) + doubt + MAX_SLOPE * READ_STRIDE * spacing
         first, last = samples, 0
-        for number in range(0, samples, STRIDE):
+        for number in range(0, samples, READ_STRIDE):
             if out[ray, number] <= limit:
                 first, last = min(first, number), number
-        within[ray] = max(first - STRIDE, 0), min(last + STRIDE, samples)
+        within[ray] = max(first - READ_STRIDE, 0), min(last + READ_STRIDE, samples)
         for number in range(within[ray, 0], within[ray, 1]):
-            if number % STRIDE:
+            if number % READ_STRIDE:
                 d = t[ray, number]
                 out[ray, number] = _value(values, x + dx * d, y + dy * d, z + dz * d)
 
 
 @compiled
-def _learn(values, points, found):
-    """Change the 8 values around each point by the least amount after which the grid gives found (N,) there."""
+def _learn(values, points, found, changes):
+    """Change the 8 values around each point by the least amount after which the grid gives found (N,) there.
+
+    A value between several points takes the mean of what they ask for, weighted by how near they are: one after the
+    other, they would undo what the one before has brought. changes: (side, side, side, 2), zero before and after.
+    """
     side, one, weights = values.shape[0], np.float32(1), np.empty((2, 2, 2), np.float32)
     for n in range(len(points)):
-        i, a = _cell(points[n, 0], side)
-        j, b = _cell(points[n, 1], side)
-        k, c = _cell(points[n, 2], side)
+        (i, a), (j, b), (k, c) = _cell(points[n, 0], side), _cell(points[n, 1], side), _cell(points[n, 2], side)
         value = square = np.float32(0)
         for x in range(2):
             for y in range(2):
@@ -189,13 +213,21 @@ def _learn(values, points, found):
                     value += weight * values[i + x, j + y, k + z]
                     square += weight * weight
                     weights[x, y, z] = weight
-        if not abs(found[n] - value) < np.float32(np.inf):
-            continue
         step = (found[n] - value) / square
-        for x in range(2):
-            for y in range(2):
-                for z in range(2):
-                    values[i + x, j + y, k + z] += step * weights[x, y, z]
+        if abs(step) < np.float32(np.inf):
+            for x in range(2):
+                for y in range(2):
+                    for z in range(2):
+                        changes[i + x, j + y, k + z, 0] += step * weights[x, y, z] * weights[x, y, z]
+                        changes[i + x, j + y, k + z, 1] += weights[x, y, z]
+    for n in range(len(points)):
+        (i, _), (j, _), (k, _) = _cell(points[n, 0], side), _cell(points[n, 1], side), _cell(points[n, 2], side)
+        for x in range(i, i + 2):
+            for y in range(j, j + 2):
+                for z in range(k, k + 2):
+                    if changes[x, y, z, 1] > 0:
+                        values[x, y, z] += changes[x, y, z, 0] / changes[x, y, z, 1]
+                        changes[x, y, z, 0] = changes[x, y, z, 1] = 0
 
 
 # --- the samples in doubt ---------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """One step of the optimisation: a point for each ray, the losses at these points, and their gradients (section 3)."""
+from functools import partial
 from typing import NamedTuple, Optional, Tuple
 
 import nnabla as nn
@@ -46,8 +47,13 @@ def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng, grid: Optional
     alone; rng: of the samples' places; grid: what is known of the sdf. It hears all values, and learns nothing yet.
     """
     settings = {name: value for name, value in vars(tracer).items() if name != "sphere_tracing_steps"}
-    compiled = grid and isinstance(sdf, cpu.Sdf)
-    search, heard = CompiledSearch(grid, sdf.folded) if compiled else sdf.search, grid.listening(sdf) if grid else sdf
+    search, heard = None, sdf
+    if grid and isinstance(sdf, cpu.Sdf):
+        search = CompiledSearch(grid, sdf.folded)
+    elif grid and sdf.search:
+        search = partial(sdf.search, grid=grid)
+    elif grid:
+        heard = grid.listening(sdf)
     t, hit_in_mask = ray_tracer.hit_or_least_sdf(heard, batch.origins, batch.directions, batch.mask, grid=grid,
                                                  half_precision_sdf=sdf.half_precision, search=search, rng=rng,
                                                  **settings)
