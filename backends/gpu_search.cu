@@ -2,8 +2,9 @@
 // gpu_search.py compiles and starts these kernels and defines the constants. The names are those of ray_tracer.py and
 // tracing/sdf_grid.py, where each function is explained.
 //
-// Rows of `rays`: origin, direction, near end and length of the chord, what is wanted. t, table, state (R, S): the
-// samples' distances; their sdf, or a lower bound of it; and which of the two.
+// Rows of `rays`: origin, direction, near end and length of the chord, what is wanted. t, table, state (S, R): the
+// samples' distances; their sdf, or a lower bound of it; and which of the two. They lie by samples, not by rays, as
+// neighbouring threads then read neighbouring places.
 typedef long long Int;
 #define KERNEL extern "C" __global__ void
 #define INFINITE 3e38f
@@ -11,6 +12,12 @@ enum State : unsigned char { BOUNDED, LISTED, EXACT };
 enum Wanted { LEAST, HIT_OR_LEAST, HIT };
 
 struct Ray { float origin[3], direction[3], near, length, wanted; };
+
+template <typename T> struct Of {   // one ray's samples
+    T *first;
+    Int step;
+    __device__ T &operator[](Int number) const { return first[number * step]; }
+};
 
 struct List {       // the points to evaluate next: how many, which sample or gap they are of, and where
     int *count, *places;
@@ -103,32 +110,52 @@ KERNEL change(float *values, float *changes, Int count) {
 
 // --- samples
 
-#define SAMPLES const Ray *all_rays, Int rays, Int samples, float *t, float *table, unsigned char *state, \
+#define SAMPLES const Ray *all_rays, Int rays, Int samples, float *all_t, float *all_table, unsigned char *all_state, \
                 float tolerance, LIST
 #define EACH_RAY \
     EACH(rays) \
     THE_LIST \
     const Ray ray = all_rays[i]; \
     const Wanted wanted = (Wanted)(int)ray.wanted; \
-    t += i * samples, table += i * samples, state += i * samples;
+    const Of<float> t = {all_t + i, rays}, table = {all_table + i, rays}; \
+    const Of<unsigned char> state = {all_state + i, rays};
 
-// What is known of the samples besides: the grid's values, where these matter (R, 2), the margins without which a
-// sample would not have been evaluated; and scratch: what is expected of a sample, up to what margin.
-#define DOUBTS float *estimate, int *within, float *needed, float *expected, float *margin
-#define THE_DOUBTS estimate += i * samples, within += 2 * i, needed += i * samples, expected += i * samples, \
-                   margin += i * samples;
+// What is known of the samples besides: the grid's values; where these matter, and which sample is the first moved one,
+// or -1 (R, 3); the margins without which a sample would not have been evaluated; and scratch: what is expected of a
+// sample, up to what margin.
+#define DOUBTS float *all_estimate, int *within, float *all_needed, float *all_expected, float *all_margin
+#define THE_DOUBTS \
+    const Of<float> estimate = {all_estimate + i, rays}, needed = {all_needed + i, rays}, \
+                    expected = {all_expected + i, rays}, margin = {all_margin + i, rays}; \
+    within += 3 * i;
 
-// List a ray's sample, unless that has been done; returns whether. `first`: the place of its ray's samples.
-__device__ bool list_sample(List list, Int first, Int number, const Ray &ray, const float *t, unsigned char *state) {
+// List a sample of a ray, unless that has been done; returns whether. i: the ray's number.
+__device__ bool list_sample(List list, Int i, Int number, const Ray &ray, Of<float> t, Of<unsigned char> state) {
     if (state[number] != BOUNDED) return false;
     state[number] = LISTED;
-    put(list, atomicAdd(list.count, 1), first + number, ray, t[number]);
+    put(list, atomicAdd(list.count, 1), number * t.step + i, ray, t[number]);
     return true;
+}
+
+// Move two samples to where the grid is `narrow` and -narrow, around its first change of sign, before sample `entry`.
+__device__ void move_around_entry(Grid grid, const Ray &ray, Of<float> t, Of<float> estimate, Int entry, float narrow) {
+    float near = t[entry - 1], far = t[entry], near_value = estimate[entry - 1], far_value = estimate[entry];
+    const float slope = fmaxf((near_value - far_value) / (far - near), 0.1f);
+    for (int step = 0; step < 3; step++) {
+        const float zero = near + (far - near) * (near_value / (near_value - far_value));
+        const float value = estimate_at(grid, ray, zero);
+        if (value > 0.0f) near = zero, near_value = value;
+        else far = zero, far_value = value;
+    }
+    const float zero = near + (far - near) * (near_value / (near_value - far_value));
+    t[entry] = fmaxf(t[entry - 1], zero - narrow / slope), t[entry + 1] = fminf(t[entry + 1], zero + narrow / slope);
+    for (Int number = entry; number <= entry + 1; number++) estimate[number] = estimate_at(grid, ray, t[number]);
 }
 
 // Set the samples' distances and the grid's values there. List those on either side of the first change of sign, else
 // the one of least value; none where only a hit matters and no sample can be near the surface.
-KERNEL list_first_guess(SAMPLES, GRID, DOUBTS, const float *fractions) {
+// narrow: where only a hit matters, two samples are moved to where the grid is so far from 0; 0 leaves them in place.
+KERNEL list_first_guess(SAMPLES, GRID, DOUBTS, const float *fractions, float narrow) {
     EACH_RAY
     THE_GRID
     THE_DOUBTS
@@ -142,7 +169,7 @@ KERNEL list_first_guess(SAMPLES, GRID, DOUBTS, const float *fractions) {
     }
     const float slack = doubt + MAX_SLOPE * READ_STRIDE * (t[samples - 1] - t[0]) / samples;
     Int first = samples, last = 0, entry = 0;
-    within[0] = within[1] = 0;
+    within[0] = within[1] = 0, within[2] = -1;
     if (wanted == HIT && least > slack) return;
     for (Int number = 0; number < samples; number += READ_STRIDE)
         if (estimate[number] <= fmaxf(least, 0.0f) + slack) first = min(first, number), last = number;
@@ -154,8 +181,12 @@ KERNEL list_first_guess(SAMPLES, GRID, DOUBTS, const float *fractions) {
         if (!entry && wanted != LEAST && number > first && estimate[number] <= 0.0f && estimate[number - 1] > 0.0f)
             entry = number;
     }
-    if (entry) list_sample(list, i * samples, entry - 1, ray, t, state);
-    list_sample(list, i * samples, entry ? entry : lowest, ray, t, state);
+    if (entry && narrow > 0.0f && wanted == HIT && entry + 1 < last) {
+        move_around_entry(grid, ray, t, estimate, entry, narrow);
+        within[2] = entry++;
+    }
+    if (entry) list_sample(list, i, entry - 1, ray, t, state);
+    list_sample(list, i, entry ? entry : lowest, ray, t, state);
 }
 
 // Which margin is that of a ray whose least sdf is `least`.
@@ -168,9 +199,9 @@ __device__ int level(float least) {
 
 // Bound one ray's sdf from `first` to `*end`, which becomes that of the samples up to the entry if it is known. Returns
 // the least sdf found.
-__device__ float bound(const float *t, float *table, const unsigned char *state, const float *estimate, Int first,
-                       Int *end, bool want_hit, const float *margins, float tolerance, float widening,
-                       float *expected, float *margin) {
+__device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of<float> estimate, Int first, Int *end,
+                       bool want_hit, const float *margins, float tolerance, float widening, Of<float> expected,
+                       Of<float> margin) {
     float least = INFINITE;
     bool outside = first > 0;
     for (Int number = first; number < *end; number++) {
@@ -217,11 +248,11 @@ KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int stride, float widening) {
     for (Int number = first; want_hit && number < end; number++) {
         const float low = table[number];
         const Int last = max(number - 1, first);
-        const bool hides = outside && low > tolerance && low + table[last] < t[number] - t[last];
+        const bool hides = number != within[2] && outside && low > tolerance && low + table[last] < t[number] - t[last];
         if (low <= tolerance || hides) {
             if (state[number] != EXACT) needed[number] = expected[number] - tolerance;
-            found += list_sample(list, i * samples, last, ray, t, state);
-            found += list_sample(list, i * samples, number, ray, t, state);
+            found += list_sample(list, i, last, ray, t, state);
+            found += list_sample(list, i, number, ray, t, state);
         }
         if (outside && expected[number] + margin[number] <= tolerance) {
             sure = true;
@@ -232,7 +263,7 @@ KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int stride, float widening) {
     for (Int number = max(first, 1LL); !sure && number < end; number++)
         if (state[number] == BOUNDED && table[number] <= least) {
             needed[number] = expected[number] - least;
-            if (number % stride == 0) found += list_sample(list, i * samples, number, ray, t, state);
+            if (number % stride == 0) found += list_sample(list, i, number, ray, t, state);
         }
     if (!found && (sure || stride == 1)) within[0] = within[1] = 0;
 }
@@ -258,7 +289,7 @@ KERNEL note_needs(SAMPLES, DOUBTS, float *most, int *how_many) {
         outside |= table[number] > tolerance;
     }
     const int which = enters ? 0 : level(table[answer]);
-    atomicMax((int *)most + which, __float_as_int(fmaxf(needed[answer], 0.0f)));    // as positive numbers, they compare alike
+    atomicMax((int *)most + which, __float_as_int(fmaxf(needed[answer], 0.0f)));     // in the same order
     atomicAdd(how_many + which, 1);
 }
 
@@ -286,7 +317,7 @@ KERNEL find_passes(SAMPLES, float spread, unsigned char *passes) {
 // --- gaps
 
 // Set found (R, 2) to the distance of each ray's sample of least sdf, and 0; list its gaps, which are consecutive.
-KERNEL list_gaps(SAMPLES, float *found, Gap *gaps, int *num_gaps, int *ray_gaps) {
+KERNEL list_gaps(SAMPLES, const int *within, float *found, Gap *gaps, int *num_gaps, int *ray_gaps) {
     EACH_RAY
     Int least = 1;
     for (Int number = 2; number < samples; number++)
@@ -298,16 +329,21 @@ KERNEL list_gaps(SAMPLES, float *found, Gap *gaps, int *num_gaps, int *ray_gaps)
         for (Int end = 0; end < samples; end++) {
             Int start = max(end - 1, 0LL);
             float before = table[start], value = table[end];
-            bool entry = state[end] == EXACT && (end == 0 ? fabsf(value) <= tolerance
-                                                          : before > tolerance && value <= tolerance);
-            bool may_hide = end > 0 && before > tolerance && value > tolerance && before + value < t[end] - t[start];
-            if (entry || may_hide) {
-                while (start > 0 && state[start] != EXACT) start--;
-                if (writing)
-                    gaps[first + own] = {t[start], t[end], table[start], value, (int)i, 0, 0, value <= tolerance,
-                                         value >= -tolerance, true};
-                own++;
+            const bool open = state[end] != EXACT && value <= tolerance;      // the rounds were too few
+            bool entry = !open && (end == 0 ? fabsf(value) <= tolerance : before > tolerance && value <= tolerance);
+            bool may_hide = end > 0 && before > tolerance && value > tolerance && before + value < t[end] - t[start]
+                            && end != within[3 * i + 2];     // the rest of the gap in which the ray enters
+            if (!entry && !may_hide && !open) continue;
+            while (start > 0 && state[start] != EXACT) start--;
+            if (open) {
+                while (end < samples - 1 && state[end] != EXACT) end++;
+                if (state[end] != EXACT || state[start] != EXACT || table[start] <= tolerance) continue;
+                value = table[end], entry = value <= tolerance;
             }
+            if (writing)
+                gaps[first + own] = {t[start], t[end], table[start], value, (int)i, 0, 0, value <= tolerance,
+                                     value >= -tolerance, true};
+            own++;
             if (entry) break;
         }
     }

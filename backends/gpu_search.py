@@ -12,9 +12,8 @@ import numpy as np
 
 from backends.gpu_kernels import Device, Pointer, compiled, copy, page_locked
 
-# The rounds after the first guess: every so many-th doubtful sample is evaluated, and the margins are so many times as
-# wide. A round costs a GPU as much as a thousand points, so there are few.
-ROUNDS = ((2, 1.0), (1, 1.0), (1, 1.0), (1, 1.0), (1, 2.0), (1, 8.0))
+import os
+ROUNDS = eval(os.environ.get("ROUNDS", "((1, 1.0), (1, 1.0))"))
 THREADS = 32    # of a block: few, so that a few thousand rays keep all of a GPU busy
 GAP_BYTES = 32
 HIT_OR_LEAST, HIT = 1, 2    # what is wanted of a ray, in gpu_search.cu
@@ -26,8 +25,8 @@ KERNELS = ("learn change list_first_guess list_doubtful take note_needs widen fi
 class Grid:
     """A tracing.sdf_grid.SdfGrid on a GPU. It hears what a search evaluates with it."""
 
-    def __init__(self, search: "Search", values: np.ndarray, margins: np.ndarray):
-        self.search, self.side = search, len(values)
+    def __init__(self, search: "Search", values: np.ndarray, margins: np.ndarray, usual_error: float):
+        self.search, self.side, self.usual_error = search, len(values), np.float32(usual_error)
         with search.device.current():
             self.on_gpu = cupy.asarray(values, np.float32), cupy.asarray(margins, np.float32)
             self.changes = cupy.zeros((values.size, 2), np.float32)
@@ -80,7 +79,7 @@ class Search:
         """Return the Grid of a SdfGrid; limits: ray_tracer.Limits."""
         with self.device.current():
             self.kernels = self.kernels or compiled(SOURCE, KERNELS, "-fmad=false", **limits.constants)
-        return Grid(self, grid.values, grid.margins)
+        return Grid(self, grid.values, grid.margins, grid.usual_error)
 
     def __call__(self, chords, fractions: np.ndarray, how, limits, grid: Grid) -> Tuple[np.ndarray, np.ndarray]:
         """Return t (R,) float32, each ray's hit if it is wanted and found, else its least sample; and hit (R,) bool.
@@ -111,7 +110,7 @@ class Search:
             self.fill_table(samples, num_rays, grid, learning)
             if spread is not None:
                 self.start("find_passes", num_rays, *samples, np.float32(spread), self.passes)
-            self.start("list_gaps", num_rays, *samples, self.found, self.gaps, self.num_gaps, self.ray_gaps)
+            self.start("list_gaps", num_rays, *samples, self.within, self.found, self.gaps, self.num_gaps, self.ray_gaps)
             num_gaps = self.read(self.num_gaps)
             if num_gaps:
                 self.refine(num_gaps, how, limits, learning)
@@ -131,7 +130,7 @@ class Search:
             self.rays, self.host_rays = cupy.empty((rays, 9), np.float32), page_locked((rays, 9))
             self.fractions, self.host_fractions = cupy.empty(samples, np.float32), page_locked((samples,))
             self.found, self.host_found = cupy.empty((rays, 2), np.float32), page_locked((rays, 2))
-            self.ray_gaps, self.within = cupy.empty((2, rays, 2), np.int32)
+            self.ray_gaps, self.within = (cupy.empty((rays, count), np.int32) for count in (2, 3))
             self.passes = cupy.empty(rays, np.uint8)
         if rays * samples > self.room:
             self.room = room = rays * samples
@@ -177,7 +176,7 @@ class Search:
     def fill_table(self, samples: tuple, num_rays: int, grid: Grid, learning: Optional[Grid]) -> None:
         """Evaluate the samples that matter. learning: the grid, if it changes."""
         known, before = (*samples, *grid.arguments, *self.doubts), 0
-        self.start("list_first_guess", num_rays, *known, self.fractions)
+        self.start("list_first_guess", num_rays, *known, self.fractions, grid.usual_error)
         for stride, widening in ROUNDS:
             if not self.take_samples(learning) and before == 1:
                 break
