@@ -11,6 +11,7 @@ import shutil
 import struct
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Callable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -64,10 +65,12 @@ class PictureStore:
         self.images, self.masks, self.content = pixels[..., :3], pixels[..., 3].view(bool), content
         self.path, self.runs, self.view_bytes = path, about["runs"], height * width * 4
         self.offsets = pixels.nbytes + np.cumsum([0, *map(region_bytes, about["runs"])])
+        self.asking = ThreadPoolExecutor(1)     # to ask for 512 pixels takes 3.5 ms
 
     def regions(self, view: int) -> List[Region]:
         """Return the regions of a view that were given to build. Raises UserError if they cannot be."""
         found, offset = [], int(self.offsets[view])
+        self._ask(offset // mmap.PAGESIZE * mmap.PAGESIZE, int(self.offsets[view + 1]))     # at once, not page by page
         for count in self.runs[view]:
             both = np.frombuffer(self.content, np.int32, 2 * count + 1, offset)
             starts, before = both[:count], both[count:]
@@ -81,11 +84,19 @@ class PictureStore:
 
     def fetch(self, view: int, pixels: np.ndarray) -> None:
         """Let the system read the pixels, flat indices of a view, from the disk meanwhile, and nothing around them."""
-        if hasattr(mmap, "MADV_WILLNEED"):
+        self.asking.submit(self._ask_for_pages, view * self.view_bytes + pixels.astype(np.int64) * 4)
+
+    def _ask_for_pages(self, places: np.ndarray) -> None:
+        """Ask for the pages of places (n,) int64 in the file."""
+        if hasattr(mmap, "MADV_RANDOM"):
             self.content.madvise(mmap.MADV_RANDOM)
-            pages = np.unique((view * self.view_bytes + pixels.astype(np.int64) * 4) // mmap.PAGESIZE)
-            for start in (pages * mmap.PAGESIZE).tolist():
-                self.content.madvise(mmap.MADV_WILLNEED, start, mmap.PAGESIZE)
+        for start in (np.unique(places // mmap.PAGESIZE) * mmap.PAGESIZE).tolist():
+            self._ask(start, start + mmap.PAGESIZE)
+
+    def _ask(self, start: int, end: int) -> None:
+        """Let the system read the file's bytes from start, a page's first, to end."""
+        if hasattr(mmap, "MADV_WILLNEED"):
+            self.content.madvise(mmap.MADV_WILLNEED, start, end - start)
 
 
 def region_bytes(runs: Sequence[int]) -> int:

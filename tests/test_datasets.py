@@ -822,6 +822,21 @@ def test_a_damaged_file_of_a_large_scene_is_made_anew(folder, large):
         next(datasets.training_batches(datasets.load_scene(folder), range(VIEWS), datasets.Draw(9, 0, 0.5, VIEWS)))
 
 
+@pytest.mark.skipif(not hasattr(picture_store.mmap, "MADV_WILLNEED"), reason="the system takes no such advice")
+def test_the_pixels_of_a_large_scene_are_asked_for(folder, large, monkeypatch):
+    store, asked = datasets.load_scene(folder).store, []
+    monkeypatch.setattr(store, "_ask", lambda start, end: asked.append((start, end)))
+    pixels = np.array([HEIGHT * WIDTH - 1, 0, 7], np.int32)
+    store.fetch(VIEWS - 1, pixels)
+    store.asking.shutdown()             # waits
+    places = (VIEWS - 1) * HEIGHT * WIDTH * 4 + 4 * pixels
+    assert all(any(start <= place < end for start, end in asked) for place in places.tolist())
+    assert all(start % picture_store.mmap.PAGESIZE == 0 and end - start == picture_store.mmap.PAGESIZE
+               for start, end in asked)
+    store = datasets.load_scene(folder).store
+    store.asking.submit(store._ask_for_pages, places.astype(np.int64)).result()     # the system takes it
+
+
 def test_a_large_scene_where_there_is_no_room(folder, large, monkeypatch, capsys):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
