@@ -134,7 +134,7 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
         chords = Chords(np.broadcast_to(origins, directions.shape)[rays], directions[rays], np.ones(rays.size, bool),
                         near[rays], far[rays] - near[rays])
         fractions = np.linspace(0, 1, samples, dtype=np.float32)
-        search.still = search.still or search.remember(SdfGrid.of_still(sdf), Limits())
+        search.still = search.still or search.remember_still(SdfGrid.of_still(sdf), Limits())
         t_found, hits, passes = search.first_hits(chords, fractions, how, Limits(), search.still,
                                                   cones and cones.spread)
         hits &= ~passes

@@ -108,6 +108,49 @@ KERNEL change(float *values, float *changes, Int count) {
     changes[2 * i] = changes[2 * i + 1] = 0.0f;
 }
 
+// --- a finer grid
+
+#define EACH_POINT(side) \
+    EACH((Int)(side) * (side) * (side)) \
+    const Int index[] = {i / (side) / (side), i / (side) % (side), i % (side)};
+
+__device__ Int add(LIST, Int place, const float *x) {
+    const Int k = atomicAdd(count, 1);
+    if (k >= room) return -1;
+    places[k] = place;
+    for (int c = 0; c < 3; c++) points[3 * k + c] = x[c];
+    return k;
+}
+
+// Set fine (fine_side, fine_side, fine_side) to the grid's values. List the points where these are at most `band`.
+KERNEL list_near(GRID, float band, float *fine, Int fine_side, LIST) {
+    EACH_POINT(fine_side)
+    float x[3];
+    for (int c = 0; c < 3; c++) x[c] = -1.0f + 2.0f * index[c] / (fine_side - 1);
+    fine[i] = Corners(x, side).value(grid_values);
+    if (fabsf(fine[i]) <= band) add(count, places, points, room, i, x);
+}
+
+// List the middles of the grid's cells that the surface may cross, and write the grid's values there to `expected`.
+KERNEL list_middles(GRID, float *expected, LIST) {
+    const Int cells = side - 1;
+    EACH_POINT(cells)
+    const float step = 2.0f / cells;
+    float x[3];
+    for (int c = 0; c < 3; c++) x[c] = -1.0f + step * (index[c] + 0.5f);
+    const float value = Corners(x, side).value(grid_values);
+    if (!(fabsf(value) < step)) return;
+    const Int k = add(count, places, points, room, i, x);
+    if (k >= 0) expected[k] = value;
+}
+
+// Set out to the values (listed,) at the listed places, and empty the list.
+KERNEL put_values(LIST, Int listed, const float *values, float *out) {
+    EACH(listed)
+    out[places[i]] = values[i];
+    if (i == 0) *count = 0;
+}
+
 // --- samples
 
 #define SAMPLES const Ray *all_rays, Int rays, Int samples, float *all_t, float *all_table, unsigned char *all_state, \
@@ -120,13 +163,11 @@ KERNEL change(float *values, float *changes, Int count) {
     const Of<float> t = {all_t + i, rays}, table = {all_table + i, rays}; \
     const Of<unsigned char> state = {all_state + i, rays};
 
-// What is known of the samples besides: the grid's values; where these matter, and which sample is the first moved one,
-// or -1 (R, 3); the margins without which a sample would not have been evaluated; and scratch: what is expected of a
-// sample, up to what margin.
-#define DOUBTS float *all_estimate, int *within, float *all_needed, float *all_expected, float *all_margin
+// What is known of the samples besides: the grid's values; the margins without which a sample would not have been
+// evaluated; where samples matter, and which one is the first that was moved, or -1 (R, 3).
+#define DOUBTS float *all_estimate, float *all_needed, int *within
 #define THE_DOUBTS \
-    const Of<float> estimate = {all_estimate + i, rays}, needed = {all_needed + i, rays}, \
-                    expected = {all_expected + i, rays}, margin = {all_margin + i, rays}; \
+    const Of<float> estimate = {all_estimate + i, rays}, needed = {all_needed + i, rays}; \
     within += 3 * i;
 
 // List a sample of a ray, unless that has been done; returns whether. i: the ray's number.
@@ -162,12 +203,12 @@ KERNEL list_first_guess(SAMPLES, GRID, DOUBTS, const float *fractions, float nar
     float doubt = 0.0f, least = INFINITE;
     for (int k = 0; k < NUM_MARGINS; k++) doubt = fmaxf(doubt, 2.0f * margins[k]);
     for (Int number = 0; number < samples; number++) {
-        t[number] = ray.near + ray.length * fractions[number];
-        table[number] = INFINITE, state[number] = BOUNDED, needed[number] = 0.0f;
-        if (number % READ_STRIDE == 0)
-            least = fminf(least, estimate[number] = estimate_at(grid, ray, t[number]));
+        const float here = ray.near + ray.length * fractions[number];
+        t[number] = here, table[number] = INFINITE, state[number] = BOUNDED, needed[number] = 0.0f;
+        if (number % READ_STRIDE == 0) least = fminf(least, estimate[number] = estimate_at(grid, ray, here));
     }
-    const float slack = doubt + MAX_SLOPE * READ_STRIDE * (t[samples - 1] - t[0]) / samples;
+    const float spacing = ray.length * (fractions[samples - 1] - fractions[0]) / samples;
+    const float slack = doubt + MAX_SLOPE * READ_STRIDE * spacing;
     Int first = samples, last = 0, entry = 0;
     within[0] = within[1] = 0, within[2] = -1;
     if (wanted == HIT && least > slack) return;
@@ -197,11 +238,14 @@ __device__ int level(float least) {
     return which;
 }
 
+// What is known of one ray's samples in a round: a lower bound of the sdf, what is expected, up to what margin. In memory
+// that the threads of a block share: it is read as soon as it is written.
+struct Bounds { Of<float> low, expected, margin; };
+
 // Bound one ray's sdf from `first` to `*end`, which becomes that of the samples up to the entry if it is known. Returns
-// the least sdf found.
+// the least sdf found. widest: the margins; widening: what they are multiplied by.
 __device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of<float> estimate, Int first, Int *end,
-                       bool want_hit, const float *margins, float tolerance, float widening, Of<float> expected,
-                       Of<float> margin) {
+                       bool want_hit, const float *margins, float tolerance, float widening, Bounds bounds) {
     float least = INFINITE;
     bool outside = first > 0;
     for (Int number = first; number < *end; number++) {
@@ -215,19 +259,23 @@ __device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of
     }
     const float widest = widening * margins[want_hit && least <= tolerance && outside ? 0 : level(least)];
     for (int backwards = 0; backwards < 2; backwards++) {
-        Int known = -1;
+        bool known = false;
+        float known_t, known_value, known_estimate;
         for (Int step = 0; step < *end - first; step++) {
             const Int number = backwards ? *end - 1 - step : first + step;
+            const float here = t[number], guess = estimate[number];
             if (state[number] == EXACT) {
-                known = number, expected[number] = table[number], margin[number] = 0.0f;
+                known = true, known_t = here, known_value = table[number], known_estimate = guess;
+                bounds.low[number] = bounds.expected[number] = known_value, bounds.margin[number] = 0.0f;
                 continue;
             }
-            if (!backwards) table[number] = expected[number] = -INFINITE, margin[number] = INFINITE;
-            if (known < 0) continue;
-            const float far = fabsf(t[number] - t[known]), error = fminf(widest, ERROR_SLOPE * far);
-            const float value = estimate[number] + table[known] - estimate[known];
-            const float low = fmaxf(value - error, table[known] - MAX_SLOPE * far);
-            if (low > table[number]) table[number] = low, expected[number] = value, margin[number] = error;
+            if (!backwards) bounds.low[number] = bounds.expected[number] = -INFINITE, bounds.margin[number] = INFINITE;
+            if (!known) continue;
+            const float far = fabsf(here - known_t), error = fminf(widest, ERROR_SLOPE * far);
+            const float value = guess + known_value - known_estimate;
+            const float low = fmaxf(value - error, known_value - MAX_SLOPE * far);
+            if (low > bounds.low[number])
+                bounds.low[number] = low, bounds.expected[number] = value, bounds.margin[number] = error;
         }
     }
     return least;
@@ -235,36 +283,40 @@ __device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of
 
 // List the samples in doubt; of those that may be the least, every stride-th. The margins are widened by that factor.
 KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int stride, float widening) {
+    extern __shared__ float shared[];
     EACH_RAY
     THE_DOUBTS
-    const Int first = within[0];
+    const Int first = within[0], threads = blockDim.x;
     Int end = within[1], found = 0;
     if (first == end) return;
+    float *own = shared + threadIdx.x;
+    const Bounds bounds = {{own, threads}, {own + samples * threads, threads}, {own + 2 * samples * threads, threads}};
+    const Of<float> low = bounds.low;
     const bool want_hit = wanted != LEAST;
-    const float least = bound(t, table, state, estimate, first, &end, want_hit, margins, tolerance, widening, expected,
-                              margin);
+    const float least = bound(t, table, state, estimate, first, &end, want_hit, margins, tolerance, widening, bounds);
     bool outside = first > 0, sure = wanted == HIT;
     // A sample may be the entry, or the surface may hide in the gap before it, where both ends are listed.
     for (Int number = first; want_hit && number < end; number++) {
-        const float low = table[number];
         const Int last = max(number - 1, first);
-        const bool hides = number != within[2] && outside && low > tolerance && low + table[last] < t[number] - t[last];
-        if (low <= tolerance || hides) {
-            if (state[number] != EXACT) needed[number] = expected[number] - tolerance;
+        const bool hides = number != within[2] && outside && low[number] > tolerance
+                           && low[number] + low[last] < t[number] - t[last];
+        if (low[number] <= tolerance || hides) {
+            if (state[number] != EXACT) needed[number] = bounds.expected[number] - tolerance;
             found += list_sample(list, i, last, ray, t, state);
             found += list_sample(list, i, number, ray, t, state);
         }
-        if (outside && expected[number] + margin[number] <= tolerance) {
+        if (outside && bounds.expected[number] + bounds.margin[number] <= tolerance) {
             sure = true;
             break;
         }
-        outside |= low > tolerance;
+        outside |= low[number] > tolerance;
     }
     for (Int number = max(first, 1LL); !sure && number < end; number++)
-        if (state[number] == BOUNDED && table[number] <= least) {
-            needed[number] = expected[number] - least;
+        if (state[number] == BOUNDED && low[number] <= least) {
+            needed[number] = bounds.expected[number] - least;
             if (number % stride == 0) found += list_sample(list, i, number, ray, t, state);
         }
+    for (Int number = first; number < end; number++) table[number] = low[number];
     if (!found && (sure || stride == 1)) within[0] = within[1] = 0;
 }
 
@@ -300,17 +352,29 @@ KERNEL widen(float *margins, float *most, int *how_many) {
     most[i] = 0.0f, how_many[i] = 0;
 }
 
+// Whether a ray may come as close to the surface as spread * t between two distances: a finer look at the grid.
+__device__ bool comes_close(Grid grid, const Ray &ray, float first, float last, float spread) {
+    const float step = (last - first) / CLOSER;
+    for (int k = 0; k <= CLOSER; k++) {
+        const float t = first + step * k;
+        if (estimate_at(grid, ray, t) - grid.margins[0] - 0.5f * step <= spread * t) return true;
+    }
+    return false;
+}
+
 // Set passes (R,) to whether a ray may pass the surface within the radius spread * t, before it enters the object: where
-// a sample is lower than its neighbours, the sdf falls by no more than half of what its slope allows between them.
-KERNEL find_passes(SAMPLES, float spread, unsigned char *passes) {
+// a sample is lower than its neighbours, the sdf falls by at most half of what its slope allows between them.
+KERNEL find_passes(SAMPLES, GRID, float spread, unsigned char *passes) {
     EACH_RAY
+    THE_GRID
     passes[i] = 0;
-    for (Int number = 1; number < samples; number++) {
+    for (Int number = 1; number < samples && !passes[i]; number++) {
         float before = table[number - 1], value = table[number], width = t[number] - t[number - 1], after = value;
         if (before > tolerance && value <= tolerance) return;
-        if (number + 1 < samples) after = table[number + 1], width = fmaxf(width, t[number + 1] - t[number]);
+        const Int next = min(number + 1, samples - 1);
+        if (next > number) after = table[next], width = fmaxf(width, t[next] - t[number]);
         if (value <= before && value <= after && 0.5f * (value + fminf(before, after) - width) <= spread * t[number])
-            passes[i] = 1;
+            passes[i] = comes_close(grid, ray, t[number - 1], t[next], spread);
     }
 }
 

@@ -13,12 +13,16 @@ import numpy as np
 from backends.gpu_kernels import Device, Pointer, compiled, copy, page_locked
 
 import os
-ROUNDS = eval(os.environ.get("ROUNDS", "((1, 1.0), (1, 1.0))"))
+ROUNDS = eval(os.environ.get("ROUNDS", "((2, 1.0), (1, 1.0), (1, 1.0))"))
+AHEAD = eval(os.environ.get("AHEAD", "(1, 1, 4, 32, 256)"))
+FINER = int(os.environ.get("FINER", "4"))
+USUAL, NEARLY_ALL = 0.9, 0.999
 THREADS = 32    # of a block: few, so that a few thousand rays keep all of a GPU busy
+SHARED = 48 << 10   # bytes of shared memory that a block may have
 GAP_BYTES = 32
 HIT_OR_LEAST, HIT = 1, 2    # what is wanted of a ray, in gpu_search.cu
 SOURCE = Path(__file__).with_suffix(".cu")
-KERNELS = ("learn change list_first_guess list_doubtful take note_needs widen find_passes list_gaps look_ahead take_in "
+KERNELS = ("learn change list_near list_middles put_values list_first_guess list_doubtful take note_needs widen find_passes list_gaps look_ahead take_in "
            "find_hits").split()
 
 
@@ -31,7 +35,7 @@ class Grid:
             self.on_gpu = cupy.asarray(values, np.float32), cupy.asarray(margins, np.float32)
             self.changes = cupy.zeros((values.size, 2), np.float32)
             self.needs = cupy.zeros(margins.size, np.float32), cupy.zeros(margins.size, np.int32)
-        self.arguments = *self.on_gpu, self.side
+        self.arguments, self.given = (*self.on_gpu, self.side), ()
 
     @property
     def values(self) -> np.ndarray:
@@ -55,8 +59,11 @@ class Grid:
     def learn(self, points: np.ndarray, values: np.ndarray) -> None:
         """Learn values (N,) at points (N, 3), float32."""
         with self.search.device.current():
-            on_gpu = cupy.asarray(points, np.float32), cupy.asarray(values, np.float32)
-            self.hear(*on_gpu, len(points))
+            if len(points) != len(self.given):
+                self.given, self.taken = page_locked((len(points), 4)), cupy.empty((4, len(points)), np.float32)
+            self.given.ravel()[:] = np.concatenate([points.ravel(), values])
+            copy(self.taken.data.ptr, self.given.ctypes.data, self.given.nbytes)
+            self.hear(self.taken[:3], self.taken[3], len(points))
             self.learn_heard()
 
 
@@ -78,8 +85,32 @@ class Search:
     def remember(self, grid, limits) -> Grid:
         """Return the Grid of a SdfGrid; limits: ray_tracer.Limits."""
         with self.device.current():
-            self.kernels = self.kernels or compiled(SOURCE, KERNELS, "-fmad=false", **limits.constants)
+            self.kernels = self.kernels or compiled(SOURCE, KERNELS, "-fmad=false", CLOSER=16, **limits.constants)
         return Grid(self, grid.values, grid.margins, grid.usual_error)
+
+    def remember_still(self, grid, limits) -> Grid:
+        """As remember, of an sdf that stays as it is: with FINER times as many points a side, exact near the surface.
+
+        grid: SdfGrid.of_still.
+        """
+        coarse, side = self.remember(grid, limits), FINER * (len(grid.values) - 1) + 1
+        with self.device.current():
+            self.reserve(1 << 15, 100)
+            fine, band = cupy.empty((side, side, side), np.float32), np.float32(grid.margins[0] + 8 / side)
+            self.start("list_near", fine.size, *coarse.arguments, band, fine, side, *self.list)
+            count = self.listed("samples", None)
+            if count:
+                self.start("put_values", count, *self.list, count, self.values, fine)
+            known = Grid(self, fine, grid.margins, grid.usual_error)
+            self.start("list_middles", (side - 1) ** 3, *known.arguments, self.ahead, *self.list)
+            count = self.listed("samples", None)
+            self.count.fill(0)
+            if count:
+                off = np.abs((self.values[:count] - self.ahead[:count]).get())
+                usual, most = np.quantile(off, (USUAL, NEARLY_ALL))
+                margin = max(limits.constants["SPARE"] * most, limits.constants["LEAST_MARGIN"])
+                known = Grid(self, fine, np.full(grid.margins.shape, margin), usual)
+        return known
 
     def __call__(self, chords, fractions: np.ndarray, how, limits, grid: Grid) -> Tuple[np.ndarray, np.ndarray]:
         """Return t (R,) float32, each ray's hit if it is wanted and found, else its least sample; and hit (R,) bool.
@@ -109,7 +140,7 @@ class Search:
             learning = None if hits_alone else grid
             self.fill_table(samples, num_rays, grid, learning)
             if spread is not None:
-                self.start("find_passes", num_rays, *samples, np.float32(spread), self.passes)
+                self.start("find_passes", num_rays, *samples, *grid.arguments, np.float32(spread), self.passes)
             self.start("list_gaps", num_rays, *samples, self.within, self.found, self.gaps, self.num_gaps, self.ray_gaps)
             num_gaps = self.read(self.num_gaps)
             if num_gaps:
@@ -134,12 +165,11 @@ class Search:
             self.passes = cupy.empty(rays, np.uint8)
         if rays * samples > self.room:
             self.room = room = rays * samples
-            self.t, self.table, self.values, self.ahead, *doubts = cupy.empty((8, room), np.float32)
+            self.t, self.table, self.values, self.ahead, estimate, needed = cupy.empty((6, room), np.float32)
             self.points, self.places = cupy.empty((room, 3), np.float32), cupy.empty(room, np.int32)
             self.state, self.gaps = cupy.empty(room, np.uint8), cupy.empty(room * GAP_BYTES, np.uint8)
             self.list = self.count, self.places, self.points, room
-            estimate, needed, expected, margin = doubts
-            self.doubts = estimate, self.within, needed, expected, margin
+            self.doubts = estimate, needed, self.within
 
     def send(self, chords, fractions: np.ndarray, wanted: int) -> None:
         """Start copying chords, as rows of gpu_search.cu's Ray, and fractions to the GPU.
@@ -153,9 +183,10 @@ class Search:
         copy(self.rays.data.ptr, rays.ctypes.data, rays.nbytes)
         copy(self.fractions.data.ptr, host_fractions.ctypes.data, host_fractions.nbytes)
 
-    def start(self, kernel: str, count: int, *arguments) -> None:
-        """Start a kernel with that many threads."""
-        self.kernels[kernel]((-(-count // THREADS),), (THREADS,), arguments)
+    def start(self, kernel: str, count: int, *arguments, shared: int = 0) -> None:
+        """Start a kernel with that many threads, each of which has so many bytes of its block's shared memory."""
+        threads = min(max(SHARED // shared, 1), THREADS) if shared else THREADS
+        self.kernels[kernel]((-(-count // threads),), (threads,), arguments, shared_mem=shared * threads)
 
     def read(self, number: cupy.ndarray) -> int:
         """Return a number that the GPU has computed, when it is there."""
@@ -176,11 +207,12 @@ class Search:
     def fill_table(self, samples: tuple, num_rays: int, grid: Grid, learning: Optional[Grid]) -> None:
         """Evaluate the samples that matter. learning: the grid, if it changes."""
         known, before = (*samples, *grid.arguments, *self.doubts), 0
-        self.start("list_first_guess", num_rays, *known, self.fractions, grid.usual_error)
+        narrow = np.float32(grid.usual_error and grid.usual_error + 2 * samples[6])     # both ends beyond the tolerance
+        self.start("list_first_guess", num_rays, *known, self.fractions, narrow)
         for stride, widening in ROUNDS:
             if not self.take_samples(learning) and before == 1:
                 break
-            self.start("list_doubtful", num_rays, *known, stride, np.float32(widening))
+            self.start("list_doubtful", num_rays, *known, stride, np.float32(widening), shared=12 * samples[2])
             before = stride
         else:
             self.take_samples(learning)
@@ -197,9 +229,10 @@ class Search:
 
     def refine(self, num_gaps: int, how, limits, learning: Optional[Grid]) -> None:
         """Narrow the gaps, as ray_tracer does. learning: the grid, if it changes."""
-        for step in range(how.steps):
+        steps = min(how.steps, len(AHEAD))
+        for step in range(steps):
             self.start("look_ahead", num_gaps, self.rays, self.gaps, num_gaps, self.ahead, *self.list, int(how.secant),
-                       limits.num_ahead(step), limits.steps_left(step, how.steps), np.float32(how.tolerance))
+                       AHEAD[step], limits.steps_left(step, steps), np.float32(how.tolerance))
             if not self.listed("refinement", learning):
                 break
             self.start("take_in", num_gaps, self.gaps, num_gaps, self.ahead, self.values, self.count,
