@@ -170,6 +170,17 @@ KERNEL put_values(LIST, Int listed, const float *values, float *out) {
     const Of<float> estimate = {all_estimate + i, rays}, needed = {all_needed + i, rays}; \
     within += 3 * i;
 
+// A finer look at the grid of an sdf that stays as it is: whether a ray may come as close to the surface as
+// spread * t between two distances.
+__device__ bool comes_close(Grid grid, const Ray &ray, float first, float last, float spread) {
+    const float step = (last - first) / CLOSER;
+    for (int k = 0; k <= CLOSER; k++) {
+        const float t = first + step * k;
+        if (estimate_at(grid, ray, t) - grid.margins[0] - 0.5f * step <= spread * t) return true;
+    }
+    return false;
+}
+
 // List a sample of a ray, unless that has been done; returns whether. i: the ray's number.
 __device__ bool list_sample(List list, Int i, Int number, const Ray &ray, Of<float> t, Of<unsigned char> state) {
     if (state[number] != BOUNDED) return false;
@@ -238,8 +249,8 @@ __device__ int level(float least) {
     return which;
 }
 
-// What is known of one ray's samples in a round: a lower bound of the sdf, what is expected, up to what margin. In memory
-// that the threads of a block share: it is read as soon as it is written.
+// What is known of one ray's samples in a round: a lower bound of the sdf, what is expected, up to what margin. It lies
+// in memory that the threads of a block share, as it is read soon after it is written.
 struct Bounds { Of<float> low, expected, margin; };
 
 // Bound one ray's sdf from `first` to `*end`, which becomes that of the samples up to the entry if it is known. Returns
@@ -285,6 +296,7 @@ __device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of
 KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int stride, float widening) {
     extern __shared__ float shared[];
     EACH_RAY
+    THE_GRID
     THE_DOUBTS
     const Int first = within[0], threads = blockDim.x;
     Int end = within[1], found = 0;
@@ -299,7 +311,8 @@ KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int stride, float widening) {
     for (Int number = first; want_hit && number < end; number++) {
         const Int last = max(number - 1, first);
         const bool hides = number != within[2] && outside && low[number] > tolerance
-                           && low[number] + low[last] < t[number] - t[last];
+                           && low[number] + low[last] < t[number] - t[last]
+                           && (wanted != HIT || comes_close(grid, ray, t[last], t[number], 0.0f));
         if (low[number] <= tolerance || hides) {
             if (state[number] != EXACT) needed[number] = bounds.expected[number] - tolerance;
             found += list_sample(list, i, last, ray, t, state);
@@ -352,17 +365,7 @@ KERNEL widen(float *margins, float *most, int *how_many) {
     most[i] = 0.0f, how_many[i] = 0;
 }
 
-// Whether a ray may come as close to the surface as spread * t between two distances: a finer look at the grid.
-__device__ bool comes_close(Grid grid, const Ray &ray, float first, float last, float spread) {
-    const float step = (last - first) / CLOSER;
-    for (int k = 0; k <= CLOSER; k++) {
-        const float t = first + step * k;
-        if (estimate_at(grid, ray, t) - grid.margins[0] - 0.5f * step <= spread * t) return true;
-    }
-    return false;
-}
-
-// Set passes (R,) to whether a ray may pass the surface within the radius spread * t, before it enters the object: where
+// Set passes (R,) to whether a ray may pass the surface within the radius spread * t, before it enters the object. Where
 // a sample is lower than its neighbours, the sdf falls by at most half of what its slope allows between them.
 KERNEL find_passes(SAMPLES, GRID, float spread, unsigned char *passes) {
     EACH_RAY
@@ -381,8 +384,9 @@ KERNEL find_passes(SAMPLES, GRID, float spread, unsigned char *passes) {
 // --- gaps
 
 // Set found (R, 2) to the distance of each ray's sample of least sdf, and 0; list its gaps, which are consecutive.
-KERNEL list_gaps(SAMPLES, const int *within, float *found, Gap *gaps, int *num_gaps, int *ray_gaps) {
+KERNEL list_gaps(SAMPLES, GRID, const int *within, float *found, Gap *gaps, int *num_gaps, int *ray_gaps) {
     EACH_RAY
+    THE_GRID
     Int least = 1;
     for (Int number = 2; number < samples; number++)
         if (table[number] < table[least]) least = number;
@@ -396,7 +400,8 @@ KERNEL list_gaps(SAMPLES, const int *within, float *found, Gap *gaps, int *num_g
             const bool open = state[end] != EXACT && value <= tolerance;      // the rounds were too few
             bool entry = !open && (end == 0 ? fabsf(value) <= tolerance : before > tolerance && value <= tolerance);
             bool may_hide = end > 0 && before > tolerance && value > tolerance && before + value < t[end] - t[start]
-                            && end != within[3 * i + 2];     // the rest of the gap in which the ray enters
+                            && end != within[3 * i + 2]      // the rest of the gap in which the ray enters
+                            && (wanted != HIT || comes_close(grid, ray, t[start], t[end], 0.0f));
             if (!entry && !may_hide && !open) continue;
             while (start > 0 && state[start] != EXACT) start--;
             if (open) {

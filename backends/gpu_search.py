@@ -141,7 +141,7 @@ class Search:
             self.fill_table(samples, num_rays, grid, learning)
             if spread is not None:
                 self.start("find_passes", num_rays, *samples, *grid.arguments, np.float32(spread), self.passes)
-            self.start("list_gaps", num_rays, *samples, self.within, self.found, self.gaps, self.num_gaps, self.ray_gaps)
+            self.start("list_gaps", num_rays, *samples, *grid.arguments, self.within, self.found, self.gaps, self.num_gaps, self.ray_gaps)
             num_gaps = self.read(self.num_gaps)
             if num_gaps:
                 self.refine(num_gaps, how, limits, learning)

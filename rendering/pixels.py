@@ -15,6 +15,7 @@ from tracing.compiling import compiled
 from tracing.cones import Cones
 
 CHUNK = 1 << 15     # rays traced together; bounds the memory of a render, whatever the image's size
+CHUNK_ON_GPU = 1 << 17      # by a search on a GPU, where a call for few rays takes as long as one for many
 TRACING = Lock()    # a GPU's search and shading reuse their buffers, so that only one thread at a time may use them
 
 # A pixel's rays beside the one through its centre: columns and rows from there, in pixels. The five are a square
@@ -109,8 +110,9 @@ def _sample(view: View, uv: np.ndarray, find_near: bool = False) -> _Samples:
     count, search = len(uv), getattr(view.sdf, "search", None)
     found = _Samples(np.zeros(count, np.float32), np.zeros(count, bool), np.zeros(count, bool),
                      np.zeros((count, 3), np.float32), np.zeros((count, 3), np.float32))
-    for start in range(0, count, CHUNK):
-        rays, part = directions[start:start + CHUNK], slice(start, start + CHUNK)
+    chunk = CHUNK_ON_GPU if search else CHUNK
+    for start in range(0, count, chunk):
+        rays, part = directions[start:start + chunk], slice(start, start + chunk)
         cones = Cones(_angle(view.camera.intrinsics, SUBPIXELS)) if find_near else None
         with TRACING:
             t, hit = ray_tracer.trace(view.sdf, origin, rays, cones=cones, search=search, **vars(view.tracer))
