@@ -260,7 +260,8 @@ def compile_functions():
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     mask, weights = np.arange(num_rays) % 2 == 0, np.ones(num_rays, np.float32)
     batch = datasets.Batch(np.zeros(1, np.int64), origin, directions, directions, mask, weights)
-    datasets.Strata.of(datasets.mask_regions(mask.reshape(4, 4)), 0.5).draw(num_rays, rng)
+    datasets.draw_from(*datasets.Strata.of(datasets.mask_regions(mask.reshape(4, 4)), 0.5), rng.random(num_rays + 1),
+                       np.empty(num_rays, np.int64), weights.copy())
     ray_tracer.trace(sdf, origin, directions)
     grid = SdfGrid.of(sdf, 8)
     step = TrainingStep(net.without, LossSettings(100.0, 0.1), num_rays)
