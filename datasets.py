@@ -573,8 +573,8 @@ class Strata(NamedTuple):
 def draw_from(starts, before, first, ends, weights, numbers, pixels, ray_weights):
     """Write random pixels of a view, flat indices (N,) int64, and their weights (N,) float32.
 
-    starts to weights: the view's Strata; numbers: (N + 1,), uniform ones in [0, 1). The pixels are distinct unless a region has too few. A compiled loop,
-    since a step asks for few pixels of each of many views.
+    starts to weights: the view's Strata; numbers: (N + 1,), uniform ones in [0, 1). The pixels are distinct unless a
+    region has too few. A compiled loop, since a step asks for few pixels of each of many views.
     """
     count, drawn, shift = len(pixels), 0, numbers[0]        # rounds at random
     for k in range(3):
