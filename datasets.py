@@ -14,6 +14,7 @@ import math
 import os
 import sys
 import zipfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -511,8 +512,14 @@ def step_views(views: Sequence[int], draw: Draw, step: int, process: Process) ->
     """
     first = (step * process.size + process.rank) * draw.views_per_step
     turns, places = np.divmod(np.arange(first, first + draw.views_per_step), len(views))
-    orders = {turn: random_numbers(draw.seed, ORDER, turn).permutation(views) for turn in np.unique(turns).tolist()}
-    return np.array([orders[turn][place] for turn, place in zip(turns.tolist(), places)])
+    views, places = tuple(views), places.tolist()
+    return np.array([view_order(views, draw.seed, turn)[place] for turn, place in zip(turns.tolist(), places)])
+
+
+@lru_cache(maxsize=4)
+def view_order(views: Tuple[int, ...], seed: int, turn: int) -> List[int]:
+    """Return all views in the random order of a turn."""
+    return random_numbers(seed, ORDER, turn).permutation(views).tolist()
 
 
 def training_batches(scene: Scene, views: Sequence[int], draw: Draw, first_step: int = 0,
@@ -536,9 +543,12 @@ def training_batches(scene: Scene, views: Sequence[int], draw: Draw, first_step:
 
 
 class Strata(NamedTuple):
-    """How the rays of a view are shared among the regions of its mask."""
-    regions: List[Region]
-    ends: List[float]       # the share of the rays in the first region, and in the first two
+    """How the rays of a view are shared among the three regions of its mask. Arrays, as Numba takes many us for objects
+    in objects."""
+    starts: np.ndarray      # (K,) int32, of the regions' runs, one after the other
+    before: np.ndarray      # (K + 3,) int32
+    first: np.ndarray       # (4,) int64, each region's first run in `starts`, and K
+    ends: np.ndarray        # (3,) float64, the share of the rays in the first region, in the first two, and in all
     weights: np.ndarray     # (3,) float32, of a ray in each
 
     @classmethod
@@ -554,30 +564,28 @@ class Strata(NamedTuple):
         shares = np.where(sizes > 0, shares, 0.0)
         shares /= shares.sum()
         weights = np.divide(sizes / sizes.sum(), shares, out=np.zeros(3), where=shares > 0)
-        return cls(regions, np.cumsum(shares[:-1]).tolist(), weights.astype(np.float32))
-
-    def draw(self, num_rays: int, rng: np.random.Generator) -> Tuple[np.ndarray, np.ndarray]:
-        """Return random pixels, flat indices (num_rays,) int32, and their weights (num_rays,) float32."""
-        shift = rng.random()        # rounds at random
-        first, second = (min(int(end * num_rays + shift), num_rays) for end in self.ends)
-        counts, uniform = (first, second - first, num_rays - second), rng.random(num_rays)
-        parts = uniform[:first], uniform[first:second], uniform[second:]
-        pixels = [random_pixels(*region, part) for region, part in zip(self.regions, parts)]
-        return np.concatenate(pixels), np.repeat(self.weights, counts)
+        starts, before = (np.concatenate(arrays) for arrays in zip(*regions))
+        first = np.cumsum([0, *(len(region.starts) for region in regions)])
+        return cls(starts, before, first, np.array([*np.cumsum(shares[:-1]), 1.0]), weights.astype(np.float32))
 
 
 @compiled
-def random_pixels(starts: np.ndarray, before: np.ndarray, uniform: np.ndarray) -> np.ndarray:
-    """Return random pixels of a Region (starts, before), flat indices (N,) int32, from N uniform numbers in [0, 1).
+def draw_from(starts, before, first, ends, weights, numbers, pixels, ray_weights):
+    """Write random pixels of a view, flat indices (N,) int64, and their weights (N,) float32.
 
-    They are distinct unless the region has too few. A compiled loop, since a step asks for few pixels of each of many
-    regions.
+    starts to weights: the view's Strata; numbers: (N + 1,), uniform ones in [0, 1). The pixels are distinct unless a
+    region has too few. A compiled loop, since a step asks for few pixels of each of many views.
     """
-    pixels, numbers = np.empty(len(uniform), np.int32), random_subset(before[-1], uniform)
-    for i in range(len(uniform)):
-        run = np.searchsorted(before, numbers[i], side="right") - 1
-        pixels[i] = starts[run] + (numbers[i] - before[run])
-    return pixels
+    count, drawn, shift = len(pixels), 0, numbers[0]        # rounds at random
+    for k in range(3):
+        last = min(int(ends[k] * count + shift), count)
+        own_starts, own_before = starts[first[k]:first[k + 1]], before[first[k] + k:first[k + 1] + k + 1]
+        chosen = random_subset(own_before[-1], numbers[1 + drawn:1 + last])
+        for i in range(last - drawn):
+            run = np.searchsorted(own_before, chosen[i], side="right") - 1
+            pixels[drawn + i] = own_starts[run] + (chosen[i] - own_before[run])
+            ray_weights[drawn + i] = weights[k]
+        drawn = last
 
 
 @compiled
@@ -612,21 +620,22 @@ def drawn_pixels(scene: Scene, views: Sequence[int], draw: Draw, first_step: int
     """
     strata, num_pixels, ends = {}, math.prod(scene.masks.shape[1:]), ray_ends(draw.num_rays, draw.views_per_step)
     for step in itertools.count(first_step):
-        rng, found = random_numbers(draw.seed, PIXELS, step * process.size + process.rank), []
-        chosen = step_views(views, draw, step, process)
-        for view, start, end in zip(chosen.tolist(), [0, *ends], ends):
+        rng, chosen = (random_numbers(draw.seed, PIXELS, step * process.size + process.rank),
+                       step_views(views, draw, step, process))
+        pixels, weights = np.empty(draw.num_rays, np.int64), np.ones(draw.num_rays, np.float32)
+        numbers = rng.random(draw.num_rays + len(ends)) if draw.outline_fraction else None
+        for place, (view, start, end) in enumerate(zip(chosen.tolist(), [0, *ends], ends)):
+            part = pixels[start:end]
             if draw.outline_fraction:
                 if view not in strata:
                     regions = scene.store.regions(view) if scene.store else mask_regions(scene.masks[view])
                     strata[view] = Strata.of(regions, draw.outline_fraction)
-                pixels, weights = strata[view].draw(end - start, rng)
+                draw_from(*strata[view], numbers[start + place:end + place + 1], part, weights[start:end])
             else:       # the order of the rays does not matter, so nothing is shuffled
-                pixels = rng.choice(num_pixels, end - start, replace=end - start > num_pixels, shuffle=False)
-                weights = np.ones(end - start, np.float32)
+                part[:] = rng.choice(num_pixels, end - start, replace=end - start > num_pixels, shuffle=False)
             if scene.store:
-                scene.store.fetch(view, pixels)
-            found.append((pixels, weights))
-        yield (chosen, *map(np.concatenate, zip(*found)))
+                scene.store.fetch(view, part)
+        yield chosen, pixels, weights
 
 
 def mask_regions(mask: np.ndarray) -> List[Region]:

@@ -31,7 +31,7 @@ from rendering import pixels
 from tracing.sdf_grid import SdfGrid
 from training import cameras, checkpoints, parallel, schedule
 from training.log import EpochLog
-from training.step import LOSSES, LossSettings, TrainingStep, place_points
+from training.step import LOSSES, LossSettings, PointSearch, TrainingStep
 
 STATE_EVERY = 120       # seconds: what a run that is killed may lose; it changes no result
 
@@ -199,9 +199,8 @@ class Training:
         drawn = batch
         if self.camera_solver:
             batch = cameras.placed_rays(self.pose.d, drawn)
-        self.sdf.refresh()
-        placed = place_points(self.sdf, batch, self.conf.tracer, rng, self.grid)
-        losses = self.step.compute_gradients(self.solver, batch, placed, self.alpha, rng)
+        search = PointSearch(self.sdf, self.conf.tracer, self.grid)
+        placed, losses = self.step.take(self.solver, search, batch, self.alpha, rng)
         world.mean_gradients()
         self.batch = next(self.batches)       # while the GPU is still at work on the step
         losses = {name: float(losses[name].d) for name in LOSSES}

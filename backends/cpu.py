@@ -5,15 +5,15 @@ gpu.py offers the same names for a GPU: folded_weights, implicit, rendering, Sdf
 import ctypes
 import sys
 from types import ModuleType
-from typing import List, Sequence, Tuple
+from typing import List, Tuple
 
 import nnabla as nn
 import numpy as np
 from nnabla.function import PythonFunction
 
 from backends import cpu_kernels
-from backends.architecture import OPTIONAL_INPUTS, array_sizes
-from backends.cpu_kernels import LossTerms, Networks, StepRows, Weights
+from backends.architecture import array_sizes
+from backends.cpu_kernels import Weights
 
 Layers = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]     # v (in, out), g (out,) and b (out,) of each layer
 
@@ -127,7 +127,7 @@ class CpuFunction(PythonFunction):
 class ImplicitFunction(CpuFunction):
     """Input: points (N, 3). Outputs: sdf (N, 1), feature (N, F) and normal (N, 3).
 
-    It has no backward pass: in training, StepEvaluation takes its place.
+    It has no backward pass: training/cpu_step.py has that of a training.
     """
 
     def min_outputs(self):
@@ -164,50 +164,6 @@ def implicit(x: nn.Variable, weights: PackedWeights) -> Tuple[nn.Variable, nn.Va
 def rendering(h: nn.Variable, weights: PackedWeights) -> nn.Variable:
     """Return the renderer's rgb (N, 3) of its joined inputs h (N, in); weights: a PackedWeights."""
     return RenderingFunction(weights)(h)
-
-
-# --- a training step --------------------------------------------------------------------------------------------------
-
-class StepEvaluation:
-    """Both networks, the losses and their gradients in a training step, where gpu.py has a graph of nnabla's functions.
-
-    layers: the parameters of the implicit network and those of the renderer, Variables (v, g, b); without: which of
-    OPTIONAL_INPUTS the renderer was built without. A hit has the value of its point, so one evaluation serves both.
-    """
-
-    def __init__(self, layers: Tuple[Layers, Layers], without: Sequence[str]):
-        self.weights = [PackedWeights(network) for network in layers]
-        self.inputs = tuple(name not in without for name in OPTIONAL_INPUTS)
-
-    def forward(self, rows: StepRows, terms: LossTerms) -> np.ndarray:
-        """Compute everything from the current parameters; return the colour, mask and eikonal loss (3,) float64."""
-        self.nets = Networks(*(weights.fold() for weights in self.weights), self.inputs)
-        self.rows, self.values = rows, cpu_kernels.step_forward(rows, self.nets, terms)
-        return self.values.sums.sum(axis=0)
-
-    def backward(self, want_grad_directions: bool) -> None:
-        """Add the gradients of the losses' weighted sum to those of the parameters, once after each forward()."""
-        self.grad_directions = np.empty((len(self.rows.directions) if want_grad_directions else 0, 3), np.float32)
-        grad_packed = cpu_kernels.step_backward(self.rows, self.nets, self.values, self.grad_directions)
-        for weights, gradient in list(zip(self.weights, grad_packed))[:2 if len(self.rows.directions) else 1]:
-            weights.backward(gradient)
-        self.values = self.values._replace(kept=None, inputs=None)      # so that the next step gets the same memory
-
-    @property
-    def sdf(self) -> np.ndarray:
-        """The sdf (N,) at the points of the rows."""
-        return self.values.output[:, 0]
-
-    def grad_points(self) -> np.ndarray:
-        """Return the losses' gradient with respect to the points (N, 3), after backward().
-
-        A ray's point takes its hit along, and its sdf changes by normal . movement. The part that comes through the
-        normal's loss is left out.
-        """
-        grads = self.values.grads
-        grad = grads.sdf * self.values.normals
-        grad[:len(grads.hits)] += grads.hits
-        return grad
 
 
 # --- the sdf without gradient -----------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from threadpoolctl import threadpool_limits
 
 from backends import architecture
 from backends.architecture import SOFTPLUS_BETA, VIEW_BANDS
+from tracing.compiling import inlined
 
 ROOT_HALF = np.float32(0.5 ** 0.5)
 BLOCK = 1 << 17         # values of a layer computed together (512 rows at least), so that they stay in the cache
@@ -201,51 +202,34 @@ def add_encoded(back: np.ndarray, scale: np.float32, grad_encoded: np.ndarray) -
 # --- blocks of rows ---------------------------------------------------------------------------------------------------
 
 class Split(NamedTuple):
-    """How N rows, of which the first num_hits are hits, are cut into blocks, each with its share of the hits."""
+    """How N rows, and M others that go with them, are cut into blocks, each with its share of both."""
     num_rows: int
-    num_hits: int
+    num_others: int
     blocks: int
 
 
 class Block(NamedTuple):
-    """The rows of a block: some hits, then others. In the order of the blocks, they begin at `first`."""
+    """The rows of a block, and its other rows."""
     first: int
     rows: int
-    hits: int
-    first_hit: int
     first_other: int
+    others: int
 
 
-def split_rows(num_rows: int, width: int, num_hits: int = 0) -> Split:
+def split_rows(num_rows: int, width: int, num_others: int = 0) -> Split:
     """Return the Split of rows of that width: as many blocks for each core, on as many cores as have enough to do."""
-    cores = min(max(num_rows * width // MIN_PER_CORE, 1), CORES)
-    rounds = max(-(-num_rows // (cores * max(BLOCK // width, 512))), 1)
-    return Split(num_rows, num_hits, cores * rounds)
+    total = num_rows + num_others
+    cores = min(max(total * width // MIN_PER_CORE, 1), CORES)
+    rounds = max(-(-total // (cores * max(BLOCK // width, 512))), 1)
+    return Split(num_rows, num_others, cores * rounds)
 
 
 @compiled
 def block_of(split: Split, number: int) -> Block:
     """Return the block of that number."""
-    blocks, others = split.blocks, split.num_rows - split.num_hits
-    hit, other = split.num_hits * number // blocks, others * number // blocks
-    hits, rest = split.num_hits * (number + 1) // blocks - hit, others * (number + 1) // blocks - other
-    return Block(hit + other, hits + rest, hits, hit, split.num_hits + other)
-
-
-@compiled
-def take(array: np.ndarray, block: Block) -> np.ndarray:
-    """Return a block's rows of an array (N, C)."""
-    out = np.empty((block.rows, array.shape[1]), np.float32)
-    out[:block.hits] = array[block.first_hit:block.first_hit + block.hits]
-    out[block.hits:] = array[block.first_other:block.first_other + block.rows - block.hits]
-    return out
-
-
-@compiled
-def put(out: np.ndarray, block: Block, array: np.ndarray) -> None:
-    """Write a block's rows to an array (N, C)."""
-    array[block.first_hit:block.first_hit + block.hits] = out[:block.hits]
-    array[block.first_other:block.first_other + block.rows - block.hits] = out[block.hits:]
+    (rows, others, blocks), after = split, number + 1
+    first, first_other = rows * number // blocks, others * number // blocks
+    return Block(first, rows * after // blocks - first, first_other, others * after // blocks - first_other)
 
 
 # --- the implicit network ---------------------------------------------------------------------------------------------
@@ -309,10 +293,10 @@ def sdf_values(x: np.ndarray, net: Weights) -> np.ndarray:
 
 
 class Kept(NamedTuple):
-    """What the forward pass keeps of N rows for the backward pass, in the order of the blocks.
+    """What the forward pass keeps of a block's N rows for the backward pass.
 
-    Flat arrays hold each block's arrays of all layers in order, see `part`. The lower half of `inputs` and the upper
-    half of `grad_zs` belong to the backward pass.
+    Flat arrays hold the arrays of all layers in order, see `part`. The lower half of `inputs` and the upper half of
+    `grad_zs` belong to the backward pass.
     """
     inputs: np.ndarray          # flat, of each layer (2 rows, in): its inputs, then their tangents
     grad_zs: np.ndarray         # flat, of each layer (2 rows, out): the loss's gradient with respect to z, then the
@@ -323,21 +307,12 @@ class Kept(NamedTuple):
 
 
 @compiled
-def kept_of(kept: Kept, block: Block, sizes: np.ndarray) -> Kept:
-    """Return a block's part of a Kept, as views."""
-    first, last, total_in, total_out = block.first, block.first + block.rows, sizes[:, IN].sum(), sizes[:, OUT].sum()
-    total_slopes = total_out - sizes[-1, OUT]
-    return Kept(kept.inputs[2 * first * total_in:2 * last * total_in],
-                kept.grad_zs[2 * first * total_out:2 * last * total_out],
-                kept.slopes[first * total_slopes:last * total_slopes],
-                kept.derivative[first:last], kept.normal_encoded[first:last])
-
-
 def new_kept(rows: int, sizes: np.ndarray) -> Kept:
     """Return the Kept of so many rows, not yet filled."""
-    (total_in, total_out), columns, last = sizes.sum(axis=0).tolist(), sizes[0, IN], sizes[-1, OUT]
-    shapes = 2 * rows * total_in, 2 * rows * total_out, rows * (total_out - last), (rows, columns), (rows, columns)
-    return Kept(*(np.empty(shape, np.float32) for shape in shapes))
+    total_in, total_out, columns, f = sizes[:, IN].sum(), sizes[:, OUT].sum(), sizes[0, IN], np.float32
+    return Kept(np.empty(2 * rows * total_in, f), np.empty(2 * rows * total_out, f),
+                np.empty(rows * (total_out - sizes[-1, OUT]), f), np.empty((rows, columns), f),
+                np.empty((rows, columns), f))
 
 
 def implicit_forward(x: np.ndarray, net: Weights) -> Tuple[np.ndarray, np.ndarray]:
@@ -345,19 +320,17 @@ def implicit_forward(x: np.ndarray, net: Weights) -> Tuple[np.ndarray, np.ndarra
     normalised, at x (N, 3)."""
     x, rows = np.ascontiguousarray(x, np.float32), len(x)
     output, normals = np.empty((rows, net.sizes[-1, OUT]), np.float32), np.empty((rows, 3), np.float32)
-    split = split_rows(rows, net.sizes[-1, IN])
-    on_all_cores(implicit_forward_block, split, x, net, new_kept(rows, net.sizes), (output, normals))
+    on_all_cores(implicit_forward_block, split_rows(rows, net.sizes[-1, IN]), x, net, output, normals)
     return output, normals
 
 
 @compiled
-def implicit_forward_block(number: int, split: Split, x: np.ndarray, net: Weights, kept: Kept,
-                           out: Tuple[np.ndarray, np.ndarray]) -> None:
+def implicit_forward_block(number: int, split: Split, x: np.ndarray, net: Weights, output: np.ndarray,
+                           normals: np.ndarray) -> None:
     """Do one block of implicit_forward."""
     block = block_of(split, number)
-    output, normals = forward_block(take(x, block), net, kept_of(kept, block, net.sizes))
-    put(output, block, out[0])
-    put(normals, block, out[1])
+    rows = slice(block.first, block.first + block.rows)
+    output[rows], normals[rows] = forward_block(x[rows], net, new_kept(block.rows, net.sizes))
 
 
 @compiled
@@ -422,22 +395,20 @@ def find_weight_gradients(rows: int, kept: Kept, sizes: np.ndarray, grad_packed:
 
 
 @compiled
-def carry_block_back(block: Block, kept: Kept, net: Weights, grads: Gradients) -> None:
+def carry_block_back(kept: Kept, net: Weights, grads: Gradients) -> None:
     """Write the gradients with respect to z and the inputs' tangents of a block to its Kept, and add to grads."""
-    grad_output = np.zeros((block.rows, net.sizes[-1, OUT]), np.float32)
-    grad_normals = take(grads.normals, block)
-    if block.hits:
-        own = slice(block.first_hit, block.first_hit + block.hits)
-        hit_normals, hits, moves = grads.hit_normals[own], grads.hits[own], grads.moves[own]
-        grad_output[:block.hits, 1:] = grads.hit_features[own]
-        grad_encoded = carry_back(kept, net, grad_output[:block.hits], hit_normals)
-        encoded = part(kept.inputs, 2 * block.rows, net.sizes, IN, 0)
-        hits += grad_position(encoded, kept.derivative, kept.normal_encoded, grad_encoded, hit_normals)
-        for row in range(block.hits):
+    rows, hits = len(grads.sdf), len(grads.hits)
+    grad_output, grad_normals = np.zeros((rows, net.sizes[-1, OUT]), np.float32), grads.normals.copy()
+    if hits:
+        grad_output[:hits, 1:] = grads.hit_features
+        grad_encoded = carry_back(kept, net, grad_output[:hits], grads.hit_normals)
+        encoded, moved = part(kept.inputs, 2 * rows, net.sizes, IN, 0), grads.hits
+        moved += grad_position(encoded, kept.derivative, kept.normal_encoded, grad_encoded, grads.hit_normals)
+        for row in range(hits):
             for c in range(3):
-                grads.sdf[block.first_hit + row, 0] += hits[row, c] * moves[row, c]
-                grad_normals[row, c] += hit_normals[row, c]
-    grad_output[:, :1] = take(grads.sdf, block)
+                grads.sdf[row, 0] += moved[row, c] * grads.moves[row, c]
+                grad_normals[row, c] += grads.hit_normals[row, c]
+    grad_output[:, :1] = grads.sdf
     carry_back(kept, net, grad_output, grad_normals)
 
 
@@ -580,21 +551,24 @@ def carry_colors_back(inputs: np.ndarray, net: Weights, rgb: np.ndarray, grad_rg
 # --- a training step --------------------------------------------------------------------------------------------------
 
 class StepRows(NamedTuple):
-    """A step's N points: first S that may be hits in the mask, then those of the other rays, R in all, then others."""
+    """A block's N points of a step: first S hits in the mask, then those of its other rays, R in all, then others."""
     points: np.ndarray          # (N, 3)
     directions: np.ndarray      # (S, 3), unit, of the rays
     rgb: np.ndarray             # (S, 3), of the photographs
-    color_weights: np.ndarray   # (S,), 0 for a ray without a hit in its mask
+    color_weights: np.ndarray   # (S,)
     object_mask: np.ndarray     # (R,), 1 on the object
-    mask_weights: np.ndarray    # (R,), 0 for a ray with a hit in its mask
+    mask_weights: np.ndarray    # (R,), 0 for a hit
 
 
 class LossTerms(NamedTuple):
     """What the losses are multiplied by, and what else they depend on."""
     mask: float
     eikonal: float
-    alpha: float
+    missed: float               # in the mask loss, of a ray in the object mask that misses
     least_slope: float          # of architecture.inverse_slope
+    alpha: float
+    num_rays: int               # of the step, with all its blocks
+    num_points: int
 
 
 class Networks(NamedTuple):
@@ -605,66 +579,38 @@ class Networks(NamedTuple):
 
 
 class StepValues(NamedTuple):
-    """What a step's forward pass finds, and keeps for the backward pass. Arrays over rows are in the order of
+    """What a block's forward pass finds, and keeps for the backward pass. Arrays over rows are in the order of
     StepRows."""
     kept: Kept
-    inputs: np.ndarray          # flat, each block's inputs of the renderer's layers, as in render_block
+    inputs: np.ndarray          # flat, inputs of the renderer's layers, as in render_block
     output: np.ndarray          # (N, 1 + F): sdf and feature
     normals: np.ndarray         # (N, 3)
     rgb: np.ndarray             # (S, 3)
     grad_rgb: np.ndarray        # (S, 3)
     grads: Gradients            # of the losses with respect to their inputs; the backward pass adds to them
-    sums: np.ndarray            # (blocks, 3) float64: the blocks' shares of the colour, mask and eikonal loss
 
 
-def step_forward(rows: StepRows, nets: Networks, terms: LossTerms) -> StepValues:
-    """Compute both networks at a step's points, the losses, and their gradients with respect to what enters them."""
-    def empty(*shape):
-        return np.empty(shape, np.float32)
-
-    sizes, (count, hits) = nets.implicit.sizes, (len(rows.points), len(rows.directions))
-    features, split = sizes[-1, OUT] - 1, step_split(rows, nets)
-    grads = Gradients(empty(count, 1), empty(count, 3), empty(hits, 3), empty(hits, 3), empty(hits, features),
-                      empty(hits, 3))
-    values = StepValues(new_kept(count, sizes), empty(hits * nets.rendering.sizes[:, IN].sum()),
-                        empty(count, 1 + features), empty(count, 3), empty(hits, 3), empty(hits, 3), grads,
-                        np.zeros((split.blocks, 3)))
-    on_all_cores(step_forward_block, split, rows, nets, terms, values)
+@inlined
+def step_forward(rows: StepRows, nets: Networks, terms: LossTerms, sums: np.ndarray) -> StepValues:
+    """Compute both networks at a block's points, and the losses' gradients with respect to what enters them; write its
+    shares of the colour, mask and eikonal loss to sums (3,) float64."""
+    f, (x, v), sizes = np.float32, rows[:2], nets.rendering.sizes
+    (count, hits), kept = (len(x), len(v)), new_kept(len(x), nets.implicit.sizes)
+    output, normals = forward_block(x, nets.implicit, kept)
+    grads = Gradients(np.zeros((count, 1), f), np.empty((count, 3), f), np.empty((hits, 3), f),
+                      np.empty((hits, 3), f), np.empty((hits, output.shape[1] - 1), f), np.empty((hits, 3), f))
+    inputs, rgb = np.empty(hits * sizes[:, IN].sum(), f), np.empty((hits, 3), f)
+    if hits:
+        join_inputs(x[:hits], v, normals, output, nets.inputs, part(inputs, hits, sizes, IN, 0))
+        render_block(inputs, nets.rendering, rgb)
+    for row in range(hits):
+        slope = v[row, 0] * normals[row, 0] + v[row, 1] * normals[row, 1] + v[row, 2] * normals[row, 2]
+        inverse = inverse_slope(slope, f(terms.least_slope), max)
+        for c in range(3):
+            grads.moves[row, c] = -v[row, c] * inverse
+    values = StepValues(kept, inputs, output, normals, rgb, np.empty((hits, 3), f), grads)
+    find_losses(rows, terms, values, sums)
     return values
-
-
-def step_split(rows: StepRows, nets: Networks) -> Split:
-    """Return how a step's rows are cut into blocks."""
-    return split_rows(len(rows.points), nets.implicit.sizes[-1, IN], len(rows.directions))
-
-
-@compiled
-def step_forward_block(number: int, split: Split, rows: StepRows, nets: Networks, terms: LossTerms,
-                       values: StepValues) -> None:
-    """Do one block of step_forward."""
-    block, grads = block_of(split, number), values.grads
-    x = take(rows.points, block)
-    output, normals = forward_block(x, nets.implicit, kept_of(values.kept, block, nets.implicit.sizes))
-    put(output, block, values.output)
-    put(normals, block, values.normals)
-    if block.hits:
-        own, hits = slice(block.first_hit, block.first_hit + block.hits), block.hits
-        inputs, v = rendering_part(values, nets, block), rows.directions[own]
-        join_inputs(x[:hits], v, normals, output, nets.inputs, part(inputs, hits, nets.rendering.sizes, IN, 0))
-        render_block(inputs, nets.rendering, values.rgb[own])
-        for row in range(hits):
-            slope = v[row, 0] * normals[row, 0] + v[row, 1] * normals[row, 1] + v[row, 2] * normals[row, 2]
-            inverse = inverse_slope(slope, np.float32(terms.least_slope), max)
-            for c in range(3):
-                grads.moves[block.first_hit + row, c] = -v[row, c] * inverse
-    find_losses(block, rows, terms, values, values.sums[number])
-
-
-@compiled
-def rendering_part(values: StepValues, nets: Networks, block: Block) -> np.ndarray:
-    """Return a block's part of StepValues.inputs, as a view."""
-    total = nets.rendering.sizes[:, IN].sum()
-    return values.inputs[block.first_hit * total:(block.first_hit + block.hits) * total]
 
 
 @compiled
@@ -685,65 +631,65 @@ def join_inputs(x: np.ndarray, directions: np.ndarray, normals: np.ndarray, outp
 
 
 @compiled
-def find_losses(block: Block, rows: StepRows, terms: LossTerms, values: StepValues, sums: np.ndarray) -> None:
+def find_losses(rows: StepRows, terms: LossTerms, values: StepValues, sums: np.ndarray) -> None:
     """Write a block's share of the losses to sums (3,), and their gradients to values.grads and grad_rgb.
 
     They are the losses of training/step.py.
     """
-    f, grads, num_rays = np.float32, values.grads, len(rows.mask_weights)
-    alpha, per_point, color, mask, eikonal = f(terms.alpha), f(1.0 / len(rows.points)), 0.0, 0.0, 0.0
-    for row in range(block.rows):
-        number = block.first_hit + row if row < block.hits else block.first_other + row - block.hits
-        n = values.normals[number]
+    f, grads, num_rays = np.float32, values.grads, np.float32(terms.num_rays)
+    alpha, per_point, color, mask, eikonal = f(terms.alpha), f(1.0 / terms.num_points), 0.0, 0.0, 0.0
+    for row in range(len(rows.points)):
+        n = values.normals[row]
         length = np.sqrt(n[0] * n[0] + n[1] * n[1] + n[2] * n[2] + f(1e-12))     # a root has no derivative at 0
-        error, grads.sdf[number, 0] = length - f(1.0), 0.0
+        error = length - f(1.0)
         eikonal += error * error * per_point
         for c in range(3):
-            grads.normals[number, c] = f(2.0 * terms.eikonal) * per_point * error / length * n[c]
-        if number < num_rays:
-            weight, wanted = rows.mask_weights[number] / f(num_rays), rows.object_mask[number]
-            v = -alpha * values.output[number, 0]
-            e = f(0.0) if abs(v) > f(80.0) else np.exp(-abs(v))     # numbers that small are slow, and count for nothing
-            sigmoid = (f(1.0) if v > 0 else e) / (f(1.0) + e)
-            mask += weight * ((v if v > 0 else f(0.0)) - v * wanted + np.log1p(e)) / alpha
-            grads.sdf[number, 0] = f(terms.mask) * weight * (wanted - sigmoid)
-        if row < block.hits:
-            weight = rows.color_weights[number] / f(num_rays)
-            for c in range(3):
-                error = values.rgb[number, c] - rows.rgb[number, c]
-                color += weight * abs(error)
-                values.grad_rgb[number, c] = weight * np.sign(error)
+            grads.normals[row, c] = f(2.0 * terms.eikonal) * per_point * error / length * n[c]
+    for row in range(len(rows.mask_weights)):
+        weight, wanted, v = rows.mask_weights[row] / num_rays, rows.object_mask[row], -alpha * values.output[row, 0]
+        e = f(0.0) if abs(v) > f(80.0) else np.exp(-abs(v))     # numbers that small are slow, and count for nothing
+        sigmoid = (f(1.0) if v > 0 else e) / (f(1.0) + e)
+        mask += weight * ((v if v > 0 else f(0.0)) - v * wanted + np.log1p(e)) / alpha
+        grads.sdf[row, 0] = f(terms.mask) * weight * (wanted - sigmoid)
+    for row in range(len(rows.rgb)):
+        weight = rows.color_weights[row] / num_rays
+        for c in range(3):
+            error = values.rgb[row, c] - rows.rgb[row, c]
+            color += weight * abs(error)
+            values.grad_rgb[row, c] = weight * np.sign(error)
     sums[0], sums[1], sums[2] = color, mask, eikonal        # once, as the cores' sums lie side by side
 
 
-def step_backward(rows: StepRows, nets: Networks, values: StepValues,
-                  grad_directions: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """Return the gradients of the losses' sum with respect to the packed weights of both networks, in parts (parts, P).
+@inlined
+def step_backward(nets: Networks, values: StepValues, grad_directions: np.ndarray,
+                  grad_packed: Tuple[np.ndarray, np.ndarray]) -> None:
+    """Write the gradients of a block's losses' sum with respect to the packed weights of both networks to grad_packed.
 
     grad_directions: (S, 3), receives that with respect to the directions that enter the renderer; or empty.
     """
-    split = step_split(rows, nets)
-    grad_packed = tuple(np.empty((split.blocks, len(net.packed)), np.float32) for net in nets[:2])
-    on_all_cores(step_backward_block, split, nets, values, grad_directions, grad_packed)
-    return grad_packed
-
-
-@compiled
-def step_backward_block(number: int, split: Split, nets: Networks, values: StepValues, grad_directions: np.ndarray,
-                        grad_packed: Tuple[np.ndarray, np.ndarray]) -> None:
-    """Do one block of step_backward."""
-    block, grads, sizes = block_of(split, number), values.grads, nets.implicit.sizes
-    kept, own = kept_of(values.kept, block, sizes), slice(block.first_hit, block.first_hit + block.hits)
-    if block.hits:
-        inputs, rgb, grad_rgb = rendering_part(values, nets, block), values.rgb[own], values.grad_rgb[own]
-        grad_h = carry_colors_back(inputs, nets.rendering, rgb, grad_rgb, grad_packed[1][number])
-        h = part(inputs, block.hits, nets.rendering.sizes, IN, 0)
-        split_inputs(h, grad_h, nets.inputs, (grads.hits[own], grads.hit_normals[own], grads.hit_features[own]),
-                     grad_directions[own])
+    grads, sizes = values.grads, nets.rendering.sizes
+    hits = len(grads.hits)
+    if hits:
+        grad_h = carry_colors_back(values.inputs, nets.rendering, values.rgb, values.grad_rgb, grad_packed[1])
+        split_inputs(part(values.inputs, hits, sizes, IN, 0), grad_h, nets.inputs,
+                     (grads.hits, grads.hit_normals, grads.hit_features), grad_directions)
     else:
-        grad_packed[1][number] = 0.0
-    carry_block_back(block, kept, nets.implicit, grads)
-    find_weight_gradients(block.rows, kept, sizes, grad_packed[0][number])
+        grad_packed[1][:] = 0.0
+    carry_block_back(values.kept, nets.implicit, grads)
+    find_weight_gradients(len(values.output), values.kept, nets.implicit.sizes, grad_packed[0])
+
+
+@inlined
+def grad_points(values: StepValues) -> np.ndarray:
+    """Return the losses' gradient with respect to a block's points (N, 3), after step_backward.
+
+    A ray's point takes its hit along, and its sdf changes by normal . movement. The part that comes through the
+    normal's loss is left out.
+    """
+    grad = values.grads.sdf * values.normals
+    hits = grad[:len(values.grads.hits)]
+    hits += values.grads.hits
+    return grad
 
 
 @compiled

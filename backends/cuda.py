@@ -1,11 +1,10 @@
 """The networks on a GPU as nnabla sees them, with gpu_kernels.py inside: faster than gpu.py, and in need of CuPy.
 
-With gpu.py, nnabla's host side starts a thousand kernels in a step, and the GPU waits for it. Here the networks cost a
-few dozen calls. Losses, solver and all parameters stay nnabla's. cpu.py and gpu.py offer the same names.
+With gpu.py, nnabla's host side starts a thousand kernels in a step, and the GPU waits for it. Here a step costs a few
+calls. Solver and all parameters stay nnabla's. cpu.py and gpu.py offer the same names, but for StepEvaluation.
 """
 import threading
-from functools import partial
-from typing import List, Tuple, Union
+from typing import List, NamedTuple, Sequence, Tuple, Union
 
 import cupy
 import nnabla as nn
@@ -14,7 +13,8 @@ from nnabla.ext_utils import get_extension_context
 from nnabla.function import PythonFunction
 
 from backends import gpu_kernels, gpu_search
-from backends.architecture import array_sizes
+from backends.architecture import OPTIONAL_INPUTS, array_sizes
+from backends.cpu_kernels import StepRows
 from backends.gpu import Layers
 from backends.gpu_kernels import page_locked
 
@@ -64,53 +64,69 @@ def give_back(passes: Passes) -> None:
     Gpu.spare[type(passes), passes.weights.sizes, passes.rows].append(passes)
 
 
-# --- the evaluation of a training step --------------------------------------------------------------------------------
+# --- a training step --------------------------------------------------------------------------------------------------
 
-class SurfaceEvaluation:
-    """As gpu.SurfaceEvaluation.
+class Late(NamedTuple):
+    """A number that the GPU is still at work on."""
+    step: gpu_kernels.Step
+    weights: Tuple[float, ...]      # of the three losses in it
 
-    The buffers, some 400 MB at full size, are held from forward() to backward() and then serve the next evaluation.
+    @property
+    def d(self) -> float:
+        """The number, once it is there."""
+        with Gpu.device.current():
+            cupy.cuda.Stream.null.synchronize()
+        return float(self.weights @ self.step.host_sums)
+
+
+class StepEvaluation:
+    """Both networks, the losses and their gradients in a training step, for training/step.py as TrainingGraph is.
+
+    layers: the parameters of the implicit network and of the renderer, Variables (v, g, b); without: which of
+    OPTIONAL_INPUTS the renderer was built without; least_slope: of architecture.inverse_slope. A step may have any
+    number of hits; the buffers, some 600 MB at full size, serve all.
     """
 
-    def __init__(self, layers: Layers, points: nn.Variable, directions: nn.Variable, want_grad_points: bool,
-                 least_slope: float):
-        self.layers, self.points, self.directions, self.want_grad_points = layers, points, directions, want_grad_points
-        self.least_slope = least_slope
-        self.sizes, (rows, self.num_hits) = sizes_of(layers), (points.shape[0], directions.shape[0])
-        self.held = None
-        self.sdf, self.normal = (nn.Variable((rows, columns), need_grad=True) for columns in (1, 3))
-        self.leaves, self.hit, self.hit_normal, self.hit_feature = [self.sdf, self.normal], None, None, None
-        if self.num_hits:
-            self.hit, self.hit_normal, self.hit_feature = hits = [
-                nn.Variable((self.num_hits, columns), need_grad=True) for columns in (3, 3, self.sizes[-1][1] - 1)]
-            self.leaves += hits
+    def __init__(self, layers: Tuple[Layers, Layers], without: Sequence[str], num_rays: int, least_slope: float):
+        self.layers, self.num_rays, self.least_slope = layers, num_rays, least_slope
+        with Gpu.device.current():
+            self.step = gpu_kernels.Step(Gpu.device, [sizes_of(network) for network in layers],
+                                         num_rays + num_rays // 2, num_rays,
+                                         tuple(name not in without for name in OPTIONAL_INPUTS))
+
+    def set(self, rows: StepRows, weights: Tuple[float, float], alpha: float) -> None:
+        """Set the inputs of a step; weights: those of the mask and the eikonal loss."""
+        host, self.num_hits, self.weights = self.step.host, len(rows.directions), weights
+        host.terms[:] = *weights, alpha
+        for name, values in rows._asdict().items():
+            getattr(host, name)[:len(values)] = values
 
     def forward(self) -> None:
+        """Start the whole step, with the parameters' current values."""
         with Gpu.device.current():
-            if self.held:
-                self.held.weights.fold(pointers(self.layers))
-            else:
-                self.held = take(gpu_kernels.Evaluation, self.layers, self.points.shape[0])
-            results = [pointer(leaf.data, write=True) for leaf in self.leaves]
-            self.held.implicit_forward(pointer(self.points.data), results + [0] * (5 - len(results)), self.num_hits)
-        for leaf in self.leaves:
-            leaf.grad.zero()
+            passes = [self.step.evaluation] + ([self.step.rendering(self.num_hits)] if self.num_hits else [])
+            for network, layers in zip(passes, self.layers):
+                network.weights.fold(pointers(layers))
+            self.step.start(self.num_hits, self.least_slope)
 
     def backward(self) -> None:
-        held, inputs = self.held, [pointer(leaf.grad) for leaf in self.leaves]
-        if self.num_hits:
-            inputs.append(pointer(self.directions.data))
+        """Add the gradients of the losses' weighted sum to those of the parameters."""
         with Gpu.device.current():
-            held.implicit_backward(gpu_kernels.Gradients(*inputs), self.num_hits, self.want_grad_points,
-                                   self.least_slope)
-            held.weights.fold_backward(gradients_of(self.layers))
-            if self.want_grad_points:
-                self.gradient = held.grad_points.get()
-        give_back(held)
-        self.held = None
+            passes = [self.step.evaluation] + ([self.step.rendering(self.num_hits)] if self.num_hits else [])
+            for network, layers in zip(passes, self.layers):
+                network.weights.fold_backward(gradients_of(layers))
 
-    def grad_points(self) -> np.ndarray:
-        return self.gradient
+    def losses(self) -> Tuple[Late, Late, Late, Late]:
+        """Return the weighted sum of the losses, then the colour, mask and eikonal loss."""
+        return tuple(Late(self.step, np.array(weights)) for weights in ((1.0, *self.weights), *np.eye(3)))
+
+    def uniform_sdf(self) -> np.ndarray:
+        """Return the sdf (R / 2,) at the points behind the rays'."""
+        return self.step.sdf[self.num_rays:].get()
+
+    def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
+        """As TrainingGraph.grad_rays."""
+        return self.step.evaluation.grad_points[:self.num_rays].get(), self.step.grad_directions[:self.num_hits].get()
 
 
 def gradients_of(layers: Layers) -> List[Tuple[int, ...]]:
@@ -130,23 +146,18 @@ def folded_weights(layers: Layers) -> Layers:
 
 
 def implicit(x: nn.Variable, weights: Layers) -> Tuple[nn.Variable, nn.Variable, nn.Variable]:
-    """As network.implicit, without a gradient, as only renders take it; weights: the layers."""
+    """As network.implicit; weights: the layers."""
     return ImplicitFunction(weights)(x)
 
 
 def rendering(h: nn.Variable, weights: Layers) -> nn.Variable:
-    """Return the renderer's rgb (N, 3) of its joined inputs h (N, in); weights: the layers.
-
-    In training h takes a gradient. Then the backward pass also adds to the gradients of the parameters.
-    """
-    return RenderingFunction(weights, training=h.need_grad)(h)
+    """Return the renderer's rgb (N, 3) of its joined inputs h (N, in); weights: the layers."""
+    return RenderingFunction(weights)(h)
 
 
 class Function(PythonFunction):
-    """A function of nnabla's whose passes are those of gpu_kernels, for any number of rows.
-
-    The parameters are no inputs: at every step nnabla would ask Python about each of them, which takes longer than the
-    kernels. forward_impl reads them.
+    """A function of nnabla's whose pass is one of gpu_kernels, for any number of rows. It has no backward pass: in
+    training, StepEvaluation takes its place. The parameters are no inputs; forward_impl reads them.
     """
 
     def __init__(self, layers: Layers):
@@ -165,7 +176,7 @@ class Function(PythonFunction):
 
 
 class ImplicitFunction(Function):
-    """Input: points. Outputs: sdf, feature and normal. It has no backward pass."""
+    """Input: points. Outputs: sdf, feature and normal."""
 
     def min_outputs(self):
         return 3
@@ -183,40 +194,21 @@ class ImplicitFunction(Function):
                                     passes.rows)
             give_back(passes)
 
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        raise NotImplementedError("a render has no gradient")
-
 
 class RenderingFunction(Function):
-    """Input: the renderer's input. Output: rgb. In training, backward_impl adds to the gradients of the parameters."""
-
-    def __init__(self, layers: Layers, training: bool):
-        super().__init__(layers)
-        self.training = training
+    """Input: the renderer's input. Output: rgb."""
 
     def min_outputs(self):
         return 1
 
     def setup_impl(self, inputs, outputs):
         outputs[0].reset_shape((inputs[0].shape[0], 3), True)
-        self.held = None
 
     def forward_impl(self, inputs, outputs):
         with Gpu.device.current():
-            if self.held:
-                self.held.weights.fold(pointers(self.layers))
-            else:
-                self.held = take(gpu_kernels.Rendering, self.layers, inputs[0].shape[0])
-            self.held.rendering_forward(pointer(inputs[0].data), pointer(outputs[0].data, write=True))
-            if not self.training:
-                give_back(self.held)
-                self.held = None
-
-    def backward_impl(self, inputs, outputs, propagate_down, accum):
-        passes, add = self.held, accum[0]
-        with Gpu.device.current():
-            passes.rendering_backward(pointer(outputs[0].grad), pointer(inputs[0].grad, write=not add), add)
-            passes.weights.fold_backward(gradients_of(self.layers))
+            passes = take(gpu_kernels.Rendering, self.layers, inputs[0].shape[0])
+            passes.rendering_forward(pointer(inputs[0].data), pointer(outputs[0].data, write=True))
+            give_back(passes)
 
 
 # --- the sdf without gradient -----------------------------------------------------------------------------------------
@@ -225,13 +217,13 @@ class Sdf:
     """The sdf of layers, a list of Variables (v, g, b), as network.sdf_evaluator describes it. Threads may share it."""
 
     SIZES = tuple(size for k in range(8, 14) for size in (2 ** k, 3 * 2 ** (k - 1))) + (2 ** 14,)
-    half_precision = None       # only `search` chooses by it
+    half_precision = None       # `search` has no use for it
 
     def __init__(self, layers: Layers):
         self.layers, self.launching = layers, threading.Lock()
         with Gpu.device.current():
             self.network = gpu_kernels.ImplicitSdf(Gpu.device, sizes_of(layers), self.SIZES)
-            self.search = gpu_search.Search(Gpu.device, partial(self.network.implicit_sdf, half=False))
+            self.search = gpu_search.Search(Gpu.device, self.network.implicit_sdf)
         self.refresh()
 
     def refresh(self) -> None:
@@ -240,12 +232,9 @@ class Sdf:
             self.search.still = None        # what is remembered was of other parameters
 
     def __call__(self, points: np.ndarray) -> np.ndarray:
-        return self.in_precision(points, half=False)
-
-    def in_precision(self, points: np.ndarray, half: bool) -> np.ndarray:
         x, out = page_locked((len(points), 3)), page_locked((len(points),))
         x[:] = points
         with self.launching, Gpu.device.current():
-            self.network.implicit_sdf(x.ctypes.data, out.ctypes.data, len(points), half)
+            self.network.implicit_sdf(x.ctypes.data, out.ctypes.data, len(points))
             cupy.cuda.Stream.null.synchronize()
         return out.copy()

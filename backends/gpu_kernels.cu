@@ -16,17 +16,21 @@ typedef long long Int;
 
 __device__ float frequency(Int column) { return column < 3 ? 0.0f : (float)(1 << (column - 3) / 6); }
 
+// The column's value of gamma(x), of its coordinate x, and the derivative.
+__device__ float encoding(float x, Int column, float *slope) {
+    *slope = 1.0f;
+    if (column < 3) return x;
+    float sine, cosine;
+    const bool is_sine = (column - 3) % 6 < 3;
+    sincosf(frequency(column) * x, &sine, &cosine);
+    *slope = frequency(column) * (is_sine ? cosine : -sine);
+    return is_sine ? sine : cosine;
+}
+
 KERNEL encode(const float *x, float *encoded, float *derivative, Int columns, Int pitch) {
     EACH(columns)
-    float value = x[3 * row + column % 3], slope = 1.0f;
-    if (column >= 3) {
-        float sine, cosine;
-        bool is_sine = (column - 3) % 6 < 3;
-        sincosf(frequency(column) * value, &sine, &cosine);
-        value = is_sine ? sine : cosine;
-        slope = frequency(column) * (is_sine ? cosine : -sine);
-    }
-    encoded[at] = value;
+    float slope;
+    encoded[at] = encoding(x[3 * row + column % 3], column, &slope);
     if (derivative) derivative[at] = slope;
 }
 
@@ -50,50 +54,13 @@ KERNEL softplus(const float *z, const float *b, const float *encoded, float *h, 
 }
 
 // The sdf: a warp adds up each row of h * w.
-#define LAST_PRODUCT(value) \
-    const Int row = (blockIdx.x * (Int)blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32; \
-    if (row >= rows) return; \
-    float total = 0.0f; \
-    for (Int column = lane; column < columns; column += 32) total += value * w[column * pitch]; \
-    for (int other = 16; other; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other); \
-    if (lane == 0) sdf[row] = total + b[0];
-
 KERNEL last_product(const float *h, const float *w, const float *b, float *sdf, Int rows, Int columns, Int pitch) {
-    LAST_PRODUCT(h[row * pitch + column])
-}
-
-// --- the sdf in half precision
-
-typedef unsigned short Half;
-
-__device__ float from_half(Half x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x)); return y; }
-
-__device__ Half as_half(float x) { Half y; asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x)); return y; }
-
-KERNEL to_half(const float *w, Half *half_w, Int columns, Int pitch) {
-    EACH(columns)
-    half_w[at] = as_half(w[at]);
-}
-
-#define SOFTPLUS_HALF(value) \
-    EACH_FOUR { \
-        float v = column < outputs ? ((value) + b[column]) * BETA : 0.0f; \
-        float softplus = (fmaxf(v, 0.0f) + __logf(1.0f + __expf(-fabsf(v)))) * (1.0f / BETA) * SCALE; \
-        h[at] = as_half(column < outputs ? softplus : encoded[at - outputs] * ROOT_HALF); \
-    }
-
-KERNEL first_softplus_half(const float *z, const float *b, const float *encoded, Half *h, Int outputs, Int inputs,
-                           Int pitch) {
-    SOFTPLUS_HALF(z[at])
-}
-
-KERNEL softplus_half(const Half *z, const float *b, const float *encoded, Half *h, Int outputs, Int inputs,
-                     Int pitch) {
-    SOFTPLUS_HALF(from_half(z[at]))
-}
-
-KERNEL last_product_half(const Half *h, const float *w, const float *b, float *sdf, Int rows, Int columns, Int pitch) {
-    LAST_PRODUCT(from_half(h[row * pitch + column]))
+    const Int row = (blockIdx.x * (Int)blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    if (row >= rows) return;
+    float total = 0.0f;
+    for (Int column = lane; column < columns; column += 32) total += h[row * pitch + column] * w[column * pitch];
+    for (int other = 16; other; other /= 2) total += __shfl_xor_sync(0xffffffffu, total, other);
+    if (lane == 0) sdf[row] = total + b[0];
 }
 
 KERNEL delta(const float *slopes, const float *back, Int row_step, Int column_step, float *deltas,
@@ -130,7 +97,7 @@ KERNEL hand_out(const float *x, const float *z, const float *b, const float *nor
     }
 }
 
-// Read nnabla's arrays: the gradients with respect to what hand_out has written, and the hits' directions.
+// The rows of the backward pass: the gradients with respect to the hits, then to the points.
 KERNEL take_in(const float *grad_sdf, const float *grad_normal, const float *grad_hit, const float *grad_hit_normal,
                const float *grad_hit_feature, const float *ray_directions, const float *derivative, float *tangents,
                float *grad_z, float *grad_hits, float *grad_hit_normals, float *directions, Int hits, Int columns,
@@ -234,6 +201,68 @@ KERNEL rgb_backward(const float *rgb, const float *grad_rgb, float *grad_z, Int 
     grad_z[at] = grad_rgb[k] * (1.0f - rgb[k] * rgb[k]);
 }
 
+// --- a training step
+
+// The renderer's inputs of the hits: point, encoded direction to the camera, normal and feature, as used.
+KERNEL join_inputs(const float *points, const float *directions, const float *normals, const float *z, const float *b,
+                   Int with_view, Int with_normal, Int with_feature, float *h, Int columns, Int z_pitch, Int pitch) {
+    EACH(columns)
+    float slope;
+    Int c = column - 3;
+    const Int view = with_view * VIEW_COLUMNS, normal = 3 * with_normal;
+    if (c < 0) h[at] = points[3 * row + column];
+    else if (c < view) h[at] = encoding(-directions[3 * row + c % 3], c, &slope);
+    else if ((c -= view) < normal) h[at] = normals[3 * row + c];
+    else c -= normal, h[at] = z[row * z_pitch + c + 1] + b[c + 1];
+}
+
+// Each point's sdf, its share of the losses, parts (N, 3), and their gradients; terms: the weights of the mask and the
+// eikonal loss, alpha. The hits' colours lie 3 apart.
+KERNEL find_losses(const float *terms, const float *points, const float *object_mask, const float *mask_weights,
+                   const float *directions, const float *rgb_true, const float *color_weights, const float *normals,
+                   const float *z, const float *b, const float *rgb, float *sdf, float *grad_sdf, float *grad_normals,
+                   float *grad_rgb, float *parts, Int rays, Int hits, Int rows, Int pitch) {
+    EACH(1)
+    const float alpha = terms[2], per_point = 1.0f / rows, *n = normals + 3 * row, value = z[row * pitch] + b[0];
+    const float length = sqrtf(n[0] * n[0] + n[1] * n[1] + n[2] * n[2] + 1e-12f);      // a root has no derivative at 0
+    const float error = length - 1.0f;
+    float color = 0.0f, mask = 0.0f;
+    for (int c = 0; c < 3; c++)
+        grad_normals[3 * row + c] = 2.0f * terms[1] * per_point * error / length * n[c];
+    sdf[row] = value, grad_sdf[row] = 0.0f;
+    if (row < rays) {
+        const float weight = mask_weights[row] / rays, wanted = object_mask[row], v = -alpha * value;
+        const float e = expf(-fabsf(v)), sigmoid = (v > 0.0f ? 1.0f : e) / (1.0f + e);
+        mask = weight * ((v > 0.0f ? v : 0.0f) - v * wanted + log1pf(e)) / alpha;
+        grad_sdf[row] = terms[0] * weight * (wanted - sigmoid);
+    }
+    for (int c = 0; row < hits && c < 3; c++) {
+        const float weight = color_weights[row] / rays, off = rgb[3 * row + c] - rgb_true[3 * row + c];
+        color += weight * fabsf(off);
+        grad_rgb[3 * row + c] = weight * (off > 0.0f ? 1.0f : off < 0.0f ? -1.0f : off);    // NaN stays NaN
+    }
+    parts[3 * row] = color, parts[3 * row + 1] = mask, parts[3 * row + 2] = error * error * per_point;
+}
+
+// The gradients with respect to the hits, their normals and features, and the directions, from that of the inputs.
+KERNEL split_inputs(const float *grad_h, const float *directions, Int with_view, Int with_normal, Int with_feature,
+                    float *grad_hits, float *grad_hit_normals, float *grad_hit_features, float *grad_directions,
+                    Int features, Int pitch) {
+    EACH(max(features, 3LL))
+    const float *own = grad_h + row * pitch;
+    const Int view = 3, normal = view + with_view * VIEW_COLUMNS, feature = normal + 3 * with_normal;
+    if (column < features) grad_hit_features[row * features + column] = with_feature ? own[feature + column] : 0.0f;
+    if (column >= 3) return;
+    const Int c = 3 * row + column;
+    grad_hits[c] = own[column], grad_hit_normals[c] = with_normal ? own[normal + column] : 0.0f;
+    float total = 0.0f, slope;
+    for (Int k = column; k < with_view * VIEW_COLUMNS; k += 3) {
+        encoding(-directions[c], k, &slope);
+        total -= own[view + k] * slope;
+    }
+    grad_directions[c] = total;
+}
+
 // --- sums over rows: from here on a block has 32 x 32 threads, which share 32 columns and add up over their rows.
 #define COLUMN const Int column = blockIdx.x * 32LL + threadIdx.x; const bool there = column < outputs;
 #define EACH_ROW(rows) for (Int row = threadIdx.y; there && row < (rows); row += 32)
@@ -245,6 +274,22 @@ __device__ float over_rows(float part) {
     float total = 0.0f;
     for (int k = 0; k < 32; k++) total += parts[k][threadIdx.x];
     return total;
+}
+
+// The sums (3,) of the losses' shares (rows, 3), by the threads of one block, in an order that is always the same.
+KERNEL sum_losses(const float *parts, double *sums, Int rows) {
+    __shared__ double shared[THREADS][3];
+    const Int thread = threadIdx.x;
+    for (int k = 0; k < 3; k++) {
+        double own = 0.0;
+        for (Int row = thread; row < rows; row += THREADS) own += parts[3 * row + k];
+        shared[thread][k] = own;
+    }
+    __syncthreads();
+    for (int k = 0; thread == 0 && k < 3; k++) {
+        sums[k] = 0.0;
+        for (int other = 0; other < THREADS; other++) sums[k] += shared[other][k];
+    }
 }
 
 // For all layers at once: outputs is the pitch.

@@ -11,23 +11,22 @@ import ctypes
 import threading
 from functools import partial
 from pathlib import Path
-from typing import Callable, Hashable, List, NamedTuple, Sequence, Tuple, Union
+from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple, Union
 
 import cupy
 import numpy as np
 
-from backends.architecture import SKIP_LAYER, SOFTPLUS_BETA, has_skip
+from backends.architecture import SKIP_LAYER, SOFTPLUS_BETA, VIEW_BANDS, encoded_columns, has_skip
 
 Pointer = int
 IN, OUT = 0, 1
 THREADS = 128           # of a block: columns of one row
 WORKSPACE = 32 << 20    # bytes for cuBLAS, which may not allocate them while a graph is recorded
-HALF, SUM_IN_FLOAT = 2, 68      # cuBLAS's numbers for half precision, and for sums in float32
 
 SOURCE = Path(__file__).with_suffix(".cu")
-KERNELS = ("encode softplus last_product to_half first_softplus_half softplus_half last_product_half delta "
-           "find_normal hand_out take_in tangent add_back move_hits add_hits find_grad_points copy_rows relu "
-           "relu_backward find_rgb rgb_backward sum_rows fold fold_backward").split()
+KERNELS = ("encode softplus last_product delta find_normal hand_out take_in tangent add_back move_hits add_hits "
+           "find_grad_points copy_rows relu relu_backward find_rgb rgb_backward join_inputs find_losses split_inputs "
+           "sum_losses sum_rows fold fold_backward").split()
 
 
 class Device:
@@ -39,7 +38,8 @@ class Device:
     def __init__(self, number: int):
         self.number = number
         with self.current():
-            self.kernels = compiled(SOURCE, KERNELS, BETA=SOFTPLUS_BETA)
+            self.kernels = compiled(SOURCE, KERNELS, BETA=SOFTPLUS_BETA, THREADS=THREADS,
+                                    VIEW_COLUMNS=encoded_columns(VIEW_BANDS))
             self.stream, self.recording = cupy.cuda.Stream(non_blocking=True), threading.Lock()
             self.workspace = cupy.empty(WORKSPACE, np.uint8)
             # CuPy refuses its own cuBLAS calls while a stream records.
@@ -81,25 +81,11 @@ class Device:
             self.handle, b_transposed, a_transposed, n, m, k, ctypes.byref(one), pointers[0], b_pitch,
             pointers[1], a_pitch, ctypes.byref(beta), pointers[2], out.strides[0] // 4))
 
-    def half_product(self, a: cupy.ndarray, b: cupy.ndarray, out: cupy.ndarray) -> None:
-        """As product, of matrices in half precision, neither of them transposed."""
-        (m, k), n = a.shape, b.shape[1]
-        one, zero = ctypes.c_float(1.0), ctypes.c_float(0.0)
-        (pointer_b, pitch_b), (pointer_a, pitch_a), (pointer_out, pitch_out) = (
-            (ctypes.c_void_p(x.data.ptr), x.strides[0] // 2) for x in (b, a, out))
-        self.check(self.cublas.cublasGemmEx(
-            self.handle, 0, 0, n, m, k, ctypes.byref(one), pointer_b, HALF, pitch_b, pointer_a, HALF, pitch_a,
-            ctypes.byref(zero), pointer_out, HALF, pitch_out, SUM_IN_FLOAT, -1))
-
-    def recorded(self, function: Callable[[], None], products: bool = True) -> "cupy.cuda.Graph":
-        """Return what `function` starts as a graph.
-
-        products: whether it has any. Then it runs once before: cuBLAS loads its kernels at their first use.
-        """
+    def recorded(self, function: Callable[[], None]) -> "cupy.cuda.Graph":
+        """Return what `function` starts as a graph. It runs once before: cuBLAS loads its kernels at first use."""
         cupy.cuda.Stream.null.synchronize()
         with self.recording, self.stream:
-            if products:
-                function()
+            function()
             self.stream.synchronize()
             self.stream.begin_capture()
             function()
@@ -215,33 +201,20 @@ class ImplicitSdf:
         self.weights, self.graphs, self.calls, most = Weights(device, sizes), {}, calls, calls[-1]
         self.x, self.sdf = cupy.empty((most, 3), np.float32), cupy.empty(most, np.float32)
         self.encoded, self.h, self.z = cupy.empty((3, most, self.weights.pitch), np.float32)
-        self.half_w = [cupy.empty((w.shape[0], self.weights.pitch), np.float16) for w in self.weights.w]
-        self.half_h, self.half_z = cupy.empty((2, most, self.weights.pitch), np.float16)
-        self.halving = None     # the graph of halve()
 
     def fold(self, layers: List[Tuple[Pointer, Pointer, Pointer]]) -> None:
-        """Take the weights, as Weights.fold, in both precisions."""
+        """Take the weights, as Weights.fold."""
         self.weights.fold(layers)
-        self.halving = self.halving or self.weights.device.recorded(self.halve, products=False)
-        self.halving.launch(cupy.cuda.Stream.null)
 
-    def halve(self) -> None:
-        for w, half_w in zip(self.weights.w[1:-1], self.half_w[1:-1]):
-            self.weights.device.start("to_half", *w.shape, w, half_w, w.shape[1], self.weights.pitch)
-
-    def implicit_sdf(self, x: Pointer, out: Pointer, count: int, half: bool = False) -> None:
-        """Start the computation of out (count,), the sdf at x (count, 3), on the GPU or in page-locked memory.
-
-        half: in half precision, exact to about 1e-3.
-        """
+    def implicit_sdf(self, x: Pointer, out: Pointer, count: int) -> None:
+        """Start the computation of out (count,), the sdf at x (count, 3), on the GPU or in page-locked memory."""
         for start in range(0, count, self.calls[-1]):
             part = min(count - start, self.calls[-1])
             rows = next(size for size in self.calls if size >= part)     # the rows behind x's are of earlier calls
-            if (rows, half) not in self.graphs:
-                block = self.half_block if half else self.block
-                self.graphs[rows, half] = self.weights.device.recorded(partial(block, rows))
+            if rows not in self.graphs:
+                self.graphs[rows] = self.weights.device.recorded(partial(self.block, rows))
             copy(self.x.data.ptr, x + 12 * start, 12 * part)
-            self.graphs[rows, half].launch(cupy.cuda.Stream.null)
+            self.graphs[rows].launch(cupy.cuda.Stream.null)
             copy(out + 4 * start, self.sdf.data.ptr, 4 * part)
 
     def block(self, rows: int) -> None:
@@ -253,35 +226,18 @@ class ImplicitSdf:
         net.device.start("last_product", -(-rows // (THREADS // 32)), 1, inputs[-1], net.w[-1], net.b[-1], self.sdf,
                          rows, net.sizes[-1][IN], net.pitch)
 
-    def half_block(self, rows: int) -> None:
-        """The same in half precision; the first layer, which needs the coordinates' digits, and the last in float32."""
-        net, start = self.weights, self.weights.device.start
-        encoded, z = self.encoded[:rows, :net.columns], self.z[:rows, :net.sizes[0][OUT]]
-        start("encode", rows, net.columns, self.x, encoded, 0, net.columns, net.pitch)
-        net.device.product(encoded, net.w[0], z)
-        for layer in range(net.count - 1):
-            outputs, following = net.around(layer)
-            if layer:
-                z = self.half_z[:rows, :outputs]
-                net.device.half_product(self.half_h[:rows, :net.sizes[layer][IN]], self.half_w[layer][:, :outputs], z)
-            start("softplus_half" if layer else "first_softplus_half", rows, -(-following // 4), z, net.b[layer],
-                  self.encoded, self.half_h, outputs, following, net.pitch)
-        start("last_product_half", -(-rows // (THREADS // 32)), 1, self.half_h, net.w[-1], net.b[-1], self.sdf, rows,
-              net.sizes[-1][IN], net.pitch)
-
 
 # --- the evaluation of a training step --------------------------------------------------------------------------------
 
 class Gradients(NamedTuple):
-    """What the backward pass reads of nnabla's arrays: a loss's gradients with respect to the sdf (N, 1), the normal
-    (N, 3) and the S hits, their normals and features; and the directions of the hits' rays. Without hits these are 0.
-    """
-    grad_sdf: Pointer
-    grad_normal: Pointer
-    grad_hit: Pointer = 0
-    grad_hit_normal: Pointer = 0
-    grad_hit_feature: Pointer = 0
-    directions: Pointer = 0
+    """What the backward pass reads: the losses' gradients with respect to the sdf (N,), the normal (N, 3) and the S
+    hits (S, 3), their normals (S, 3) and features (S, F); and the directions of the hits' rays (S, 3)."""
+    sdf: cupy.ndarray
+    normals: cupy.ndarray
+    hits: cupy.ndarray
+    hit_normals: cupy.ndarray
+    hit_features: cupy.ndarray
+    directions: cupy.ndarray
 
 
 class Evaluation:
@@ -292,7 +248,7 @@ class Evaluation:
     """
 
     def __init__(self, device: Device, sizes: Sequence[Tuple[int, int]], rows: int):
-        self.device, self.rows, self.graphs = device, rows, {}
+        self.device, self.rows, self.graph = device, rows, None
         self.weights = net = Weights(device, sizes)
         self.x, self.normals, self.grad_points = cupy.empty((3, rows, 3), np.float32)
         self.derivative, self.normal_encoded, self.last_delta, z = cupy.empty((4, rows, net.pitch), np.float32)
@@ -317,20 +273,14 @@ class Evaluation:
         self.grad_hits, self.grad_hit_normals, self.directions = cupy.empty((3, rows, 3), np.float32)
         self.shifts = cupy.empty(rows, np.float32)
 
-    def graph(self, key: Hashable, function: Callable[[], None]) -> "cupy.cuda.Graph":
-        """Return the graph of `function`, recorded at the key's first use. Its inputs must be set after this."""
-        if key not in self.graphs:
-            self.graphs[key] = self.device.recorded(function)
-        return self.graphs[key]
-
     def implicit_forward(self, x: Pointer, results: Sequence[Pointer], num_hits: int) -> None:
         """Compute the network and its sdf's gradient, the normal, at x (N, 3).
 
         results: nnabla's arrays for sdf (N, 1), normal (N, 3), hit (S, 3), hit_normal (S, 3) and hit_feature (S, F).
         """
-        net, graph = self.weights, self.graph("forward", self.forward_block)
+        net, self.graph = self.weights, self.graph or self.device.recorded(self.forward_block)
         copy(self.x.data.ptr, x, self.x.nbytes)
-        graph.launch(cupy.cuda.Stream.null)
+        self.graph.launch(cupy.cuda.Stream.null)
         self.device.start("hand_out", self.rows, max(net.outputs, 3), self.x, self.z[-1], net.b[-1], self.normals,
                           *results, num_hits, net.outputs, net.pitch)
 
@@ -348,23 +298,18 @@ class Evaluation:
         start("find_normal", self.rows, 3, self.back[0], self.from_skip, self.derivative, self.normal_encoded,
               self.normals, net.columns, net.pitch)
 
-    def implicit_backward(self, gradients: Gradients, num_hits: int, want_grad_points: bool,
-                          least_slope: float) -> None:
-        """Carry a loss's gradients back to those of the folded weights and, if wanted, of the points.
+    def carry_gradients_back(self, gradients: Gradients, num_hits: int, least_slope: float) -> None:
+        """Carry gradients back to those of the folded weights and of the points; to be recorded.
 
         least_slope: of architecture.inverse_slope.
         """
         net = self.weights
-        if self.tangents is None:
-            self.reserve_backward()
-        graph = self.graph(("backward", num_hits, least_slope), lambda: self.backward_block(num_hits, least_slope))
         self.device.start("take_in", num_hits + self.rows, max(net.outputs, net.columns), *gradients, self.derivative,
                           self.tangents[0], self.grad_zs[-1], self.grad_hits, self.grad_hit_normals, self.directions,
                           num_hits, net.columns, net.outputs, net.pitch)
-        graph.launch(cupy.cuda.Stream.null)
-        if want_grad_points:
-            self.device.start("find_grad_points", self.rows, 3, self.grad_zs[-1], self.normals, self.grad_hits,
-                              self.grad_points, num_hits, net.pitch)
+        self.backward_block(num_hits, least_slope)
+        self.device.start("find_grad_points", self.rows, 3, self.grad_zs[-1], self.normals, self.grad_hits,
+                          self.grad_points, num_hits, net.pitch)
 
     def backward_block(self, num_hits: int, least_slope: float) -> None:
         net, start = self.weights, self.device.start
@@ -418,13 +363,14 @@ class Rendering:
         z, back = cupy.empty((2, rows, net.pitch), np.float32)
         self.z, self.back = net.per_layer(z, OUT), net.per_layer(back, IN)
         self.rgb = cupy.empty((rows, net.outputs), np.float32)
-        self.forward_graph, self.backward_graph = map(device.recorded, (self.forward_block, self.backward_block))
+        self.graph = None
 
     def rendering_forward(self, h: Pointer, rgb: Pointer) -> None:
         """Compute rgb (N, 3) of h (N, in)."""
         net, columns = self.weights, self.weights.columns
+        self.graph = self.graph or self.device.recorded(self.forward_block)
         self.device.start("copy_rows", self.rows, columns, h, columns, self.inputs[0], net.pitch, 0, columns)
-        self.forward_graph.launch(cupy.cuda.Stream.null)
+        self.graph.launch(cupy.cuda.Stream.null)
         copy(rgb, self.rgb.data.ptr, self.rgb.nbytes)
 
     def forward_block(self) -> None:
@@ -436,16 +382,11 @@ class Rendering:
                       net.pitch)
         start("find_rgb", self.rows, net.outputs, self.z[-1], net.b[-1], self.rgb, net.outputs, net.pitch)
 
-    def rendering_backward(self, grad_rgb: Pointer, grad_h: Pointer, add: bool) -> None:
-        """Carry the gradient with respect to rgb back to that of h, to be written or added to, and of the weights."""
-        net, columns = self.weights, self.weights.columns
+    def carry_colors_back(self, grad_rgb: cupy.ndarray) -> None:
+        """Carry the gradient with respect to rgb back to that of the inputs, back[0], and of the folded weights."""
+        net = self.weights
         self.device.start("rgb_backward", self.rows, net.outputs, self.rgb, grad_rgb, self.grad_zs[-1], net.outputs,
                           net.pitch)
-        self.backward_graph.launch(cupy.cuda.Stream.null)
-        self.device.start("copy_rows", self.rows, columns, self.back[0], net.pitch, grad_h, columns, int(add), columns)
-
-    def backward_block(self) -> None:
-        net = self.weights
         for layer in range(net.count - 1, -1, -1):
             h, grad_z, back = self.inputs[layer], self.grad_zs[layer], self.back[layer]
             self.device.product(h.T, grad_z, net.grad_w[layer])
@@ -455,3 +396,90 @@ class Rendering:
                 self.device.start("relu_backward", self.rows, columns, back, h, self.grad_zs[layer - 1], columns,
                                   net.pitch)
         net.sum_rows(self.grad_zs[0], self.rows)
+
+
+# --- a training step --------------------------------------------------------------------------------------------------
+
+class Inputs(NamedTuple):
+    """What a step needs: cpu_kernels.StepRows, with S = R, and the numbers of LossTerms that change or scale."""
+    terms: np.ndarray           # (3,), the weights of the mask and the eikonal loss, and alpha
+    points: np.ndarray          # (N, 3)
+    object_mask: np.ndarray     # (R,)
+    mask_weights: np.ndarray    # (R,)
+    directions: np.ndarray      # (R, 3)
+    rgb: np.ndarray             # (R, 3)
+    color_weights: np.ndarray   # (R,)
+
+    @classmethod
+    def of(cls, flat, rows: int, rays: int) -> "Inputs":
+        """Return the parts of a flat array of `size` floats, as views."""
+        shapes = (3,), (rows, 3), (rays,), (rays,), (rays, 3), (rays, 3), (rays,)
+        ends = np.cumsum([int(np.prod(shape)) for shape in shapes])
+        return cls(*(flat[end - int(np.prod(shape)):end].reshape(shape) for shape, end in zip(shapes, ends)))
+
+    @staticmethod
+    def size(rows: int, rays: int) -> int:
+        return 3 + 3 * rows + 9 * rays
+
+
+class Step:
+    """Both networks at N points, the losses over R rays and all gradients, as cpu_kernels' step: one graph for each
+    number of hits.
+
+    sizes: of both networks; used: which of OPTIONAL_INPUTS the renderer has. host: the Inputs to fill before start().
+    """
+
+    def __init__(self, device: Device, sizes: Sequence[Sequence[Tuple[int, int]]], rows: int, rays: int,
+                 used: Tuple[bool, bool, bool]):
+        self.device, self.rays, self.rendering_sizes, self.used = device, rays, sizes[1], used
+        self.evaluation = Evaluation(device, sizes[0], rows)
+        self.evaluation.reserve_backward()
+        size = Inputs.size(rows, rays)
+        self.locked, self.given = page_locked((size,)), cupy.empty(size, np.float32)
+        self.host, self.inputs = Inputs.of(self.locked, rows, rays), Inputs.of(self.given, rows, rays)
+        self.evaluation.x = self.inputs.points
+        self.renderings: Dict[int, Rendering] = {}
+        self.graphs = {}
+        self.parts, self.sdf = cupy.zeros((rows, 3), np.float32), cupy.empty(rows, np.float32)
+        self.grad_rgb, self.grad_directions = cupy.empty((2, rays, 3), np.float32)
+        self.sums, self.host_sums = cupy.empty(3, np.float64), page_locked((3,), np.float64)
+        hits, hit_normals = cupy.empty((2, rays, 3), np.float32)
+        self.gradients = Gradients(cupy.empty(rows, np.float32), cupy.empty((rows, 3), np.float32), hits, hit_normals,
+                                   cupy.empty((rays, sizes[0][-1][OUT] - 1), np.float32), self.inputs.directions)
+
+    def rendering(self, num_hits: int) -> Rendering:
+        """Return the renderer's passes for so many hits. All have the same weights."""
+        if num_hits not in self.renderings:
+            passes = Rendering(self.device, self.rendering_sizes, num_hits)
+            passes.weights = next(iter(self.renderings.values()), passes).weights
+            self.renderings[num_hits] = passes
+        return self.renderings[num_hits]
+
+    def start(self, num_hits: int, least_slope: float) -> None:
+        """Start a step with the weights that have been folded; least_slope: of architecture.inverse_slope."""
+        key = num_hits, least_slope
+        if key not in self.graphs:
+            self.graphs[key] = self.device.recorded(lambda: self.block(num_hits, least_slope))
+        copy(self.given.data.ptr, self.locked.ctypes.data, self.locked.nbytes)
+        self.graphs[key].launch(cupy.cuda.Stream.null)
+        copy(self.host_sums.ctypes.data, self.sums.data.ptr, self.sums.nbytes)
+
+    def block(self, num_hits: int, least_slope: float) -> None:
+        """Start all passes of a step of which the first `num_hits` points may be hits."""
+        net, start, given, rgb = self.evaluation, self.device.start, self.inputs, self.parts
+        output, pitch, used = (net.z[-1], net.weights.b[-1]), net.weights.pitch, tuple(map(int, self.used))
+        net.forward_block()
+        if num_hits:
+            passes = self.rendering(num_hits)
+            columns, rgb = passes.weights.columns, passes.rgb
+            start("join_inputs", num_hits, columns, given.points, given.directions, net.normals, *output, *used,
+                  passes.inputs[0], columns, pitch, passes.weights.pitch)
+            passes.forward_block()
+        start("find_losses", net.rows, 1, *given, net.normals, *output, rgb, self.sdf, *self.gradients[:2],
+              self.grad_rgb, self.parts, self.rays, num_hits, net.rows, pitch)
+        start("sum_losses", 1, 1, self.parts, self.sums, net.rows)
+        if num_hits:
+            passes.carry_colors_back(self.grad_rgb)
+            start("split_inputs", num_hits, max(net.weights.outputs - 1, 3), passes.back[0], given.directions, *used,
+                  *self.gradients[2:5], self.grad_directions, net.weights.outputs - 1, passes.weights.pitch)
+        net.carry_gradients_back(self.gradients, num_hits, least_slope)

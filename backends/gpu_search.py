@@ -12,24 +12,28 @@ import numpy as np
 
 from backends.gpu_kernels import Device, Pointer, compiled, copy, page_locked
 
-import os
-ROUNDS = eval(os.environ.get("ROUNDS", "((2, 1.0), (1, 1.0), (1, 1.0))"))
-AHEAD = eval(os.environ.get("AHEAD", "(1, 1, 4, 32, 256)"))
-FINER = int(os.environ.get("FINER", "4"))
-USUAL, NEARLY_ALL = 0.9, 0.999
+# The rounds after the first guess: every so many-th doubtful sample is evaluated, and the margins are so many times as
+# wide. A round costs a GPU as much as a thousand points, so there are few, and what they leave open is walked through.
+ROUNDS = ((1, 1.0), (1, 1.0))
+FINER = 4       # times as many points a side has the grid of an sdf that stays as it is
+CLOSER = 16     # places at which a gap of such an sdf is looked at
+USUAL, NEARLY_ALL = 0.9, 0.999      # shares of its cells: its error in these is taken for its usual and its largest one
 THREADS = 32    # of a block: few, so that a few thousand rays keep all of a GPU busy
 SHARED = 48 << 10   # bytes of shared memory that a block may have
 GAP_BYTES = 32
 HIT_OR_LEAST, HIT = 1, 2    # what is wanted of a ray, in gpu_search.cu
 SOURCE = Path(__file__).with_suffix(".cu")
-KERNELS = ("learn change list_near list_middles put_values list_first_guess list_doubtful take note_needs widen find_passes list_gaps look_ahead take_in "
-           "find_hits").split()
+KERNELS = ("learn change list_near list_middles put_values list_first_guess list_doubtful take note_needs widen "
+           "find_passes list_gaps look_ahead take_in find_hits").split()
 
 
 class Grid:
-    """A tracing.sdf_grid.SdfGrid on a GPU. It hears what a search evaluates with it."""
+    """A tracing.sdf_grid.SdfGrid on a GPU. It hears what a search evaluates with it.
 
-    def __init__(self, search: "Search", values: np.ndarray, margins: np.ndarray, usual_error: float):
+    usual_error: of its values, if the sdf stays as it is, else 0.
+    """
+
+    def __init__(self, search: "Search", values: np.ndarray, margins: np.ndarray, usual_error: float = 0.0):
         self.search, self.side, self.usual_error = search, len(values), np.float32(usual_error)
         with search.device.current():
             self.on_gpu = cupy.asarray(values, np.float32), cupy.asarray(margins, np.float32)
@@ -85,13 +89,14 @@ class Search:
     def remember(self, grid, limits) -> Grid:
         """Return the Grid of a SdfGrid; limits: ray_tracer.Limits."""
         with self.device.current():
-            self.kernels = self.kernels or compiled(SOURCE, KERNELS, "-fmad=false", CLOSER=16, **limits.constants)
-        return Grid(self, grid.values, grid.margins, grid.usual_error)
+            self.kernels = self.kernels or compiled(SOURCE, KERNELS, "-fmad=false", CLOSER=CLOSER,
+                                                    **limits.constants)
+        return Grid(self, grid.values, grid.margins)
 
     def remember_still(self, grid, limits) -> Grid:
         """As remember, of an sdf that stays as it is: with FINER times as many points a side, exact near the surface.
 
-        grid: SdfGrid.of_still.
+        grid: SdfGrid.of_still. Its margins tell how far from its zero the surface may be.
         """
         coarse, side = self.remember(grid, limits), FINER * (len(grid.values) - 1) + 1
         with self.device.current():
@@ -101,7 +106,7 @@ class Search:
             count = self.listed("samples", None)
             if count:
                 self.start("put_values", count, *self.list, count, self.values, fine)
-            known = Grid(self, fine, grid.margins, grid.usual_error)
+            known = Grid(self, fine, grid.margins)
             self.start("list_middles", (side - 1) ** 3, *known.arguments, self.ahead, *self.list)
             count = self.listed("samples", None)
             self.count.fill(0)
@@ -141,7 +146,8 @@ class Search:
             self.fill_table(samples, num_rays, grid, learning)
             if spread is not None:
                 self.start("find_passes", num_rays, *samples, *grid.arguments, np.float32(spread), self.passes)
-            self.start("list_gaps", num_rays, *samples, *grid.arguments, self.within, self.found, self.gaps, self.num_gaps, self.ray_gaps)
+            self.start("list_gaps", num_rays, *samples, *grid.arguments, self.within, self.found, self.gaps,
+                       self.num_gaps, self.ray_gaps)
             num_gaps = self.read(self.num_gaps)
             if num_gaps:
                 self.refine(num_gaps, how, limits, learning)
@@ -229,10 +235,9 @@ class Search:
 
     def refine(self, num_gaps: int, how, limits, learning: Optional[Grid]) -> None:
         """Narrow the gaps, as ray_tracer does. learning: the grid, if it changes."""
-        steps = min(how.steps, len(AHEAD))
-        for step in range(steps):
+        for step in range(how.steps):
             self.start("look_ahead", num_gaps, self.rays, self.gaps, num_gaps, self.ahead, *self.list, int(how.secant),
-                       AHEAD[step], limits.steps_left(step, steps), np.float32(how.tolerance))
+                       limits.num_ahead(step), limits.steps_left(step, how.steps), np.float32(how.tolerance))
             if not self.listed("refinement", learning):
                 break
             self.start("take_in", num_gaps, self.gaps, num_gaps, self.ahead, self.values, self.count,

@@ -37,12 +37,14 @@ from files import picture_store  # noqa: E402
 from rendering import pixels  # noqa: E402
 from train import remembered  # noqa: E402
 from training import checkpoints, parallel  # noqa: E402
-from training.step import LossSettings, TrainingStep, place_points  # noqa: E402
+from training.step import LossSettings, PointSearch, TrainingStep, place_points  # noqa: E402
 
 # The networks and the rays per step.
 SETTINGS = {"dtu": (Network(512, 256, 9), 2048), "small": (Network(128, 64, 9), 512), "demo": (Network(96, 32, 6), 128)}
 ALPHA = 50.0    # of the mask loss, as at the start of training
 LEARNING_RATE = 1e-4
+GRADIENTS = "gradients"     # of the losses: the networks, the losses, and the way back
+COMPILED = "trace, gradients"       # on a CPU, where one compiled function does both
 # The functions of the tracer that evaluate, and their titles.
 STAGES = {(ray_tracer, "_coarse_to_fine"): "samples", (ray_tracer, "_refine"): "refinement"}
 
@@ -232,21 +234,21 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
                 measured.clear()
             before = dict(sdf.search.evaluations) if sdf.search else {}
         batch = timed_part("batch", next, batches)
-        timed_part("refresh", sdf.refresh)
-        with named_stages(stage):
-            placed = timed_part("trace", place_points, sdf if grid else counting, batch, tracer, rng, grid)
-        for place, (points, _) in enumerate(getattr(grid, "heard", ())):    # of each core, as CompiledSearch says
-            evaluations["refinement" if place % 2 else "samples"] += len(points) / num_steps
-        graph = timed_part("inputs", step.fill, batch, placed, ALPHA, rng)
-        solver.zero_grad()
-        timed_part("forward", graph.forward)
-        timed_part("backward", graph.backward)
-        if world.size > 1:
-            timed_part("all-reduce", world.mean_gradients)
+        if network.on_cpu():        # one compiled function does it all
+            placed, _ = timed_part(COMPILED, step.take, solver, PointSearch(sdf, tracer, grid), batch, ALPHA, rng)
+            for place, (points, _) in enumerate(grid.heard):    # of each block, as training/search.py says
+                evaluations["refinement" if place % 2 else "samples"] += len(points) / num_steps
+        else:
+            timed_part("refresh", sdf.refresh)
+            with named_stages(stage):
+                placed = timed_part("trace", place_points, sdf if grid else counting, batch, tracer, rng, grid)
+            timed_part(GRADIENTS, step.compute_gradients, solver, batch, placed, ALPHA, rng)
         if grid:
             timed_part("learn", lambda: (grid.learn_heard(), grid.learn(*step.uniform_points())))
+        num_surface.append(placed.hit_in_mask.sum())
+        if world.size > 1:
+            timed_part("all-reduce", world.mean_gradients)
         timed_part("update", solver.update)
-        num_surface.append(graph.directions.shape[0])
     count_search(evaluations, sdf.search, before, num_steps)
     return seconds, evaluations, np.mean(num_surface)
 
@@ -264,13 +266,13 @@ def print_steps(seconds: Dict[str, List[float]], evaluations: Dict[str, float], 
     sdf_flops, rendering_flops = layer_flops("implicit"), layer_flops("rendering")
     rows = 1.5 * num_rays + num_surface
     traced = sum(evaluations[stage] for stage in set(STAGES.values()))
-    floors = {"trace": traced * sdf_flops, "forward": 2 * rows * sdf_flops + num_surface * rendering_flops,
-              "backward": 4 * rows * sdf_flops + 2 * num_surface * rendering_flops}
+    floors = {"trace": traced * sdf_flops, GRADIENTS: 6 * rows * sdf_flops + 3 * num_surface * rendering_flops}
+    floors[COMPILED] = sum(floors.values())
     print_row("part", "ms", "floor ms", "ratio")
     for name, values in seconds.items():
         print_row(name, 1e3 * np.median(values), *floor(floors.get(name), np.median(values), machine.rate))
     whole = np.median(np.sum(list(seconds.values()), axis=0))
-    print_row("step", 1e3 * whole, *floor(sum(floors.values()), whole, machine.rate))
+    print_row("step", 1e3 * whole, *floor(floors[COMPILED], whole, machine.rate))
     print(f"step: {whole / machine.yardstick:.2f} yardsticks; surface rows {num_surface:.0f}; {num_rays / whole:.0f} "
           "rays per second")
     print(f"evaluations per step: {traced:.0f}: " + ", ".join(

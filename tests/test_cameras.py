@@ -2,6 +2,7 @@
 import re
 
 import nnabla as nn
+import nnabla.solvers as S
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
@@ -18,7 +19,7 @@ from commands import refused, run
 from config.settings import Network
 from conftest import write_demo_config
 from training import cameras, checkpoints
-from training.step import LossSettings, TrainingGraph
+from training.step import LossSettings, Placed, TrainingStep
 
 
 def some_poses(count, seed=0):
@@ -105,17 +106,19 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
     order = np.argsort(~hit, kind="stable")
     in_camera, t, hit, hits = in_camera[order], t[order], hit[order], hit.sum()
     monkeypatch.setattr(network, "on_cpu", lambda: numpy)
-    graph = TrainingGraph((), LossSettings(1.0, 0.7), len(t), hits + 5, want_grad_rays=True)
-    graph.rgb.d = single(2.0 * np.sign(rng.normal(size=(hits + 5, 3))))  # out of reach: |rgb - I| has no kink
-    graph.color_weights.d, graph.mask_weights.d, graph.alpha.d = map(single, (hit[None, :hits + 5], 1 - hit[None], 5.0))
-    graph.object_mask.d = rng.integers(0, 2, (len(t), 1))
-    uniform = rng.uniform(-1, 1, (len(t) // 2, 3))
+    step, count = TrainingStep((), LossSettings(1.0, 0.7), len(t), want_grad_rays=True), len(t)
+    rgb = np.zeros((count, 3), np.float32)
+    rgb[:hits] = 2.0 * np.sign(rng.normal(size=(hits + 5, 3)))[:hits]   # out of reach: |rgb - I| has no kink
+    mask, seed = rng.integers(0, 2, count) > 0, int(rng.integers(1 << 30))
+    solver = S.Adam()
+    solver.set_parameters(nn.get_parameters())
 
-    def fill(vector, t):
+    def take_step(vector, t):
         origin, directions = cameras.rays(vector, in_camera)
         points = origin + t[:, None] * directions
-        graph.points.d, graph.directions.d = single(np.concatenate([points, uniform])), single(directions[:hits + 5])
-        return points
+        batch = datasets.Batch(np.zeros(1, np.int64), origin, directions, rgb, mask, np.ones(count, np.float32))
+        losses = step.compute_gradients(solver, batch, Placed(single(points), hit), 5.0, np.random.default_rng(seed))
+        return points, float(losses["color"].d) + float(losses["mask"].d)  # eikonal: constant
 
     def loss(vector):
         origin, directions = cameras.rays(vector, in_camera)
@@ -123,16 +126,11 @@ def test_derivative_of_the_losses_against_differences(monkeypatch, numpy):
         for _ in range(4):
             traced[:hits] -= (sdf(origin + traced[:hits, None] * directions[:hits])
                               / slope(traced[:hits], directions[:hits], origin))
-        fill(vector, traced)
-        graph.forward()
-        return float(graph.losses["color"].d) + float(graph.losses["mask"].d)  # eikonal: constant
+        return take_step(vector, traced)[1]
 
     for _ in range(2):      # twice, as the first step leaves gradients behind
-        points = fill(vector, t)
-        graph.forward()
-        graph.backward()
-    grad_points, grad_directions = graph.grad_rays()
-    grad_directions = np.concatenate([grad_directions, np.zeros((len(t) - len(grad_directions), 3))])
+        points, _ = take_step(vector, t)
+    grad_points, grad_directions = step.grad_rays()
     found = cameras.grad_step(vector, in_camera, points, grad_points, grad_directions)
     wanted = [(loss(cameras.moved(vector, step)) - loss(cameras.moved(vector, -step))) / 8e-3
               for step in 4e-3 * np.eye(7)]

@@ -71,17 +71,17 @@ class Sockets:
             array.data = mean
 
 
-fill, count, set_context = step.TrainingStep.fill, [0], context.set_context
+take, count, set_context = step.TrainingStep.take, [0], context.set_context
 
 
 def failing(self, *inputs):
     count[0] += 1
-    graph = fill(self, *inputs)
+    placed, losses = take(self, *inputs)
     if count[0] == at and what == "nan":
-        graph.points.d = np.nan
+        losses["mask"].d = np.nan
     elif count[0] == at and what:
         os.kill(os.getpid(), int(what))
-    return graph
+    return placed, losses
 
 
 def written(path):
@@ -94,7 +94,7 @@ def trained(self, stop, run=train.Training.run):
     return finished
 
 
-step.TrainingStep.fill, train.Training.run = failing, trained
+step.TrainingStep.take, train.Training.run = failing, trained
 report.page = lambda run, running: ""       # to save time
 if parallel.launched().rank:
     writing.replacing = written

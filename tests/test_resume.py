@@ -24,7 +24,8 @@ from commands import run_copies
 from config import old_form, settings
 from conftest import ROOT, write_demo_config
 from files import folders, writing
-from training import checkpoints, log, schedule, step
+from training import checkpoints, log, schedule
+from training import step as training_step
 
 VIEWS, EPOCHS = 4, 5
 
@@ -75,15 +76,15 @@ def start(folder, name, *more, **changes):
 
 def at_step(monkeypatch, step, action):
     """Call `action()` during the `step`-th training step from now, counted from 1."""
-    place, count = train.place_points, [0]
+    take, count = training_step.TrainingStep.take, [0]
 
-    def place_points(*arguments):
+    def counted(*arguments):
         count[0] += 1
         if count[0] == step:
             action()
-        return place(*arguments)
+        return take(*arguments)
 
-    monkeypatch.setattr(train, "place_points", place_points)
+    monkeypatch.setattr(training_step.TrainingStep, "take", counted)
 
 
 def contents(folder):
@@ -382,21 +383,23 @@ def test_a_series_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("spoilt, named", [("rgb", "color"), ("points", "mask")])
 def test_a_loss_that_is_not_finite(home, monkeypatch, capfd, spoilt, named):
-    fill, count = step.TrainingStep.fill, [0]
+    take, count = training_step.TrainingStep.take, [0]
 
-    def spoil(self, batch, placed, *others):
+    def spoil(self, solver, search, batch, *others):
         count[0] += 1
-        if count[0] == 2 * VIEWS + 2:
-            placed.hit_in_mask[[0, -1]] = True, False   # first ray: colour loss; last ray: mask loss
-            batch.rgb[0], placed.points[-1] = (np.inf, 0) if spoilt == "rgb" else (0, np.nan)
-        return fill(self, batch, placed, *others)
+        if count[0] < 2 * VIEWS + 2:
+            return take(self, solver, search, batch, *others)
+        placed = training_step.place_points(search.sdf, batch, search.tracer, np.random.default_rng(0), search.grid)
+        placed.hit_in_mask[[0, -1]] = True, False   # first ray: colour loss; last ray: mask loss
+        batch.rgb[0], placed.points[-1] = (np.inf, 0) if spoilt == "rgb" else (0, np.nan)
+        return placed, self.compute_gradients(solver, batch, placed, *others)
 
     with monkeypatch.context() as patch:
         at_step(patch, 2 * VIEWS + 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
         assert start(home, "before") == 143     # to keep the parameters before the failing step
     before = checkpoints.load_state(home / "before_tiny", {}).arrays
     with monkeypatch.context() as patch:
-        patch.setattr(step.TrainingStep, "fill", spoil)
+        patch.setattr(training_step.TrainingStep, "take", spoil)
         assert start(home, f"spoilt_{spoilt}") == 2
     said = capfd.readouterr().err.splitlines()[-1]
     assert f"step {2 * VIEWS + 1} (epoch 2)" in said and f"the {named} loss is " in said
@@ -421,8 +424,13 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
 
 
 def test_a_surface_that_is_gone_is_told_once(home, monkeypatch, capfd):
-    place = train.place_points
-    monkeypatch.setattr(train, "place_points", lambda *a: place(*a)._replace(hit_in_mask=np.zeros(64, bool)))
+    take = training_step.TrainingStep.take
+
+    def without_hits(*arguments):
+        placed, losses = take(*arguments)
+        return placed._replace(hit_in_mask=np.zeros(64, bool)), losses
+
+    monkeypatch.setattr(training_step.TrainingStep, "take", without_hits)
     assert start(home, "gone") == 0
     said = capfd.readouterr()
     assert (said.out + said.err).count("no ray has met the surface") == 1

@@ -1,9 +1,9 @@
-"""The search for a step's points on a CPU, compiled as one: each core takes its rays from the first guess to the hit.
+"""The search for a step's points on a CPU, compiled as one: a core takes its rays from the first guess to the hit.
 
 It does what ray_tracer.hit_or_least_sdf does with an SdfGrid, by the same functions. There each of some nine
 evaluations is handed to all cores and awaited; between them one core works alone, much of the time in Python.
 """
-from typing import NamedTuple, Tuple
+from typing import List, NamedTuple, Tuple
 
 import numpy as np
 
@@ -12,24 +12,38 @@ from backends import cpu_kernels
 from backends.cpu_kernels import Split, Weights
 from ray_tracer import Chords, Limits, Refinement
 from tracing import sdf_grid
-from tracing.compiling import compiled
+from tracing.compiling import compiled, inlined
 from tracing.sdf_grid import STRIDE, SdfGrid
 
 MIN_PER_CORE = 16       # rays; with fewer, handing them over takes longer than the work
 
 
+class Known(NamedTuple):
+    """What a search goes by: an SdfGrid's arrays, the samples' places (S,) on the chords, the refinement."""
+    values: np.ndarray
+    margins: np.ndarray
+    fractions: np.ndarray
+    how: Refinement
+
+
 class Found(NamedTuple):
-    """What the search of R rays with S samples finds. The fields of (R, S) are those of tracing.sdf_grid."""
-    t: np.ndarray           # (R,) float32, the hit's distance, or that of the sample of least sdf
-    hit: np.ndarray         # (R,) bool
-    distances: np.ndarray   # (R, S) float32, of the samples
-    table: np.ndarray       # (R, S) float32
-    evaluated: np.ndarray   # (R, S) bool
-    needed: np.ndarray      # (R, S) float32
+    """What a search has found on R rays with S samples, and what it has evaluated."""
+    want_hit: np.ndarray    # (R,) bool, of the rays
+    samples: Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # (R, S) each, those of tracing.sdf_grid: distances,
+                                                                    # table, evaluated and needed
+    heard: Tuple[Tuple[np.ndarray, np.ndarray], Tuple[np.ndarray, np.ndarray]]  # points (N, 3) and sdf (N,), of the
+                                                                                # samples and of the refinement
+
+
+def take_in(grid: SdfGrid, found: List[Found], tolerance: float) -> None:
+    """Let the grid hear what the blocks of a search have evaluated, and adapt its margins to it."""
+    for block in found:
+        grid.heard += block.heard
+        sdf_grid._widen(grid.margins, *block.samples, block.want_hit, tolerance)
 
 
 class CompiledSearch:
-    """A search for hit_or_least_sdf, on the sdf of some weights, with what a grid knows of it.
+    """A search alone, for hit_or_least_sdf, on the sdf of some weights, with what a grid knows of it.
 
     It lets the grid hear what it has evaluated: of each block of rays the samples, then the points of the refinement.
     """
@@ -40,50 +54,50 @@ class CompiledSearch:
     def __call__(self, chords: Chords, fractions: np.ndarray, how: Refinement,
                  limits: Limits) -> Tuple[np.ndarray, np.ndarray]:
         """Return t (R,) float32 and hit (R,) bool of rays, as hit_or_least_sdf does."""
-        distances = chords.near[:, None] + chords.length[:, None] * fractions
-        rays, shape = len(distances), distances.shape
-        found = Found(np.empty(rays, np.float32), np.zeros(rays, bool), distances, np.full(shape, np.inf, np.float32),
-                      np.zeros(shape, bool), np.zeros(shape, np.float32))
+        known, rays = Known(self.grid.values, self.grid.margins, fractions, how), len(chords.near)
         split = Split(rays, 0, min(max(rays // MIN_PER_CORE, 1), cpu_kernels.CORES))
-        heard = [None] * split.blocks
+        t, hit, found = np.empty(rays, np.float32), np.empty(rays, bool), [None] * split.blocks
 
         def search_part(number, split):
-            heard[number] = search_block(number, split, self.grid.values, self.grid.margins, chords, how, self.weights,
-                                         found)
+            block = cpu_kernels.block_of(split, number)
+            own = slice(block.first, block.first + block.rows)
+            t[own], hit[own], found[number] = search(Chords(*(array[own] for array in chords)), known, self.weights)
 
         cpu_kernels.on_all_cores(search_part, split)
-        self.grid.heard += [part for parts in heard for part in parts]
-        sdf_grid._widen(self.grid.margins, *found[2:], chords.want_hit, how.tolerance)
-        return found.t, found.hit
+        take_in(self.grid, found, how.tolerance)
+        return t, hit
 
 
-@compiled
-def search_block(number: int, split: Split, grid: np.ndarray, margins: np.ndarray, chords: Chords, how: Refinement,
-                 net: Weights, found: Found) -> Tuple[Tuple[np.ndarray, np.ndarray], Tuple[np.ndarray, np.ndarray]]:
-    """Search a block of rays. Returns the points (N, 3) and their sdf (N,), of the samples and of the refinement."""
-    block = cpu_kernels.block_of(split, number)
-    own = slice(block.first, block.first + block.rows)
-    origins, directions, want_hit = chords.origins[own], chords.directions[own], chords.want_hit[own]
-    t, table, evaluated = found.distances[own], found.table[own], found.evaluated[own]
-    points, values = np.empty((t.size, 3), np.float32), np.empty(t.size, np.float32)
-    count = find_samples((origins, directions, want_hit), (grid, margins, how.tolerance, net),
-                         (t, table, evaluated, found.needed[own]), (points, values))
-    for ray in range(len(t)):
+@inlined
+def search(chords: Chords, known: Known, net: Weights) -> Tuple[np.ndarray, np.ndarray, Found]:
+    """Search R rays on one core. Returns t (R,), of the hit or of the sample of least sdf, hit (R,) bool, and Found."""
+    origins, directions, want_hit, near, length = chords
+    shape, how, f = (len(near), len(known.fractions)), known.how, np.float32
+    t = np.empty(shape, f)
+    for ray in range(len(near)):
+        for sample in range(shape[1]):
+            t[ray, sample] = near[ray] + length[ray] * known.fractions[sample]
+    table, evaluated, needed = np.full(shape, f(np.inf), f), np.zeros(shape, np.bool_), np.zeros(shape, f)
+    points, values = np.empty((t.size, 3), f), np.empty(t.size, f)
+    count = find_samples((origins, directions, want_hit), (known.values, known.margins, how.tolerance, net),
+                         (t, table, evaluated, needed), (points, values))
+    found, hit = np.empty(len(near), f), np.zeros(len(near), np.bool_)
+    for ray in range(len(near)):
         least = 1
-        for sample in range(2, t.shape[1]):
+        for sample in range(2, shape[1]):
             if table[ray, sample] < table[ray, least]:
                 least = sample
-        found.t[block.first + ray] = t[ray, least]
+        found[ray] = t[ray, least]
     rays, ends = ray_tracer._gap_ends(t, table, evaluated, want_hit, how.tolerance)
-    both = np.empty((2, 2, len(rays)), np.float32)
+    both = np.empty((2, 2, len(rays)), f)
     for side in range(2):
         for i in range(len(rays)):
             both[0, side, i], both[1, side, i] = t[rays[i], ends[side, i]], table[rays[i], ends[side, i]]
-    near, holds, more = refine(origins, directions, rays, both, how, net)
+    entry, holds, more = refine(origins, directions, rays, both, how, net)
     for i in range(len(rays) - 1, -1, -1):      # of a ray's gaps that hold an entry, the first one counts
         if holds[i]:
-            found.t[block.first + rays[i]], found.hit[block.first + rays[i]] = near[i], True
-    return (points[:count], values[:count]), more
+            found[rays[i]], hit[rays[i]] = entry[i], True
+    return found, hit, Found(want_hit, (t, table, evaluated, needed), ((points[:count], values[:count]), more))
 
 
 @compiled

@@ -1,6 +1,6 @@
 """One step of the optimisation: a point for each ray, the losses at these points, and their gradients (section 3)."""
 from functools import partial
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple, Union
 
 import nnabla as nn
 import nnabla.functions as F
@@ -10,12 +10,13 @@ import numpy as np
 import datasets
 import network
 import ray_tracer
-from backends import context, cpu
+from backends import context, cpu, gpu
 from backends.architecture import LEAST_SLOPE
 from backends.cpu_kernels import LossTerms, StepRows
 from backends.gpu import constant, row_sums
 from config.settings import Network, Tracer, Train
 from tracing.sdf_grid import SdfGrid
+from training import cpu_step
 from training.search import CompiledSearch
 
 LOSSES = ("loss", "color", "mask", "eikonal")       # the total first
@@ -25,6 +26,13 @@ class Placed(NamedTuple):
     """Where each ray of a batch carries its loss."""
     points: np.ndarray          # (R, 3) float32: the hit in the object mask, else the sample of least sdf
     hit_in_mask: np.ndarray     # (R,) bool: whether it is a hit; only these rays have a colour
+
+
+class PointSearch(NamedTuple):
+    """How the points of a step are searched: the arguments of place_points."""
+    sdf: Union[cpu.Sdf, gpu.Sdf]    # what network.sdf_evaluator gives
+    tracer: Tracer                  # the configuration's section
+    grid: Optional[SdfGrid] = None  # what is known of the sdf
 
 
 class LossSettings(NamedTuple):
@@ -92,32 +100,20 @@ def eikonal_loss(normal):
 class TrainingGraph:
     """The losses of one step over num_rays rays, of which the first num_surface may hit the surface in their mask.
 
-    Inputs: points (num_rays + num_rays // 2, 3), the rays' points and then the uniform ones; directions and rgb
-    (num_surface, 3); color_weights (1, num_surface), 0 for a ray without a hit in its mask; object_mask (num_rays, 1)
-    and mask_weights (1, num_rays), 0 for a ray with a hit; alpha (1, 1). forward() computes `losses`, a Variable for
-    each name of LOSSES; backward() adds the total's gradient to those of the parameters.
+    set() takes the inputs, forward() computes the losses, backward() adds the gradient of their weighted sum to those
+    of the parameters.
 
-    On a GPU it is a graph of nnabla's functions. On the CPU, compiled functions do the same, losses included: nnabla
-    takes longer to call its functions than they take.
+    It is a graph of nnabla's functions, for a GPU without CuPy: nnabla takes longer to call its functions than they
+    take. Elsewhere kernels do the same: cpu_step.py's, or cuda.StepEvaluation's.
     """
 
     def __init__(self, without, settings: LossSettings, num_rays, num_surface, want_grad_rays=False):
-        self.num_rays, self.settings = num_rays, settings
+        self.num_rays = num_rays
         self.points = nn.Variable((num_rays + num_rays // 2, 3))
         self.directions, self.rgb = nn.Variable((num_surface, 3)), nn.Variable((num_surface, 3))
         self.color_weights, self.alpha = nn.Variable((1, num_surface)), nn.Variable((1, 1))
         self.object_mask, self.mask_weights = nn.Variable((num_rays, 1)), nn.Variable((1, num_rays))
         self.directions.need_grad = want_grad_rays
-        if network.on_cpu():
-            self.compiled = cpu.StepEvaluation([network.layer_parameters(name) for name in network.NETWORKS], without)
-            self.losses = {name: nn.Variable(()) for name in LOSSES}
-        else:
-            self.compiled = None
-            self.build(without, want_grad_rays)
-
-    def build(self, without, want_grad_rays):
-        """Build nnabla's graph."""
-        settings, num_rays, num_surface = self.settings, self.num_rays, self.directions.shape[0]
         self.surface = surface = network.surface_evaluation(self.points, self.directions, want_grad_rays,
                                                             settings.least_slope)
         mask = mask_loss(surface.sdf[:num_rays], self.object_mask, self.mask_weights, self.alpha, num_rays)
@@ -130,37 +126,28 @@ class TrainingGraph:
         parts = self.total, color, mask, eikonal
         for part in parts:
             part.persistent = True
-        self.losses = {name: part.reshape((), unlink=True) for name, part in zip(LOSSES, parts)}
+        self.parts = [part.reshape((), unlink=True) for part in parts]
+
+    def set(self, rows: StepRows, weights: Tuple[float, float], alpha: float):
+        """Set the inputs; weights, of the losses, are those of the graph already."""
+        self.points.d, self.object_mask.d = rows.points, rows.object_mask[:, None]
+        self.mask_weights.d, self.alpha.d = rows.mask_weights[None], alpha
+        if len(rows.directions):
+            self.directions.d, self.rgb.d, self.color_weights.d = rows.directions, rows.rgb, rows.color_weights[None]
+
+    def losses(self):
+        """Return the weighted sum of the losses and each of them, Variables."""
+        return self.parts
 
     def forward(self):
-        if self.compiled:
-            self.forward_compiled()
-        else:
-            self.surface.forward()
-            self.total.forward(clear_no_need_grad=True)
-
-    def forward_compiled(self):
-        settings, rows = self.settings, StepRows(
-            self.points.d, self.directions.d, self.rgb.d, self.color_weights.d[0], self.object_mask.d[:, 0],
-            self.mask_weights.d[0])
-        terms = LossTerms(settings.mask, settings.eikonal, float(self.alpha.d[0, 0]), settings.least_slope)
-        color, mask, eikonal = self.compiled.forward(rows, terms)
-        total = color + mask * settings.mask + eikonal * settings.eikonal
-        for name, value in zip(LOSSES, (total, color, mask, eikonal)):
-            self.losses[name].d = value
+        self.surface.forward()
+        self.total.forward(clear_no_need_grad=True)
 
     def backward(self):
-        if self.compiled:
-            self.compiled.backward(self.directions.need_grad)
-            return
         if self.directions.need_grad:
             self.directions.grad.zero()     # nnabla adds to an input's gradient
         self.total.backward(clear_buffer=True)
         self.surface.backward()
-
-    def sdf(self) -> np.ndarray:
-        """Return the sdf (num_rays + num_rays // 2,) at the points, after forward()."""
-        return self.compiled.sdf if self.compiled else self.surface.sdf.d[:, 0]
 
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
         """Return the loss's gradients with respect to the rays' points (R, 3) and the directions (num_surface, 3).
@@ -168,72 +155,108 @@ class TrainingGraph:
         Only with want_grad_rays, after backward(). The eikonal loss has no part in them, and the distance along a ray
         is held constant.
         """
-        if self.compiled:
-            return self.compiled.grad_points()[:self.num_rays], self.compiled.grad_directions
         return self.surface.grad_points()[:self.num_rays], self.directions.g.copy()
 
 
 # --- a step -----------------------------------------------------------------------------------------------------------
 
 class TrainingStep:
-    """The gradients of one step, on graphs that are kept: one for each of a few numbers of surface rays."""
+    """The gradients of one step, by the kernels of the CPU or a GPU, or on graphs of nnabla's functions that are kept,
+    one for each of a few numbers of surface rays."""
 
     SIZES = 8
 
     def __init__(self, without, settings: LossSettings, num_rays, want_grad_rays=False):
-        self.graph_settings = without, settings, num_rays
-        self.num_rays, self.want_grad_rays, self.missed_weight = num_rays, want_grad_rays, settings.missed
-        self.graphs, self.latest = {}, None
+        self.without, self.settings, self.num_rays, self.want_grad_rays = without, settings, num_rays, want_grad_rays
+        self.graphs, self.latest, self.compiled = {}, None, None
+        if network.on_cpu():
+            self.compiled = cpu_step.CompiledStep(without, want_grad_rays)
+            self.losses = {name: nn.Variable(()) for name in LOSSES}
 
-    def graph(self, num_hits) -> TrainingGraph:
-        """Return the graph for at least that many surface rays; few sizes, so that few graphs are built."""
-        grain = -(-self.num_rays // self.SIZES)
-        num_surface = min(-(-num_hits // grain) * grain, self.num_rays)
-        if num_surface not in self.graphs:
-            self.graphs[num_surface] = TrainingGraph(*self.graph_settings, num_surface, self.want_grad_rays)
-        return self.graphs[num_surface]
+    def take(self, solver, search: PointSearch, batch, alpha, rng) -> Tuple[Placed, dict]:
+        """Find the points of a batch with the current parameters, and compute the gradients that solver.update() takes.
 
-    def fill(self, batch, placed: Placed, alpha, rng) -> TrainingGraph:
-        """Return the graph of a step with its inputs set; rng: of the eikonal loss's uniform points."""
-        graph = self.graph(placed.hit_in_mask.sum())
-        num_surface = graph.directions.shape[0]
-        order = np.argsort(~placed.hit_in_mask, kind="stable")       # the rays with a colour first
-        color_weights = np.where(placed.hit_in_mask, batch.weights, 0.0)[order].astype(np.float32)
-        mask_weights = batch.weights[order].astype(np.float32) - color_weights
-        mask_weights[batch.mask[order]] *= self.missed_weight
-        uniform = rng.uniform(-1.0, 1.0, (self.num_rays // 2, 3)).astype(np.float32)
-        graph.points.d = np.concatenate([placed.points[order], uniform])
-        if num_surface:
-            graph.directions.d, graph.rgb.d = batch.directions[order[:num_surface]], batch.rgb[order[:num_surface]]
-            graph.color_weights.d = color_weights[None, :num_surface]
-        graph.object_mask.d = batch.mask[order, None].astype(np.float32)        # nnabla's GPU has no bool
-        graph.mask_weights.d = mask_weights[None]
-        graph.alpha.d = alpha
-        self.latest = graph, order
-        return graph
+        rng: of the samples' places and the uniform points. Returns Placed, and losses as compute_gradients does. What
+        is known of the sdf hears all values; it has learned nothing yet.
+        """
+        if self.compiled and search.grid:
+            known = cpu_step.known_of(search.grid, search.tracer, rng)
+            return self.take_compiled(solver, batch, alpha, rng, grid_search=(search.grid, known))
+        search.sdf.refresh()
+        placed = place_points(search.sdf, batch, search.tracer, rng, search.grid)
+        return placed, self.compute_gradients(solver, batch, placed, alpha, rng)
 
     def compute_gradients(self, solver, batch, placed: Placed, alpha, rng) -> dict:
-        """Compute the gradients that solver.update() takes; returns {name of a loss: Variable}.
+        """Compute the gradients that solver.update() takes; returns {name of a loss: what has its value in d}.
 
         On a GPU this only hands over the work; reading a loss waits for it.
         """
-        graph = self.fill(batch, placed, alpha, rng)
+        if self.compiled:
+            return self.take_compiled(solver, batch, alpha, rng, placed=placed)[1]
+        uniform, order = self.draw_uniform(rng), np.argsort(~placed.hit_in_mask, kind="stable")
+        rows = self.rows(batch, placed, order, uniform)
+        graph = self.graph(len(rows.directions))
+        graph.set(rows, self.settings[:2], alpha)
         solver.zero_grad()
         graph.forward()
         graph.backward()
-        return graph.losses
+        self.latest = uniform, graph, order
+        return dict(zip(LOSSES, graph.losses()))
+
+    def take_compiled(self, solver, batch, alpha, rng, **points) -> Tuple[Placed, dict]:
+        """Take a step on the CPU; points: those of cpu_step.CompiledStep.take, or how to search them."""
+        settings, uniform = self.settings, self.draw_uniform(rng)
+        terms = LossTerms(*map(float, settings), float(alpha), self.num_rays, self.num_rays + len(uniform))
+        solver.zero_grad()
+        results = self.compiled.take(cpu_step.step_rays(batch, uniform, "grid_search" in points), terms, **points)
+        color, mask, eikonal = results.sums.sum(axis=0)
+        total = color + mask * settings.mask + eikonal * settings.eikonal
+        self.latest = uniform, results
+        for name, value in zip(LOSSES, (total, color, mask, eikonal)):
+            self.losses[name].d = value
+        return Placed(results.points, results.hit), self.losses
+
+    def draw_uniform(self, rng):
+        """Return the eikonal loss's uniform points (R / 2, 3) float32."""
+        return rng.uniform(-1.0, 1.0, (self.num_rays // 2, 3)).astype(np.float32)
+
+    def rows(self, batch, placed: Placed, order, uniform) -> StepRows:
+        """Return the rows of a step; order (R,): the rays with a colour first. More rays than these may be hits, so
+        that there are few numbers of them."""
+        grain = -(-self.num_rays // self.SIZES)
+        num_surface = min(-(-int(placed.hit_in_mask.sum()) // grain) * grain, self.num_rays)
+        surface, mask = order[:num_surface], batch.mask[order]
+        color_weights = np.where(placed.hit_in_mask, batch.weights, 0.0)[order].astype(np.float32)
+        mask_weights = batch.weights[order].astype(np.float32) - color_weights
+        mask_weights[mask] *= self.settings.missed
+        return StepRows(np.concatenate([placed.points[order], uniform]), batch.directions[surface], batch.rgb[surface],
+                        color_weights[:num_surface], mask.astype(np.float32), mask_weights)
+
+    def graph(self, num_surface):
+        """Return what computes a step with so many surface rays."""
+        size = None if context.cuda else num_surface        # the kernels do any number
+        if size not in self.graphs:
+            self.graphs[size] = self.new_graph(num_surface)
+        return self.graphs[size]
+
+    def new_graph(self, num_surface):
+        if context.cuda:
+            return context.cuda.StepEvaluation([network.layer_parameters(name) for name in network.NETWORKS],
+                                               self.without, self.num_rays, self.settings.least_slope)
+        return TrainingGraph(self.without, self.settings, self.num_rays, num_surface, self.want_grad_rays)
 
     def uniform_points(self) -> Tuple[np.ndarray, np.ndarray]:
-        """Return the eikonal loss's uniform points (R / 2, 3) and the sdf there (R / 2,), after compute_gradients."""
-        graph, _ = self.latest
-        return graph.points.d[self.num_rays:], graph.sdf()[self.num_rays:]
+        """Return the eikonal loss's uniform points (R / 2, 3) and the sdf there (R / 2,), after a step by kernels."""
+        return self.latest[0], self.latest[1].uniform_sdf if self.compiled else self.latest[1].uniform_sdf()
 
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
         """Return the loss's gradients with respect to the batch's points and directions, (R, 3) float32 each.
 
         They are those of TrainingGraph.grad_rays, in the batch's order, after compute_gradients.
         """
-        graph, order = self.latest
+        if self.compiled:
+            return self.latest[1].grad_rays
+        _, graph, order = self.latest
         grad_points, grad_directions = np.zeros((2, self.num_rays, 3), np.float32)
         found_points, found_directions = graph.grad_rays()
         grad_points[order], grad_directions[order[:len(found_directions)]] = found_points, found_directions
@@ -251,10 +274,12 @@ def compile_functions():
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
     mask, weights = np.arange(num_rays) % 2 == 0, np.ones(num_rays, np.float32)
     batch = datasets.Batch(np.zeros(1, np.int64), origin, directions, directions, mask, weights)
-    datasets.Strata.of(datasets.mask_regions(mask.reshape(4, 4)), 0.5).draw(num_rays, rng)
+    datasets.draw_from(*datasets.Strata.of(datasets.mask_regions(mask.reshape(4, 4)), 0.5), rng.random(num_rays + 1),
+                       np.empty(num_rays, np.int64), weights.copy())
     ray_tracer.trace(sdf, origin, directions)
     grid = SdfGrid.of(sdf, 8)
-    placed = place_points(sdf, batch, Tracer(samples=16), rng, grid)
+    step = TrainingStep(net.without, LossSettings(100.0, 0.1), num_rays)
+    placed, _ = step.take(S.Adam(), PointSearch(sdf, Tracer(samples=16), grid), batch, 50.0, rng)
     grid.learn_heard()
+    grid.learn(*step.uniform_points())
     place_points(sdf, batch, Tracer(samples=16), rng)
-    TrainingStep(net.without, LossSettings(100.0, 0.1), num_rays).compute_gradients(S.Adam(), batch, placed, 50.0, rng)
