@@ -25,7 +25,7 @@ SPARE = 1.2         # a margin is at least this many times what a ray has lately
 FORGET = 1e-3       # ... and falls by this share with each ray of its level
 MIN_PER_CORE = 1 << 14      # samples; with fewer, handing them over takes longer than the work
 STILL_SIDE = 96     # of the grid of an sdf that stays as it is
-USUAL, NEARLY_ALL = 0.9, 0.999      # shares of its cells: of these, its errors are taken
+NEARLY_ALL = 0.999  # share of the cells: the error in these is taken for the largest one
 # For a search elsewhere, which does the same with a grid.
 CONSTANTS = {"MAX_SLOPE": MAX_SLOPE, "ERROR_SLOPE": ERROR_SLOPE, "READ_STRIDE": READ_STRIDE, "SPARE": SPARE,
              "FORGET": FORGET, "LEAST_MARGIN": LEAST_MARGIN, "NUM_MARGINS": NUM_MARGINS,
@@ -56,7 +56,6 @@ class SdfGrid:
     def __init__(self, values: np.ndarray, margins: Optional[np.ndarray] = None):
         self.values = values
         self.margins = np.full(NUM_MARGINS, FIRST_MARGIN, np.float32) if margins is None else margins
-        self.usual_error = 0.0      # of the values between the grid's points, where it is known
         self.heard = []     # [(points, values)]
         self.changes = np.zeros((*values.shape, 2), np.float32)     # scratch of _learn
 
@@ -80,7 +79,7 @@ class SdfGrid:
         near = np.argwhere(np.abs(middle) < step)
         if len(near):
             found = sdf((-1 + step * (near + 0.5)).astype(np.float32))
-            grid.usual_error, most = np.quantile(np.abs(found - middle[tuple(near.T)]), (USUAL, NEARLY_ALL))
+            most = np.quantile(np.abs(found - middle[tuple(near.T)]), NEARLY_ALL)
             grid.margins[:] = max(SPARE * most, LEAST_MARGIN)
         return grid
 
