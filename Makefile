@@ -3,6 +3,8 @@
 PYTHON ?=
 python := .venv/bin/python
 run := results_demo
+# Python is to keep what it compiles at the first import: pip has compiled no package of .venv.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help env demo lint test test-all fuzz bench clean
 

@@ -232,7 +232,8 @@ class Training:
             self.validate(epoch)
         if model_is_due:
             checkpoints.save_model(self.folder / model_name(epoch))
-        report.keep(self.folder, due=validation_is_due, tell=self.progress.write)
+        if epoch < self.epochs.last:        # of the last one, the end of the training writes the page
+            report.keep(self.folder, due=validation_is_due, tell=self.progress.write)
 
     def save(self, step):
         """Write the state after so many steps; other processes than the first have nothing to write."""

@@ -248,11 +248,11 @@ def test_the_measured_colours_are_those_of_the_picture(folder):
 def test_the_initial_sphere_as_pictures(tmp_path):
     said = run("network.py", "-Ds", "64", "128", "-R", "0.75", "--context", "cpu", cwd=tmp_path, anew=True)
     assert [float(e) for e in re.findall(r"mean absolute error ([\d.]+)", said)] == pytest.approx([0.3, 0.3], abs=0.3)
-    said = run("ray_tracer.py", "-D", "128", "-L", "9", "--context", "cpu", cwd=tmp_path, anew=True)
+    said = run("ray_tracer.py", "-D", "64", "-L", "9", "--context", "cpu", cwd=tmp_path, anew=True)
     hits, rays = re.search(r"(\d+) of (\d+) rays hit", said).groups()
     assert 0.05 * int(rays) < int(hits) < 0.9 * int(rays)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "sdf_contour_D064_L009.png", "sdf_contour_D128_L009.png", "sdf_error_L009.png", "sphere_D128_L009.png"]
+        "sdf_contour_D064_L009.png", "sdf_contour_D128_L009.png", "sdf_error_L009.png", "sphere_D064_L009.png"]
 
 
 def test_what_train_refuses(folder):

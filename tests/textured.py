@@ -49,8 +49,8 @@ def render(intrinsics, pose, shape, turned=None):
     points = origin + nearest[:, None] * directions
     moving = (seen < 10) | (seen == 14) & (np.hypot(points[:, 0], points[:, 1]) < 1.0)
     local = np.where(moving[:, None], turn(points, -(turned or 0.0)), points)
-    room = (seen >= 10)[:, None]
-    colours = np.where(room & ~moving[:, None], noise(local / 2.5, 2), noise(local, 1))
+    room, colours = (seen >= 10) & ~moving, np.empty_like(local)
+    colours[room], colours[~room] = noise(local[room] / 2.5, 2), noise(local[~room], 1)
     return np.round(255 * colours).astype(np.uint8).reshape(*shape, 3), (seen < 10).reshape(shape)
 
 

@@ -33,7 +33,8 @@ if [ "$(cat "$stamp" 2> /dev/null)" != "$wanted" ]; then
     "$venv/bin/python" -m pip install -qq --no-compile --disable-pip-version-check -r "$venv/others.txt" "${nnabla[@]}"
     echo "$wanted" > "$stamp"
 fi
-"$venv/bin/python" tools/compile.py > /dev/null    # or each worker of pytest compiles it all
+unset PYTHONDONTWRITEBYTECODE       # so that each package is compiled once, as pip has compiled none
+"$venv/bin/python" tools/compile.py training > /dev/null    # or each worker of pytest compiles it all
 
 # The ids of all tests against the authors' numbers contain idr_reference, the name of the data file.
 "$venv/bin/python" -m pytest --disable-warnings -k "test_network or idr_reference" \

@@ -72,11 +72,22 @@ if [ -z "$made" ] && ! with_uv "${python:->=3.8,<3.11}"; then
 fi
 
 echo "Setting up .venv with $(identify .venv/bin/python): about a minute"
-# "pip>=20.3": older versions do not support the platform tag of nnabla's wheels.
-# Without --no-compile, pip compiles all of each package, of which little is imported.
-for packages in "pip>=20.3" "--requirement=requirements-dev.txt"; do
-    .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check "$packages" \
-        || fail "pip install $packages failed in .venv; see pip's message above"
-done
-.venv/bin/python tools/compile.py > /dev/null 2>&1     # if this fails, the first run reports why
+# Without --no-compile, pip compiles all of each package, of which little is imported. Python keeps what it compiles at
+# the first import, unless it is told not to.
+install() {
+    .venv/bin/python -m pip install -qq --no-compile --disable-pip-version-check "$@" \
+        || fail "pip install $* failed in .venv; see pip's message above"
+}
+unset PYTHONDONTWRITEBYTECODE
+install "pip>=20.3"     # older versions do not support the platform tag of nnabla's wheels
+
+# First what a training step imports. Compiling it takes one core, and longer than all that follows beside it.
+install --constraint=requirements.txt nnabla numpy h5py scipy numba opencv-python-headless pillow PyYAML threadpoolctl \
+    tqdm
+.venv/bin/python tools/compile.py training &> /dev/null &
+compiling=$!
+trap 'kill "$compiling" 2> /dev/null; rm -rf "$scratch"' EXIT
+install --requirement=requirements-dev.txt
+.venv/bin/python tools/compile.py scripts &> /dev/null      # if compiling fails, the first run reports why
+wait "$compiling"
 echo "$wanted" > "$stamp"
