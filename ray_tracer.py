@@ -173,7 +173,7 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
     grid: what is known of the sdf, None for nothing. The same samples are found, from fewer evaluations.
     half_precision_sdf: replaces sdf for the rays that do not want a hit, where values only choose among samples.
         Passed on GPUs, where a call costs as much as ten thousand points; then fewer calls are made.
-    search: does the search in place of this file's functions, on a GPU: backends.gpu_search.Search.
+    search: does the search in place of this file's functions: a backends.gpu_search.Search with its grid, on a GPU.
 
     Returns t (R,) float32, the point's distance, and hit (R,) bool.
     Raises ValueError for an unknown refinement, fewer than 1 sample, or an sdf that returns the wrong shape.

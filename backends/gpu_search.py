@@ -37,9 +37,8 @@ class Grid:
         self.search, self.side, self.usual_error = search, len(values), np.float32(usual_error)
         with search.device.current():
             self.on_gpu = cupy.asarray(values, np.float32), cupy.asarray(margins, np.float32)
-            self.changes = cupy.zeros((values.size, 2), np.float32)
             self.needs = cupy.zeros(margins.size, np.float32), cupy.zeros(margins.size, np.int32)
-        self.arguments, self.given = (*self.on_gpu, self.side), ()
+        self.arguments, self.changes, self.given = (*self.on_gpu, self.side), None, ()
 
     @property
     def values(self) -> np.ndarray:
@@ -53,12 +52,15 @@ class Grid:
 
     def hear(self, points: Pointer, values: Pointer, count: int) -> None:
         """Note values (count,) at points (count, 3) on the GPU."""
+        if self.changes is None:
+            self.changes = cupy.zeros((self.side ** 3, 2), np.float32)
         self.search.start("learn", count, *self.arguments, points, values, count, self.changes)
 
     def learn_heard(self) -> None:
         """Learn all that was heard since the last time."""
-        with self.search.device.current():
-            self.search.start("change", len(self.changes), self.on_gpu[0], self.changes, len(self.changes))
+        if self.changes is not None:
+            with self.search.device.current():
+                self.search.start("change", len(self.changes), self.on_gpu[0], self.changes, len(self.changes))
 
     def learn(self, points: np.ndarray, values: np.ndarray) -> None:
         """Learn values (N,) at points (N, 3), float32."""
