@@ -197,7 +197,7 @@ def test_a_run_that_is_killed_while_it_writes(home, capfd, write, step, models):
 
 def test_a_complete_run_that_is_killed_in_its_last_page(home, capfd):
     config, folder = write_config(home, train__steps=VIEWS), home / "page_tiny"
-    assert run_killed(home, 8, config, "page") == -signal.SIGKILL and (folder / "model_00000.h5").exists()
+    assert run_killed(home, 7, config, "page") == -signal.SIGKILL and (folder / "model_00000.h5").exists()
     assert [path.suffix for path in folder.glob(folders.UNFINISHED + "*")] == [".html"]
     assert start(home, "page", "--resume", train__steps=VIEWS) == 0 and "is trained" in capfd.readouterr().out
     assert not list(folder.glob(".*"))
