@@ -86,6 +86,14 @@ inverse_slope = numba.extending.register_jitable(architecture.inverse_slope)
 
 
 @compiled
+def write(values: np.ndarray, out: np.ndarray) -> None:
+    """Write an array (N, C) to another. Assigned to a slice, it would be 20 times the code, in all that call it."""
+    for row in range(len(values)):
+        for column in range(values.shape[1]):
+            out[row, column] = values[row, column]
+
+
+@compiled
 def encode(x: np.ndarray, bands: int) -> np.ndarray:
     """Return gamma(x) (N, 3 + 6 bands) of x (N, 3): x, then sin and cos of 2^k x for k < bands, as in NeRF.
 
@@ -94,7 +102,7 @@ def encode(x: np.ndarray, bands: int) -> np.ndarray:
     """
     f = np.float32
     columns = np.empty((3 + 6 * bands, len(x)), f)      # transposed, so that the inner loop uses vector instructions
-    columns[:3] = x.T
+    write(x.T, columns[:3])
     for k in range(bands):
         for c in range(3):
             sines, cosines = columns[3 + 6 * k + c], columns[6 + 6 * k + c]
@@ -111,7 +119,9 @@ def encode(x: np.ndarray, bands: int) -> np.ndarray:
                 if quarter & 2:
                     sine, cosine = -sine, -cosine
                 sines[row], cosines[row] = sine, cosine
-    return columns.T.copy()
+    out = np.empty((len(x), len(columns)), f)
+    write(columns.T, out)
+    return out
 
 
 @compiled
@@ -250,7 +260,7 @@ def last_hidden(x: np.ndarray, net: Weights, inputs: np.ndarray, slopes: np.ndar
     rows, sizes, count, keep = len(x), net.sizes, len(net.sizes), len(inputs) > 0
     h = encoded = encode(x, (sizes[0, IN] - 3) // 6)
     if keep:
-        part(inputs, 2 * rows, sizes, IN, 0)[:rows] = encoded
+        write(encoded, part(inputs, 2 * rows, sizes, IN, 0)[:rows])
     for layer in range(count - 1):
         w, b = affine(net.packed, sizes, layer)
         z = np.dot(h, w)
@@ -330,7 +340,9 @@ def implicit_forward_block(number: int, split: Split, x: np.ndarray, net: Weight
     """Do one block of implicit_forward."""
     block = block_of(split, number)
     rows = slice(block.first, block.first + block.rows)
-    output[rows], normals[rows] = forward_block(x[rows], net, new_kept(block.rows, net.sizes))
+    z, normal = forward_block(x[rows], net, new_kept(block.rows, net.sizes))
+    write(z, output[rows])
+    write(normal, normals[rows])
 
 
 @compiled
@@ -400,7 +412,7 @@ def carry_block_back(kept: Kept, net: Weights, grads: Gradients) -> None:
     rows, hits = len(grads.sdf), len(grads.hits)
     grad_output, grad_normals = np.zeros((rows, net.sizes[-1, OUT]), np.float32), grads.normals.copy()
     if hits:
-        grad_output[:hits, 1:] = grads.hit_features
+        write(grads.hit_features, grad_output[:hits, 1:])
         grad_encoded = carry_back(kept, net, grad_output[:hits], grads.hit_normals)
         encoded, moved = part(kept.inputs, 2 * rows, net.sizes, IN, 0), grads.hits
         moved += grad_position(encoded, kept.derivative, kept.normal_encoded, grad_encoded, grads.hit_normals)
@@ -408,7 +420,7 @@ def carry_block_back(kept: Kept, net: Weights, grads: Gradients) -> None:
             for c in range(3):
                 grads.sdf[row, 0] += moved[row, c] * grads.moves[row, c]
                 grad_normals[row, c] += grads.hit_normals[row, c]
-    grad_output[:, :1] = grads.sdf
+    write(grads.sdf, grad_output[:, :1])
     carry_back(kept, net, grad_output, grad_normals)
 
 
@@ -444,7 +456,7 @@ def carry_back(kept: Kept, net: Weights, grad_output: np.ndarray, grad_normal: n
             join(tangent_encoded, tangent)
     # The ordinary backward pass, from the last layer down.
     grad_z = part(kept.grad_zs, 2 * rows, sizes, OUT, count - 1)[:used]
-    grad_z[:] = grad_output
+    write(grad_output, grad_z)
     grad_encoded = np.zeros((used, columns), np.float32)
     for layer in range(count - 1, -1, -1):
         back = np.dot(grad_z, affine(net.packed, sizes, layer)[0].T)
@@ -500,7 +512,7 @@ def rendering_forward_block(number: int, split: Split, h: np.ndarray, net: Weigh
     block = block_of(split, number)
     rows = slice(block.first, block.first + block.rows)
     inputs = np.empty(block.rows * net.sizes[:, IN].sum(), np.float32)
-    part(inputs, block.rows, net.sizes, IN, 0)[:] = h[rows]
+    write(h[rows], part(inputs, block.rows, net.sizes, IN, 0))
     render_block(inputs, net, rgb[rows])
 
 
@@ -618,16 +630,16 @@ def join_inputs(x: np.ndarray, directions: np.ndarray, normals: np.ndarray, outp
                 used: Tuple[bool, bool, bool], h: np.ndarray) -> None:
     """Write the renderer's inputs to h (M, in): point, encoded direction to the camera, normal and feature, as used."""
     count, first = len(x), 3
-    h[:, :3] = x
+    write(x, h[:, :3])
     if used[0]:
         encoded = encode(-directions, VIEW_BANDS)
-        h[:, first:first + encoded.shape[1]] = encoded
+        write(encoded, h[:, first:first + encoded.shape[1]])
         first += encoded.shape[1]
     if used[1]:
-        h[:, first:first + 3] = normals[:count]
+        write(normals[:count], h[:, first:first + 3])
         first += 3
     if used[2]:
-        h[:, first:] = output[:count, 1:]
+        write(output[:count, 1:], h[:, first:])
 
 
 @compiled
@@ -700,7 +712,8 @@ def split_inputs(h: np.ndarray, grad_h: np.ndarray, used: Tuple[bool, bool, bool
     out: of point, normal and feature. grad_directions: of the rays' directions, unless it is empty.
     """
     (grad_x, grad_normals, grad_features), first = out, 3
-    grad_x[:], grad_normals[:], grad_features[:], grad_directions[:] = grad_h[:, :3], 0.0, 0.0, 0.0
+    write(grad_h[:, :3], grad_x)
+    grad_normals[:], grad_features[:], grad_directions[:] = 0.0, 0.0, 0.0
     if used[0]:
         last = first + 3 + 6 * VIEW_BANDS
         if len(grad_directions):
@@ -712,10 +725,10 @@ def split_inputs(h: np.ndarray, grad_h: np.ndarray, used: Tuple[bool, bool, bool
                     grad_directions[row, column % 3] -= grad_h[row, first + column] * derivative[row, column]
         first = last
     if used[1]:
-        grad_normals[:] = grad_h[:, first:first + 3]
+        write(grad_h[:, first:first + 3], grad_normals)
         first += 3
     if used[2]:
-        grad_features[:] = grad_h[:, first:]
+        write(grad_h[:, first:], grad_features)
 
 
 # --- weight normalisation ---------------------------------------------------------------------------------------------

@@ -119,7 +119,7 @@ def find_samples(rays, known, samples, heard):
         ray, distance = places // t.shape[1], np.empty(len(places), np.float32)
         for i in range(len(places)):
             distance[i] = t[ray[i], places[i] % t.shape[1]]
-        points[count:last] = ray_tracer._points(origins, directions, ray, distance)
+        cpu_kernels.write(ray_tracer._points(origins, directions, ray, distance), points[count:last])
         values[count:last] = cpu_kernels.sdf_values(points[count:last], net)
         for i in range(len(places)):
             table[ray[i], places[i] % t.shape[1]] = values[count + i]
