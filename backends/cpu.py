@@ -75,13 +75,14 @@ class PackedWeights:
     def __init__(self, layers: Layers):
         self.layers, self.sizes = layers, array_sizes(layers)
         self.packed = np.empty(((self.sizes[:, 0] + 1) * self.sizes[:, 1]).sum(), np.float32)
-        self.arrays = self.norms = None
+        self.flat = self.norms = None
 
     def fold(self) -> Weights:
         """Pack the current parameters. The arrays are those of the call before, overwritten."""
         weights = Weights(self.packed, self.sizes)
-        self.arrays = [tuple(p.d for p in layer) for layer in self.layers]      # kept, since each access takes time
-        self.norms = [cpu_kernels.fold(layer, weights, k) for k, layer in enumerate(self.arrays)]
+        # Joined, as each further argument of a compiled function, and each call, takes as long as a layer's work.
+        self.flat = np.concatenate([parameter.d.ravel() for layer in self.layers for parameter in layer])
+        self.norms = cpu_kernels.fold(self.flat, weights)
         return weights
 
     def backward(self, grad_packed: np.ndarray) -> None:
@@ -89,10 +90,11 @@ class PackedWeights:
 
         grad_packed: the loss's gradient with respect to the packed weights, in parts (parts, P) to be summed.
         """
-        for k, ((v, g, _), norm, layer) in enumerate(zip(self.arrays, self.norms, self.layers)):
-            gradients = Weights(grad_packed, self.sizes)
-            cpu_kernels.fold_backward((v, g, norm), gradients, k, tuple(p.g for p in layer))
-        self.arrays = self.norms = None
+        gradient, start = cpu_kernels.fold_backward(self.flat, self.norms, Weights(grad_packed, self.sizes)), 0
+        for parameter in (parameter for layer in self.layers for parameter in layer):
+            own, start = parameter.g, start + parameter.size
+            own += gradient[start - parameter.size:start].reshape(own.shape)
+        self.flat = self.norms = None
 
 
 def folded_weights(layers: Layers) -> PackedWeights:

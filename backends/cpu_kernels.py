@@ -734,49 +734,68 @@ def split_inputs(h: np.ndarray, grad_h: np.ndarray, used: Tuple[bool, bool, bool
 # --- weight normalisation ---------------------------------------------------------------------------------------------
 
 @compiled
-def fold(layer: Tuple[np.ndarray, ...], net: Weights, number: int) -> np.ndarray:
-    """Write the normalised weight g v / |v|, per column of v, and the bias of a layer (v, g, b) to the Weights.
-
-    Returns |v| (out,).
+def parameters_of(flat: np.ndarray, sizes: np.ndarray, layer: int) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return v (in, out), g (out,) and b (out,) of a layer, as views of a vector that has those of all layers in order.
     """
-    (v, g, b), (w_out, b_out) = layer, affine(net.packed, net.sizes, number)
-    norm, scale = np.zeros_like(g), np.empty_like(g)
-    for row in range(len(v)):
-        for column in range(len(g)):
-            norm[column] += v[row, column] * v[row, column]
-    for column in range(len(g)):
-        norm[column] = np.sqrt(norm[column])
-        scale[column] = g[column] / norm[column]
-        b_out[column] = b[column]
-    for row in range(len(v)):
-        for column in range(len(g)):
-            w_out[row, column] = v[row, column] * scale[column]
-    return norm
+    start = 0
+    for k in range(layer):
+        start += (sizes[k, IN] + 2) * sizes[k, OUT]
+    rows, columns = sizes[layer]
+    middle = start + rows * columns
+    return (flat[start:middle].reshape((rows, columns)), flat[middle:middle + columns],
+            flat[middle + columns:middle + 2 * columns])
 
 
 @compiled
-def fold_backward(layer: Tuple[np.ndarray, ...], grad: Weights, number: int, out: Tuple[np.ndarray, ...]) -> None:
-    """Add a loss's gradients with respect to a layer's v, g and b to the arrays of out.
+def fold(flat: np.ndarray, net: Weights) -> np.ndarray:
+    """Write the normalised weight g v / |v|, per column of v, and the bias of each layer to the Weights.
 
-    layer: its v, g and |v|; grad: the gradients of the packed weights in parts (parts, P), which are summed in place.
+    flat: the parameters of all layers, as parameters_of reads them. Returns |v| of all layers, flat.
     """
-    (v, g, norm), (grad_v, grad_g, grad_b), (grad_w, grad_bias) = layer, out, affine(grad.packed[0], grad.sizes, number)
-    for k in range(1, len(grad.packed)):
-        part_w, part_bias = affine(grad.packed[k], grad.sizes, number)
+    norms, first = np.zeros(net.sizes[:, OUT].sum(), np.float32), 0
+    for layer in range(len(net.sizes)):
+        (v, g, b), (w_out, b_out) = parameters_of(flat, net.sizes, layer), affine(net.packed, net.sizes, layer)
+        norm, scale = norms[first:first + len(g)], np.empty(len(g), np.float32)
+        first += len(g)
         for row in range(len(v)):
             for column in range(len(g)):
-                grad_w[row, column] += part_w[row, column]
+                norm[column] += v[row, column] * v[row, column]
         for column in range(len(g)):
-            grad_bias[column] += part_bias[column]
-    along = np.zeros_like(g)
-    for row in range(len(v)):
+            norm[column] = np.sqrt(norm[column])
+            scale[column] = g[column] / norm[column]
+            b_out[column] = b[column]
+        for row in range(len(v)):
+            for column in range(len(g)):
+                w_out[row, column] = v[row, column] * scale[column]
+    return norms
+
+
+@compiled
+def fold_backward(flat: np.ndarray, norms: np.ndarray, grad: Weights) -> np.ndarray:
+    """Return a loss's gradients with respect to the parameters, in the order of `flat`.
+
+    flat, norms: what fold has taken and returned; grad: the gradients of the packed weights in parts (parts, P), which
+    are summed in place.
+    """
+    total, out, first = grad.packed[0], np.empty_like(flat), 0
+    for k in range(1, len(grad.packed)):
+        for i in range(len(total)):
+            total[i] += grad.packed[k, i]
+    for layer in range(len(grad.sizes)):
+        (v, g, _), (grad_v, grad_g, grad_b) = (parameters_of(flat, grad.sizes, layer),
+                                               parameters_of(out, grad.sizes, layer))
+        grad_w, grad_bias = affine(total, grad.sizes, layer)
+        norm, along, scale = norms[first:first + len(g)], np.zeros(len(g), np.float32), np.empty(len(g), np.float32)
+        first += len(g)
+        for row in range(len(v)):
+            for column in range(len(g)):
+                along[column] += grad_w[row, column] * v[row, column]
         for column in range(len(g)):
-            along[column] += grad_w[row, column] * v[row, column]
-    for column in range(len(g)):
-        along[column] /= norm[column]
-        grad_g[column] += along[column]
-        grad_b[column] += grad_bias[column]
-    for row in range(len(v)):
-        for column in range(len(g)):
-            grad_v[row, column] += ((grad_w[row, column] - v[row, column] * (along[column] / norm[column]))
-                                    * (g[column] / norm[column]))
+            along[column] /= norm[column]
+            scale[column] = g[column] / norm[column]
+            grad_g[column], grad_b[column] = along[column], grad_bias[column]
+            along[column] /= norm[column]
+        for row in range(len(v)):
+            for column in range(len(g)):
+                grad_v[row, column] = (grad_w[row, column] - v[row, column] * along[column]) * scale[column]
+    return out
