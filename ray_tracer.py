@@ -184,9 +184,7 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
     near, far, meets = intersect_unit_sphere(origins, directions)
     origins = np.broadcast_to(origins, directions.shape)
     t, hit = near, np.zeros(len(near), bool)    # on a ray that misses the sphere, near is already the nearest point
-    places = 0.5 if rng is None else rng.random(samples)
-    # Sample 0 is the near end, since the ray may enter the surface before the first interval's sample.
-    fractions = np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
+    fractions = sample_fractions(samples, rng)
     strides = STRIDES_FEWER_CALLS if half_precision_sdf else STRIDES
     how = Refinement(refinement == "secant", refinement_steps, tolerance)
 
@@ -205,6 +203,15 @@ def hit_or_least_sdf(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, want
     else:
         find(sdf, rays)
     return t, hit
+
+
+def sample_fractions(samples: int, rng: Optional[np.random.Generator]) -> np.ndarray:
+    """Return where on its chord each ray of hit_or_least_sdf has its samples, (samples + 1,) float32 in [0, 1].
+
+    The first one is the near end, since the ray may enter the surface before the first interval's sample.
+    """
+    places = 0.5 if rng is None else rng.random(samples)
+    return np.concatenate([[0.0], (np.arange(samples) + places) / samples]).astype(np.float32)
 
 
 def _hits_or_least(sdf, chords: Chords, fractions, grid, strides, how):

@@ -180,7 +180,8 @@ class ByNnabla:
 def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, num_hits, without, want_grad_rays):
     """The GPU's graph and the CPU's functions on a network that is no sphere, with rays that count more than others;
     twice, as the second step finds what the first has left."""
-    least = 0.3 if without else architecture.LEAST_SLOPE        # with 0.3, a third of the rays are held back
+    # With 0.3, a third of the rays are held back; with 0.02 few, but no grazing ray makes up all of a gradient.
+    least = 0.3 if without else 0.02
 
     def gradients(numpy):
         monkeypatch.setattr(network, "on_cpu", lambda: numpy)
@@ -212,7 +213,7 @@ def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, num_
             if name == "directions" and (not num_hits or "view" in without):
                 assert not found[name].any() and not wanted[name].any()
             elif num_hits or not name.startswith("rendering"):
-                assert relative_error(found[name], wanted[name]) <= 2e-4, name     # in float32 1.03e-4 on one CPU
+                assert relative_error(found[name], wanted[name]) <= 1e-4, name
 
 
 @BACKENDS

@@ -101,9 +101,7 @@ def step_rays(batch: Batch, uniform: np.ndarray, searched: bool) -> StepRays:
 
 def known_of(grid: SdfGrid, tracer: Tracer, rng: np.random.Generator) -> Known:
     """Return what the search of a step goes by; the samples lie as those of ray_tracer.hit_or_least_sdf."""
-    places = (np.arange(tracer.samples) + rng.random(tracer.samples)) / tracer.samples
-    fractions = np.concatenate([[0.0], places]).astype(np.float32)
-    return Known(grid.values, grid.margins, fractions,
+    return Known(grid.values, grid.margins, ray_tracer.sample_fractions(tracer.samples, rng),
                  Refinement(tracer.refinement == "secant", tracer.refinement_steps, tracer.tolerance))
 
 
