@@ -30,6 +30,13 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def one_thread_of_blas():
+    """Limit BLAS to one thread, as every script does: the kernels call it from a thread of their own on each core."""
+    from backends import cpu_kernels
+    cpu_kernels.limit_blas_threads()
+
+
 @pytest.fixture(scope="session", params=sorted(path.stem for path in (ROOT / "tests" / "data").glob("*.npz")))
 def reference(request):
     """Return the authors' results for a small trained network; in the second file, one ray grazes the surface."""
