@@ -141,8 +141,10 @@ class Training:
                               "the same run's folder; let the machines share their files")
         self.pose = cameras.parameter()
         self.sdf, self.shade = network.sdf_evaluator(), network.shader(conf.network)
-        known = state and self.world.size == 1 and checkpoints.grid_of(state)   # of several processes, each has its own
-        self.grid = remembered(self.sdf, conf.train.rays, known)
+        alone = self.world.size == 1        # of several processes, each would remember what it alone has seen
+        self.grid = None
+        if alone or not network.on_cpu():
+            self.grid = remembered(self.sdf, conf.train.rays, state and alone and checkpoints.grid_of(state))
         self.step = TrainingStep(conf.network.without, LossSettings.of(conf.train), conf.train.rays,
                                  want_grad_rays=self.camera_solver is not None)
         # After an epoch's last step its render and its model may still be missing, so the epoch is finished once more.
