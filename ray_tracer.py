@@ -34,10 +34,9 @@ from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 
-from tracing import sdf_grid
 from tracing.compiling import compiled
 from tracing.cones import Cones
-from tracing.sdf_grid import MAX_SLOPE, Rays, SdfGrid
+from tracing.sdf_grid import CONSTANTS, MAX_SLOPE, STILL_SIDE, Rays, SdfGrid
 
 Sdf = Callable[[np.ndarray], np.ndarray]    # points (N, 3) float32 -> (N,) float32
 
@@ -71,7 +70,7 @@ def steps_left(step, steps):
 
 class Limits(NamedTuple):
     """What a search elsewhere has to know."""
-    constants: Dict = {"MAX_COVER": MAX_COVER, **sdf_grid.CONSTANTS}
+    constants: Dict = {"MAX_COVER": MAX_COVER, **CONSTANTS}
     num_ahead: Callable = num_ahead
     steps_left: Callable = steps_left
 
@@ -134,7 +133,7 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
         chords = Chords(np.broadcast_to(origins, directions.shape)[rays], directions[rays], np.ones(rays.size, bool),
                         near[rays], far[rays] - near[rays])
         fractions = np.linspace(0, 1, samples, dtype=np.float32)
-        search.still = search.still or search.remember_still(SdfGrid.of_still(sdf), Limits())
+        search.still = search.still or search.remember_still(SdfGrid.of(sdf, STILL_SIDE), Limits())
         t_found, hits, passes = search.first_hits(chords, fractions, how, Limits(), search.still,
                                                   cones and cones.spread)
         hits &= ~passes

@@ -1,5 +1,5 @@
 """The two networks of the paper (section 5.1): every constant, size and input, for all backends."""
-from typing import Callable, Protocol, Sequence, TypeVar
+from typing import Callable, Protocol, Sequence, Tuple, TypeVar
 
 import numpy as np
 
@@ -37,6 +37,11 @@ def renderer_inputs(net: Network) -> dict:
     """Return {name: columns} of the renderer's inputs, in their order."""
     columns = dict(zip(OPTIONAL_INPUTS, (encoded_columns(VIEW_BANDS), 3, net.feature)))
     return {"point": 3, **{name: columns[name] for name in OPTIONAL_INPUTS if name not in net.without}}
+
+
+def used_inputs(without: Sequence[str]) -> Tuple[bool, ...]:
+    """Return which of OPTIONAL_INPUTS a renderer has that was built without some of them."""
+    return tuple(name not in without for name in OPTIONAL_INPUTS)
 
 
 def layer_sizes(net: Network) -> dict:

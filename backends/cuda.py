@@ -4,7 +4,7 @@ With gpu.py, nnabla's host side starts a thousand kernels in a step, and the GPU
 calls. Solver and all parameters stay nnabla's. cpu.py and gpu.py offer the same names, but for StepEvaluation.
 """
 import threading
-from typing import List, NamedTuple, Sequence, Tuple, Union
+from typing import Iterator, List, NamedTuple, Sequence, Tuple, Union
 
 import cupy
 import nnabla as nn
@@ -13,7 +13,7 @@ from nnabla.ext_utils import get_extension_context
 from nnabla.function import PythonFunction
 
 from backends import gpu_kernels, gpu_search
-from backends.architecture import OPTIONAL_INPUTS, array_sizes
+from backends.architecture import array_sizes, used_inputs
 from backends.cpu_kernels import StepRows
 from backends.gpu import Layers
 from backends.gpu_kernels import page_locked
@@ -92,7 +92,7 @@ class StepEvaluation:
         with Gpu.device.current():
             self.step = gpu_kernels.Step(Gpu.device, [sizes_of(network) for network in layers],
                                          num_rays + num_rays // 2, num_rays,
-                                         tuple(name not in without for name in OPTIONAL_INPUTS))
+                                         used_inputs(without))
 
     def set(self, rows: StepRows, weights: Tuple[float, float], alpha: float) -> None:
         """Set the inputs of a step; weights: those of the mask and the eikonal loss."""
@@ -101,27 +101,31 @@ class StepEvaluation:
         for name, values in rows._asdict().items():
             getattr(host, name)[:len(values)] = values
 
+    def networks(self) -> Iterator[Tuple[gpu_kernels.Weights, Layers]]:
+        """Return the weights and layers of each network that the step needs: without a hit, the first one."""
+        passes = [self.step.evaluation] + ([self.step.rendering(self.num_hits)] if self.num_hits else [])
+        return zip((network.weights for network in passes), self.layers)
+
     def forward(self) -> None:
         """Start the whole step, with the parameters' current values."""
         with Gpu.device.current():
-            passes = [self.step.evaluation] + ([self.step.rendering(self.num_hits)] if self.num_hits else [])
-            for network, layers in zip(passes, self.layers):
-                network.weights.fold(pointers(layers))
+            for weights, layers in self.networks():
+                weights.fold(pointers(layers))
             self.step.start(self.num_hits, self.least_slope)
 
     def backward(self) -> None:
         """Add the gradients of the losses' weighted sum to those of the parameters."""
         with Gpu.device.current():
-            passes = [self.step.evaluation] + ([self.step.rendering(self.num_hits)] if self.num_hits else [])
-            for network, layers in zip(passes, self.layers):
-                network.weights.fold_backward(gradients_of(layers))
+            for weights, layers in self.networks():
+                weights.fold_backward(gradients_of(layers))
 
     def losses(self) -> Tuple[Late, Late, Late, Late]:
         """Return the weighted sum of the losses, then the colour, mask and eikonal loss."""
         return tuple(Late(self.step, np.array(weights)) for weights in ((1.0, *self.weights), *np.eye(3)))
 
+    @property
     def uniform_sdf(self) -> np.ndarray:
-        """Return the sdf (R / 2,) at the points behind the rays'."""
+        """The sdf (R / 2,) at the points behind the rays'."""
         return self.step.sdf[self.num_rays:].get()
 
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
@@ -188,10 +192,7 @@ class ImplicitFunction(Function):
     def forward_impl(self, inputs, outputs):
         with Gpu.device.current():
             passes = take(gpu_kernels.Evaluation, self.layers, inputs[0].shape[0])
-            sdf, feature, normal = (pointer(output.data, write=True) for output in outputs)
-            # All points are hits; what is asked of a hit beside the feature is there already.
-            passes.implicit_forward(pointer(inputs[0].data), [sdf, normal, passes.x.data.ptr, normal, feature],
-                                    passes.rows)
+            passes.implicit_forward(pointer(inputs[0].data), *(pointer(o.data, write=True) for o in outputs))
             give_back(passes)
 
 

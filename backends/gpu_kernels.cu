@@ -81,20 +81,12 @@ KERNEL find_normal(const float *back, const float *from_skip, const float *deriv
     normals[3 * row + column] = total;
 }
 
-// Write nnabla's arrays.
-KERNEL hand_out(const float *x, const float *z, const float *b, const float *normals, float *sdf, float *normal,
-                float *hit, float *hit_normal, float *hit_feature, Int hits, Int outputs, Int pitch) {
-    EACH(max(outputs, 3LL))
-    if (column < outputs) {
-        float value = z[at] + b[column];
-        if (column == 0) sdf[row] = value;
-        else if (row < hits) hit_feature[row * (outputs - 1) + column - 1] = value;
-    }
-    if (column < 3) {
-        Int c = 3 * row + column;
-        normal[c] = normals[c];
-        if (row < hits) hit[c] = x[c], hit_normal[c] = normals[c];
-    }
+// Write nnabla's arrays: sdf (rows,) and feature (rows, outputs - 1).
+KERNEL hand_out(const float *z, const float *b, float *sdf, float *feature, Int outputs, Int pitch) {
+    EACH(outputs)
+    const float value = z[at] + b[column];
+    if (column == 0) sdf[row] = value;
+    else feature[row * (outputs - 1) + column - 1] = value;
 }
 
 // The rows of the backward pass: the gradients with respect to the hits, then to the points.

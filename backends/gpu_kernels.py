@@ -273,16 +273,15 @@ class Evaluation:
         self.grad_hits, self.grad_hit_normals, self.directions = cupy.empty((3, rows, 3), np.float32)
         self.shifts = cupy.empty(rows, np.float32)
 
-    def implicit_forward(self, x: Pointer, results: Sequence[Pointer], num_hits: int) -> None:
-        """Compute the network and its sdf's gradient, the normal, at x (N, 3).
-
-        results: nnabla's arrays for sdf (N, 1), normal (N, 3), hit (S, 3), hit_normal (S, 3) and hit_feature (S, F).
-        """
+    def implicit_forward(self, x: Pointer, sdf: Pointer, feature: Pointer, normal: Pointer) -> None:
+        """Compute the network and its sdf's gradient, the normal, at x (N, 3), for nnabla's arrays: sdf (N, 1), feature
+        (N, F) and normal (N, 3)."""
         net, self.graph = self.weights, self.graph or self.device.recorded(self.forward_block)
         copy(self.x.data.ptr, x, self.x.nbytes)
         self.graph.launch(cupy.cuda.Stream.null)
-        self.device.start("hand_out", self.rows, max(net.outputs, 3), self.x, self.z[-1], net.b[-1], self.normals,
-                          *results, num_hits, net.outputs, net.pitch)
+        self.device.start("hand_out", self.rows, net.outputs, self.z[-1], net.b[-1], sdf, feature, net.outputs,
+                          net.pitch)
+        copy(normal, self.normals.data.ptr, self.normals.nbytes)
 
     def forward_block(self) -> None:
         net, (start, product) = self.weights, (self.device.start, self.device.product)

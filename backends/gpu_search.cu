@@ -254,9 +254,9 @@ __device__ int level(float least) {
 struct Bounds { Of<float> low, expected, margin; };
 
 // Bound one ray's sdf from `first` to `*end`, which becomes that of the samples up to the entry if it is known. Returns
-// the least sdf found. widest: the margins; widening: what they are multiplied by.
+// the least sdf found.
 __device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of<float> estimate, Int first, Int *end,
-                       bool want_hit, const float *margins, float tolerance, float widening, Bounds bounds) {
+                       bool want_hit, const float *margins, float tolerance, Bounds bounds) {
     float least = INFINITE;
     bool outside = first > 0;
     for (Int number = first; number < *end; number++) {
@@ -268,7 +268,7 @@ __device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of
         }
         outside |= table[number] > tolerance;
     }
-    const float widest = widening * margins[want_hit && least <= tolerance && outside ? 0 : level(least)];
+    const float widest = margins[want_hit && least <= tolerance && outside ? 0 : level(least)];
     for (int backwards = 0; backwards < 2; backwards++) {
         bool known = false;
         float known_t, known_value, known_estimate;
@@ -292,8 +292,8 @@ __device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of
     return least;
 }
 
-// List the samples in doubt; of those that may be the least, every stride-th. The margins are widened by that factor.
-KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int stride, float widening) {
+// List the samples in doubt.
+KERNEL list_doubtful(SAMPLES, GRID, DOUBTS) {
     extern __shared__ float shared[];
     EACH_RAY
     THE_GRID
@@ -305,7 +305,7 @@ KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int stride, float widening) {
     const Bounds bounds = {{own, threads}, {own + samples * threads, threads}, {own + 2 * samples * threads, threads}};
     const Of<float> low = bounds.low;
     const bool want_hit = wanted != LEAST;
-    const float least = bound(t, table, state, estimate, first, &end, want_hit, margins, tolerance, widening, bounds);
+    const float least = bound(t, table, state, estimate, first, &end, want_hit, margins, tolerance, bounds);
     bool outside = first > 0, sure = wanted == HIT;
     // A sample may be the entry, or the surface may hide in the gap before it, where both ends are listed.
     for (Int number = first; want_hit && number < end; number++) {
@@ -327,10 +327,10 @@ KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int stride, float widening) {
     for (Int number = max(first, 1LL); !sure && number < end; number++)
         if (state[number] == BOUNDED && low[number] <= least) {
             needed[number] = bounds.expected[number] - least;
-            if (number % stride == 0) found += list_sample(list, i, number, ray, t, state);
+            found += list_sample(list, i, number, ray, t, state);
         }
     for (Int number = first; number < end; number++) table[number] = low[number];
-    if (!found && (sure || stride == 1)) within[0] = within[1] = 0;
+    if (!found) within[0] = within[1] = 0;
 }
 
 // Take in the sdf at the listed samples.

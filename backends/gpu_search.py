@@ -12,9 +12,7 @@ import numpy as np
 
 from backends.gpu_kernels import Device, Pointer, compiled, copy, page_locked
 
-# The rounds after the first guess: every so many-th doubtful sample is evaluated, and the margins are so many times as
-# wide. A round costs a GPU as much as a thousand points, so there are few, and what they leave open is walked through.
-ROUNDS = ((1, 1.0), (1, 1.0))
+ROUNDS = 2      # of doubtful samples. Each takes as long as a thousand points; what is left open is walked through
 FINER = 4       # times as many points a side has the grid of an sdf that stays as it is
 CLOSER = 16     # places at which a gap of such an sdf is looked at
 USUAL, NEARLY_ALL = 0.9, 0.999      # shares of its cells: its error in these is taken for its usual and its largest one
@@ -96,28 +94,30 @@ class Search:
         return Grid(self, grid.values, grid.margins)
 
     def remember_still(self, grid, limits) -> Grid:
-        """As remember, of an sdf that stays as it is: with FINER times as many points a side, exact near the surface.
-
-        grid: SdfGrid.of_still. Its margins tell how far from its zero the surface may be.
-        """
-        coarse, side = self.remember(grid, limits), FINER * (len(grid.values) - 1) + 1
+        """As remember, of an sdf that stays as it is: FINER times as many points a side, exact near the surface."""
         with self.device.current():
             self.reserve(1 << 15, 100)
-            fine, band = cupy.empty((side, side, side), np.float32), np.float32(grid.margins[0] + 8 / side)
+            coarse, side = self.measured(self.remember(grid, limits), limits), FINER * (len(grid.values) - 1) + 1
+            fine, band = cupy.empty((side, side, side), np.float32), np.float32(coarse.margins[0] + 8 / side)
             self.start("list_near", fine.size, *coarse.arguments, band, fine, side, *self.list)
             count = self.listed("samples", None)
             if count:
                 self.start("put_values", count, *self.list, count, self.values, fine)
-            known = Grid(self, fine, grid.margins)
-            self.start("list_middles", (side - 1) ** 3, *known.arguments, self.ahead, *self.list)
-            count = self.listed("samples", None)
-            self.count.fill(0)
-            if count:
-                off = np.abs((self.values[:count] - self.ahead[:count]).get())
-                usual, most = np.quantile(off, (USUAL, NEARLY_ALL))
-                margin = max(limits.constants["SPARE"] * most, limits.constants["LEAST_MARGIN"])
-                known = Grid(self, fine, np.full(grid.margins.shape, margin), usual)
-        return known
+            return self.measured(Grid(self, fine, grid.margins), limits)
+
+    def measured(self, grid: Grid, limits) -> Grid:
+        """Return the grid with margins that follow from how far it is off near the surface, and its usual error.
+
+        That is measured in the middle of the cells that the surface may cross, where a grid is off the most.
+        """
+        self.start("list_middles", (grid.side - 1) ** 3, *grid.arguments, self.ahead, *self.list)
+        count = self.listed("samples", None)
+        self.count.fill(0)
+        if not count:
+            return grid
+        usual, most = np.quantile(np.abs((self.values[:count] - self.ahead[:count]).get()), (USUAL, NEARLY_ALL))
+        margin = max(limits.constants["SPARE"] * most, limits.constants["LEAST_MARGIN"])
+        return Grid(self, grid.on_gpu[0], np.full(limits.constants["NUM_MARGINS"], margin), usual)
 
     def __call__(self, chords, fractions: np.ndarray, how, limits, grid: Grid) -> Tuple[np.ndarray, np.ndarray]:
         """Return t (R,) float32, each ray's hit if it is wanted and found, else its least sample; and hit (R,) bool.
@@ -173,11 +173,10 @@ class Search:
             self.passes = cupy.empty(rays, np.uint8)
         if rays * samples > self.room:
             self.room = room = rays * samples
-            self.t, self.table, self.values, self.ahead, estimate, needed = cupy.empty((6, room), np.float32)
+            self.t, self.table, self.values, self.ahead, *self.doubts = cupy.empty((6, room), np.float32)
             self.points, self.places = cupy.empty((room, 3), np.float32), cupy.empty(room, np.int32)
             self.state, self.gaps = cupy.empty(room, np.uint8), cupy.empty(room * GAP_BYTES, np.uint8)
             self.list = self.count, self.places, self.points, room
-            self.doubts = estimate, needed, self.within
 
     def send(self, chords, fractions: np.ndarray, wanted: int) -> None:
         """Start copying chords, as rows of gpu_search.cu's Ray, and fractions to the GPU.
@@ -214,18 +213,17 @@ class Search:
 
     def fill_table(self, samples: tuple, num_rays: int, grid: Grid, learning: Optional[Grid]) -> None:
         """Evaluate the samples that matter. learning: the grid, if it changes."""
-        known, before = (*samples, *grid.arguments, *self.doubts), 0
+        known = *samples, *grid.arguments, *self.doubts, self.within
         narrow = np.float32(grid.usual_error and grid.usual_error + 2 * samples[6])     # both ends beyond the tolerance
         self.start("list_first_guess", num_rays, *known, self.fractions, narrow)
-        for stride, widening in ROUNDS:
-            if not self.take_samples(learning) and before == 1:
+        for _ in range(ROUNDS):
+            if not self.take_samples(learning):
                 break
-            self.start("list_doubtful", num_rays, *known, stride, np.float32(widening), shared=12 * samples[2])
-            before = stride
+            self.start("list_doubtful", num_rays, *known, shared=12 * samples[2])
         else:
             self.take_samples(learning)
         if learning:
-            self.start("note_needs", num_rays, *samples, *self.doubts, *grid.needs)
+            self.start("note_needs", num_rays, *samples, *self.doubts, self.within, *grid.needs)
             self.start("widen", len(grid.needs[0]), grid.on_gpu[1], *grid.needs)
 
     def take_samples(self, learning: Optional[Grid]) -> int:

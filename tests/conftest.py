@@ -44,6 +44,17 @@ def reference(request):
         return dict(numbers)
 
 
+class Given:
+    """A random generator that returns these numbers."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def uniform(self, low, high, shape):
+        assert self.numbers.shape == shape
+        return self.numbers
+
+
 def write_demo_config(path, changes, **sections):
     """Write config/demo.yaml with changed keys to `path`, and return the path.
 

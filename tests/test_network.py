@@ -12,6 +12,7 @@ import datasets
 import network
 from backends import architecture, cpu_kernels, gpu
 from config.settings import Network
+from conftest import Given
 from training.step import LOSSES, LossSettings, Placed, TrainingStep
 
 
@@ -69,17 +70,6 @@ def test_colors_equal_the_original(reference_network):
     hit = reference_network["hit"] & reference_network["object_mask"]
     rgb, _ = network.shade(reference_network["points"][hit], reference_network["ray_directions"][hit], chunk=100)
     assert relative_error(rgb * 2 - 1, reference_network["rgb"][hit]) <= 1e-4
-
-
-class Given:
-    """A generator whose next numbers are given."""
-
-    def __init__(self, numbers):
-        self.numbers = numbers
-
-    def uniform(self, low, high, shape):
-        assert self.numbers.shape == shape
-        return self.numbers
 
 
 def reference_gradients(reference):

@@ -21,7 +21,7 @@ import train
 from backends import context
 from commands import run_copies
 from config.settings import Network
-from conftest import ROOT
+from conftest import ROOT, Given
 from training import checkpoints, parallel, step
 
 RANKS = 3       # processes; does not divide the 4 views
@@ -151,17 +151,6 @@ class Twice:
         assert division and len(arrays) == len(self.gradients)
         for array, other in zip(arrays, self.gradients):
             array.data = (array.data + other) / 2
-
-
-class Given:
-    """A random generator that returns these numbers."""
-
-    def __init__(self, numbers):
-        self.numbers = numbers
-
-    def uniform(self, low, high, shape):
-        assert self.numbers.shape == shape
-        return self.numbers
 
 
 def test_the_mean_of_two_gradients_is_that_of_one_step_over_both(monkeypatch):

@@ -25,7 +25,6 @@ SPARE = 1.2         # a margin is at least this many times what a ray has lately
 FORGET = 1e-3       # ... and falls by this share with each ray of its level
 MIN_PER_CORE = 1 << 14      # samples; with fewer, handing them over takes longer than the work
 STILL_SIDE = 96     # of the grid of an sdf that stays as it is
-NEARLY_ALL = 0.999  # share of the cells: the error in these is taken for the largest one
 # For a search elsewhere, which does the same with a grid.
 CONSTANTS = {"MAX_SLOPE": MAX_SLOPE, "ERROR_SLOPE": ERROR_SLOPE, "READ_STRIDE": READ_STRIDE, "SPARE": SPARE,
              "FORGET": FORGET, "LEAST_MARGIN": LEAST_MARGIN, "NUM_MARGINS": NUM_MARGINS,
@@ -66,22 +65,6 @@ class SdfGrid:
         plane = np.stack(np.meshgrid(line, line, indexing="ij"), axis=-1).reshape(-1, 2)
         values = np.stack([sdf(np.insert(plane, 0, x, axis=1)) for x in line])
         return cls(values.astype(np.float32).reshape(side, side, side))
-
-    @classmethod
-    def of_still(cls, sdf: Callable, side: int = STILL_SIDE) -> "SdfGrid":
-        """Return the grid of an sdf that stays as it is. Its margins follow from how far it is off near the surface.
-
-        That is measured in the middle of the cells that the surface may cross, where the grid is off the most.
-        """
-        grid, low = cls.of(sdf, side), (slice(-1), slice(1, None))
-        corners = np.stack([grid.values[x, y, z] for x in low for y in low for z in low])
-        middle, step = corners.mean(axis=0), 2 / (side - 1)
-        near = np.argwhere(np.abs(middle) < step)
-        if len(near):
-            found = sdf((-1 + step * (near + 0.5)).astype(np.float32))
-            most = np.quantile(np.abs(found - middle[tuple(near.T)]), NEARLY_ALL)
-            grid.margins[:] = max(SPARE * most, LEAST_MARGIN)
-        return grid
 
     def listening(self, sdf: Callable) -> Callable:
         """Return an sdf that lets the grid hear what it returns."""

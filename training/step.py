@@ -236,18 +236,15 @@ class TrainingStep:
         """Return what computes a step with so many surface rays."""
         size = None if context.cuda else num_surface        # the kernels do any number
         if size not in self.graphs:
-            self.graphs[size] = self.new_graph(num_surface)
+            self.graphs[size] = context.cuda.StepEvaluation(
+                [network.layer_parameters(name) for name in network.NETWORKS], self.without, self.num_rays,
+                self.settings.least_slope) if context.cuda else TrainingGraph(
+                    self.without, self.settings, self.num_rays, num_surface, self.want_grad_rays)
         return self.graphs[size]
-
-    def new_graph(self, num_surface):
-        if context.cuda:
-            return context.cuda.StepEvaluation([network.layer_parameters(name) for name in network.NETWORKS],
-                                               self.without, self.num_rays, self.settings.least_slope)
-        return TrainingGraph(self.without, self.settings, self.num_rays, num_surface, self.want_grad_rays)
 
     def uniform_points(self) -> Tuple[np.ndarray, np.ndarray]:
         """Return the eikonal loss's uniform points (R / 2, 3) and the sdf there (R / 2,), after a step by kernels."""
-        return self.latest[0], self.latest[1].uniform_sdf if self.compiled else self.latest[1].uniform_sdf()
+        return self.latest[0], self.latest[1].uniform_sdf
 
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
         """Return the loss's gradients with respect to the batch's points and directions, (R, 3) float32 each.
