@@ -78,7 +78,7 @@ class CompiledStep:
         """Return results to write to."""
         (count, f), wanted = (len(rays.rgb), np.float32), len(rays.rgb) if self.want_grad_rays else 0
         points, hit = placed or (np.empty((count, 3), f), np.empty(count, bool))
-        # One memory layout and type, so that step_block is compiled once.
+        # One type and memory order. With another signature of step_block in the process, Numba gave wrong results.
         points, hit = np.ascontiguousarray(points, f), np.ascontiguousarray(hit, bool)
         grad_rays = np.zeros((wanted, 3), f), np.zeros((wanted, 3), f)
         grad_packed = tuple(np.empty((blocks, len(weights.packed)), f) for weights in self.weights)

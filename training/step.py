@@ -261,7 +261,7 @@ class TrainingStep:
 
 
 def compile_functions():
-    """Take one tiny step on the CPU, so that Numba compiles and caches all that a training calls (some 30 s)."""
+    """Take one tiny step on the CPU, so that Numba compiles and caches all that a training calls (70 s)."""
     context.set_context("cpu", "0")
     rng, num_rays, net = np.random.default_rng(0), 16, Network(width=64, feature=4, layers=6)
     network.initialize(net, rng)
