@@ -115,8 +115,7 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
     refinement: "secant" or "bisection".
     refinement_steps: maximum per bracket. If they do not reach the tolerance, the hit is the point of least |sdf|.
     cones: finds the rays that pass narrowly by the surface; its `near` tells them afterwards. The hits stay the same.
-    search: a backends.gpu_search.Search, which finds the hits on a GPU, without sphere tracing. Only rays that may pass
-        the surface within their cones go through the stages.
+    search: a backends.gpu_search.Search, which finds hits and narrow passes on a GPU, without sphere tracing.
 
     Returns t (R,) float32, the distance of the hit (0 for none), and hit (R,) bool. A ray that starts inside the object
     is hit only where it enters again.
@@ -135,10 +134,11 @@ def trace(sdf: Sdf, origins: np.ndarray, directions: np.ndarray, *, sphere_traci
         fractions = np.linspace(0, 1, samples, dtype=np.float32)
         search.still = search.still or search.remember_still(SdfGrid.of(sdf, STILL_SIDE), Limits())
         t_found, hits, passes = search.first_hits(chords, fractions, how, Limits(), search.still,
-                                                  cones and cones.spread)
-        hits &= ~passes
+                                                  cones.spread if cones else 0.0)
         t[rays[hits]], hit[rays[hits]] = t_found[hits], True
-        rays = rays[passes]
+        if cones:
+            cones.note_passes(rays[passes], len(directions))
+        return t, hit
     sdf_at = _sdf_along(sdf, origins, directions)
     if cones:
         sdf_at = cones.noting(sdf_at, len(directions))

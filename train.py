@@ -204,11 +204,11 @@ class Training:
         search = PointSearch(self.sdf, self.conf.tracer, self.grid)
         placed, losses = self.step.take(self.solver, search, batch, self.alpha, rng)
         world.mean_gradients()
-        self.batch = next(self.batches)       # while the GPU is still at work on the step
-        losses = {name: float(losses[name].d) for name in LOSSES}
         if self.grid:
             self.grid.learn_heard()
             self.grid.learn(*self.step.uniform_points())
+        self.batch = next(self.batches)       # while the GPU is still at work on all this
+        losses = {name: float(losses[name].d) for name in LOSSES}
         means = world.mean({**losses, "hits": placed.hit_in_mask.sum(), "signals": len(stop)})
         stopping = means.pop("signals") > 0
         check_losses(means, step, epoch, self.folder)

@@ -172,7 +172,8 @@ def all_paired(faces, num_vertices):
     for face in range(len(faces)):
         for k in range(3):
             start[min(faces[face, k], faces[face, (k + 1) % 3]) + 2] += 1
-    start = np.cumsum(start)
+    for vertex in range(num_vertices):
+        start[vertex + 2] += start[vertex + 1]
     higher = np.empty(3 * len(faces), np.int64)
     for face in range(len(faces)):
         for k in range(3):
@@ -180,11 +181,11 @@ def all_paired(faces, num_vertices):
             higher[start[min(a, b) + 1]] = max(a, b)
             start[min(a, b) + 1] += 1
     for vertex in range(num_vertices):
-        ends = higher[start[vertex]:start[vertex + 1]]
-        ends.sort()
-        if len(ends) % 2:
-            return False
-        for k in range(0, len(ends), 2):
-            if ends[k] != ends[k + 1] or (k and ends[k] == ends[k - 1]):
+        own = range(start[vertex], start[vertex + 1])
+        for place in own:       # few enough to compare all pairs
+            same = 0
+            for other in own:
+                same += higher[other] == higher[place]
+            if same != 2:
                 return False
     return True

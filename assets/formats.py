@@ -47,9 +47,10 @@ def mesh_of(shape: Union[trimesh.Trimesh, Asset]) -> trimesh.Trimesh:
 def facts_of(shape: Union[trimesh.Trimesh, Asset], closed: bool, unit: str, per_unit: float) -> Facts:
     """Return the Facts of a mesh or an Asset; unit: a name, and the mesh's lengths times per_unit are in it."""
     mesh = mesh_of(shape)
-    volume = enclosed(np.asarray(mesh.vertices), np.asarray(mesh.faces)) * per_unit ** 3 if closed else None
-    return Facts(len(mesh.faces), len(mesh.vertices), bool(closed), volume,
-                 [float(length) * per_unit for length in mesh.extents], unit, float(per_unit))
+    vertices, faces = np.asarray(mesh.vertices), np.asarray(mesh.faces)     # trimesh would hash them
+    volume = enclosed(vertices, faces) * per_unit ** 3 if closed else None
+    return Facts(len(faces), len(vertices), bool(closed), volume, (np.ptp(vertices, axis=0) * per_unit).tolist(), unit,
+                 float(per_unit))
 
 
 @compiled

@@ -123,10 +123,9 @@ class StepEvaluation:
         """Return the weighted sum of the losses, then the colour, mask and eikonal loss."""
         return tuple(Late(self.step, np.array(weights)) for weights in ((1.0, *self.weights), *np.eye(3)))
 
-    @property
-    def uniform_sdf(self) -> np.ndarray:
-        """The sdf (R / 2,) at the points behind the rays'."""
-        return self.step.sdf[self.num_rays:].get()
+    def uniform_points(self) -> Tuple[cupy.ndarray, cupy.ndarray]:
+        """Return the points (R / 2, 3) behind the rays', and the sdf there (R / 2,), on the GPU, until the next step."""
+        return self.step.inputs.points[self.num_rays:], self.step.sdf[self.num_rays:]
 
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
         """As TrainingGraph.grad_rays."""

@@ -170,17 +170,6 @@ KERNEL put_values(LIST, Int listed, const float *values, float *out) {
     const Of<float> estimate = {all_estimate + i, rays}, needed = {all_needed + i, rays}; \
     within += 3 * i;
 
-// A finer look at the grid of an sdf that stays as it is: whether a ray may come as close to the surface as
-// spread * t between two distances.
-__device__ bool comes_close(Grid grid, const Ray &ray, float first, float last, float spread) {
-    const float step = (last - first) / CLOSER;
-    for (int k = 0; k <= CLOSER; k++) {
-        const float t = first + step * k;
-        if (estimate_at(grid, ray, t) - grid.margins[0] - 0.5f * step <= spread * t) return true;
-    }
-    return false;
-}
-
 // List a sample of a ray, unless that has been done; returns whether. i: the ray's number.
 __device__ bool list_sample(List list, Int i, Int number, const Ray &ray, Of<float> t, Of<unsigned char> state) {
     if (state[number] != BOUNDED) return false;
@@ -296,7 +285,6 @@ __device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of
 KERNEL list_doubtful(SAMPLES, GRID, DOUBTS) {
     extern __shared__ float shared[];
     EACH_RAY
-    THE_GRID
     THE_DOUBTS
     const Int first = within[0], threads = blockDim.x;
     Int end = within[1], found = 0;
@@ -310,9 +298,8 @@ KERNEL list_doubtful(SAMPLES, GRID, DOUBTS) {
     // A sample may be the entry, or the surface may hide in the gap before it, where both ends are listed.
     for (Int number = first; want_hit && number < end; number++) {
         const Int last = max(number - 1, first);
-        const bool hides = number != within[2] && outside && low[number] > tolerance
-                           && low[number] + low[last] < t[number] - t[last]
-                           && (wanted != HIT || comes_close(grid, ray, t[last], t[number], 0.0f));
+        const bool hides = wanted != HIT && outside && low[number] > tolerance
+                           && low[number] + low[last] < t[number] - t[last];
         if (low[number] <= tolerance || hides) {
             if (state[number] != EXACT) needed[number] = bounds.expected[number] - tolerance;
             found += list_sample(list, i, last, ray, t, state);
@@ -365,28 +352,60 @@ KERNEL widen(float *margins, float *most, int *how_many) {
     most[i] = 0.0f, how_many[i] = 0;
 }
 
-// Set passes (R,) to whether a ray may pass the surface within the radius spread * t, before it enters the object. Where
-// a sample is lower than its neighbours, the sdf falls by at most half of what its slope allows between them.
-KERNEL find_passes(SAMPLES, GRID, float spread, unsigned char *passes) {
+// Move one of a ray's samples to the distance `here`, if that is between its neighbours, and list it.
+__device__ void move_sample(List list, Int i, Int number, float here, const Ray &ray, Of<float> t,
+                            Of<unsigned char> state) {
+    if (!(t[number - 1] < here && here < t[number + 1])) return;
+    t[number] = here, state[number] = BOUNDED;
+    list_sample(list, i, number, ray, t, state);
+}
+
+// Of an sdf that stays as it is: where the grid is least along a ray before its entry, and the sdf may be as low as
+// spread * t, move three samples to there and to either side, and list them. Set passes (R,) to false.
+KERNEL list_closest(SAMPLES, GRID, const int *within, float spread, unsigned char *passes) {
     EACH_RAY
     THE_GRID
     passes[i] = 0;
-    for (Int number = 1; number < samples && !passes[i]; number++) {
-        float before = table[number - 1], value = table[number], width = t[number] - t[number - 1], after = value;
-        if (before > tolerance && value <= tolerance) return;
-        const Int next = min(number + 1, samples - 1);
-        if (next > number) after = table[next], width = fmaxf(width, t[next] - t[number]);
-        if (value <= before && value <= after && 0.5f * (value + fminf(before, after) - width) <= spread * t[number])
-            passes[i] = comes_close(grid, ray, t[number - 1], t[next], spread);
+    float start = t[0], end = t[1], last = INFINITE, last_t = 0.0f;     // the grid at the place before, less spread * t
+    Int falling = 0;    // the sample behind that place, if the grid has fallen to there
+    const Int moved = within[3 * i + 2];
+    for (Int number = 1; number < samples; number++) {
+        if (table[number - 1] > tolerance && table[number] <= tolerance) return;
+        const float next = t[min(number + 1, samples - 1)], width = end - start, step = width / CLOSER;
+        const bool open = number != moved      // else the grid falls to the entry
+                          && 0.5f * (table[number - 1] + table[number] - width) <= spread * end;
+        for (int k = 0; k <= CLOSER && (open || falling); k++) {
+            const float here = start + step * k;
+            const float value = open ? estimate_at(grid, ray, here) - spread * here : INFINITE;
+            if (falling && value > last) {
+                const bool close = number != moved && last <= margins[0] + 0.5f * step;
+                for (Int own = max(falling - 1, 1LL); close && own <= min(falling + 1, samples - 2); own++)
+                    if (own != moved) move_sample(list, i, own, last_t + (own - falling) * BESIDE * width, ray, t, state);
+                falling = 0;
+            } else if (value < last) falling = number;
+            last = value, last_t = here;
+        }
+        if (!open) last = INFINITE;
+        start = end, end = next;
     }
+}
+
+// Take in the sdf at the listed samples, and set passes where a ray is there within the radius spread * t of the surface,
+// or nearly: `slack` more.
+KERNEL take_closest(SAMPLES, Int listed, const float *values, float spread, float slack, unsigned char *passes) {
+    EACH(listed)
+    const int place = places[i];
+    all_table[place] = values[i], all_state[place] = EXACT;
+    if (values[i] <= spread * all_t[place] + slack) passes[place % rays] = 1;
+    if (i == 0) *count = 0;
 }
 
 // --- gaps
 
 // Set found (R, 2) to the distance of each ray's sample of least sdf, and 0; list its gaps, which are consecutive.
-KERNEL list_gaps(SAMPLES, GRID, const int *within, float *found, Gap *gaps, int *num_gaps, int *ray_gaps) {
+// slack: where only hits matter, list_closest has looked into the gaps, and one with higher ends hides nothing.
+KERNEL list_gaps(SAMPLES, float slack, float *found, Gap *gaps, int *num_gaps, int *ray_gaps) {
     EACH_RAY
-    THE_GRID
     Int least = 1;
     for (Int number = 2; number < samples; number++)
         if (table[number] < table[least]) least = number;
@@ -400,8 +419,7 @@ KERNEL list_gaps(SAMPLES, GRID, const int *within, float *found, Gap *gaps, int 
             const bool open = state[end] != EXACT && value <= tolerance;      // the rounds were too few
             bool entry = !open && (end == 0 ? fabsf(value) <= tolerance : before > tolerance && value <= tolerance);
             bool may_hide = end > 0 && before > tolerance && value > tolerance && before + value < t[end] - t[start]
-                            && end != within[3 * i + 2]      // the rest of the gap in which the ray enters
-                            && (wanted != HIT || comes_close(grid, ray, t[start], t[end], 0.0f));
+                            && (wanted != HIT || state[end] == EXACT && fminf(before, value) <= slack);
             if (!entry && !may_hide && !open) continue;
             while (start > 0 && state[start] != EXACT) start--;
             if (open) {

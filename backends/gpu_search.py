@@ -5,7 +5,7 @@ So kernels choose (gpu_search.cu, which follows ray_tracer.py and tracing/sdf_gr
 many points come next. No network is known here. Importing this file needs CuPy.
 """
 from pathlib import Path
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional, Tuple, Union
 
 import cupy
 import numpy as np
@@ -14,15 +14,17 @@ from backends.gpu_kernels import Device, Pointer, compiled, copy, page_locked
 
 ROUNDS = 2      # of doubtful samples. Each takes as long as a thousand points; what is left open is walked through
 FINER = 4       # times as many points a side has the grid of an sdf that stays as it is
-CLOSER = 16     # places at which a gap of such an sdf is looked at
+CLOSER = 16     # places at which a gap between samples is looked at, on such a grid
+BESIDE = 0.25   # of a gap: so far from where the grid is least the sdf is looked at, too
 USUAL, NEARLY_ALL = 0.9, 0.999      # shares of its cells: its error in these is taken for its usual and its largest one
 THREADS = 32    # of a block: few, so that a few thousand rays keep all of a GPU busy
 SHARED = 48 << 10   # bytes of shared memory that a block may have
 GAP_BYTES = 32
+Array = Union[np.ndarray, cupy.ndarray]
 HIT_OR_LEAST, HIT = 1, 2    # what is wanted of a ray, in gpu_search.cu
 SOURCE = Path(__file__).with_suffix(".cu")
 KERNELS = ("learn change list_near list_middles put_values list_first_guess list_doubtful take note_needs widen "
-           "find_passes list_gaps look_ahead take_in find_hits").split()
+           "list_closest take_closest list_gaps look_ahead take_in find_hits").split()
 
 
 class Grid:
@@ -36,7 +38,7 @@ class Grid:
         with search.device.current():
             self.on_gpu = cupy.asarray(values, np.float32), cupy.asarray(margins, np.float32)
             self.needs = cupy.zeros(margins.size, np.float32), cupy.zeros(margins.size, np.int32)
-        self.arguments, self.changes, self.given = (*self.on_gpu, self.side), None, ()
+        self.arguments, self.changes = (*self.on_gpu, self.side), None
 
     @property
     def values(self) -> np.ndarray:
@@ -60,14 +62,10 @@ class Grid:
             with self.search.device.current():
                 self.search.start("change", len(self.changes), self.on_gpu[0], self.changes, len(self.changes))
 
-    def learn(self, points: np.ndarray, values: np.ndarray) -> None:
+    def learn(self, points: Array, values: Array) -> None:
         """Learn values (N,) at points (N, 3), float32."""
         with self.search.device.current():
-            if len(points) != len(self.given):
-                self.given, self.taken = page_locked((len(points), 4)), cupy.empty((4, len(points)), np.float32)
-            self.given.ravel()[:] = np.concatenate([points.ravel(), values])
-            copy(self.taken.data.ptr, self.given.ctypes.data, self.given.nbytes)
-            self.hear(self.taken[:3], self.taken[3], len(points))
+            self.hear(cupy.asarray(points), cupy.asarray(values), len(points))
             self.learn_heard()
 
 
@@ -81,7 +79,7 @@ class Search:
     def __init__(self, device: Device, evaluate: Callable[[Pointer, Pointer, int], None]):
         self.device, self.evaluate, self.kernels, self.still = device, evaluate, None, None
         self.room, self.ray_room, self.fractions = 0, 0, ()
-        self.evaluations = {"samples": 0, "refinement": 0}
+        self.evaluations = {"samples": 0, "closest": 0, "refinement": 0}
         with device.current():
             self.count, self.num_gaps = (cupy.zeros(1, np.int32) for _ in range(2))
             self.number = page_locked((1,), np.int32)
@@ -89,7 +87,7 @@ class Search:
     def remember(self, grid, limits) -> Grid:
         """Return the Grid of a SdfGrid; limits: ray_tracer.Limits."""
         with self.device.current():
-            self.kernels = self.kernels or compiled(SOURCE, KERNELS, "-fmad=false", CLOSER=CLOSER,
+            self.kernels = self.kernels or compiled(SOURCE, KERNELS, "-fmad=false", CLOSER=CLOSER, BESIDE=BESIDE,
                                                     **limits.constants)
         return Grid(self, grid.values, grid.margins)
 
@@ -128,28 +126,29 @@ class Search:
         return self.search(chords, fractions, how, limits, grid)[:2]
 
     def first_hits(self, chords, fractions: np.ndarray, how, limits, grid: Grid,
-                   spread: Optional[float]) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+                   spread: float) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return t (R,) float32 and hit (R,) bool of rays that all want a hit, and none the least sample.
 
-        The third result, passes (R,) bool, tells the rays that may pass the surface as cones would that have the radius
-        `spread` at distance 1. Without spread there are none. The grid stays as it is.
+        The third result, passes (R,) bool, tells the rays that pass the surface, before they hit it, so narrowly that
+        cones with the radius `spread` at distance 1 touch it, or that miss this by less than the grid's usual error.
+        The grid stays as it is.
         """
-        return self.search(chords, fractions, how, limits, grid, hits_alone=True, spread=spread)
+        return self.search(chords, fractions, how, limits, grid, spread)
 
-    def search(self, chords, fractions, how, limits, grid, *, hits_alone=False, spread=None):
-        """As first_hits; without hits_alone, as __call__."""
+    def search(self, chords, fractions, how, limits, grid, spread=None):
+        """As first_hits; without a spread, as __call__."""
         with self.device.current():
             num_rays = len(chords.near)
             self.reserve(num_rays, len(fractions))
-            self.send(chords, fractions, HIT if hits_alone else HIT_OR_LEAST)
+            self.send(chords, fractions, HIT_OR_LEAST if spread is None else HIT)
             samples = (self.rays, num_rays, len(fractions), self.t, self.table, self.state, np.float32(how.tolerance),
                        *self.list)
-            learning = None if hits_alone else grid
+            learning = grid if spread is None else None
             self.fill_table(samples, num_rays, grid, learning)
             if spread is not None:
-                self.start("find_passes", num_rays, *samples, *grid.arguments, np.float32(spread), self.passes)
-            self.start("list_gaps", num_rays, *samples, *grid.arguments, self.within, self.found, self.gaps,
-                       self.num_gaps, self.ray_gaps)
+                self.look_closely(samples, grid, np.float32(spread))
+            self.start("list_gaps", num_rays, *samples, grid.usual_error, self.found, self.gaps, self.num_gaps,
+                       self.ray_gaps)
             num_gaps = self.read(self.num_gaps)
             if num_gaps:
                 self.refine(num_gaps, how, limits, learning)
@@ -157,7 +156,7 @@ class Search:
             copy(self.host_found.ctypes.data, self.found.data.ptr, 8 * num_rays)
             self.num_gaps.fill(0)
             cupy.cuda.runtime.streamSynchronize(0)
-            passes = np.zeros(num_rays, bool) if spread is None else self.passes[:num_rays].get() > 0
+            passes = self.passes[:num_rays].get() > 0
         found = self.host_found[:num_rays]
         return found[:, 0].copy(), found[:, 1] > 0, passes
 
@@ -225,6 +224,13 @@ class Search:
         if learning:
             self.start("note_needs", num_rays, *samples, *self.doubts, self.within, *grid.needs)
             self.start("widen", len(grid.needs[0]), grid.on_gpu[1], *grid.needs)
+
+    def look_closely(self, samples: tuple, grid: Grid, spread: np.float32) -> None:
+        """Evaluate the points where rays come closest to the surface before they enter. Find which pass narrowly."""
+        self.start("list_closest", samples[1], *samples, *grid.arguments, self.within, spread, self.passes)
+        count = self.listed("closest", None)
+        if count:
+            self.start("take_closest", count, *samples, count, self.values, spread, grid.usual_error, self.passes)
 
     def take_samples(self, learning: Optional[Grid]) -> int:
         """Evaluate the listed samples; return their number."""

@@ -45,6 +45,7 @@ ALPHA = 50.0    # of the mask loss, as at the start of training
 LEARNING_RATE = 1e-4
 GRADIENTS = "gradients"     # of the losses: the networks, the losses, and the way back
 COMPILED = "trace, gradients"       # on a CPU, where one compiled function does both
+WHOLE = "step"      # as in a training, which waits for a GPU only where it needs a result
 # The functions of the tracer that evaluate, and their titles.
 STAGES = {(ray_tracer, "_coarse_to_fine"): "samples", (ray_tracer, "_refine"): "refinement"}
 
@@ -64,7 +65,8 @@ def main():
     parser.add_argument("--views", type=int, nargs="+", default=[],
                         help="measure steps on made-up scenes of so many views, kept in a file as large scenes are")
     parser.add_argument("--megapixels", type=float, default=2.0, help="size of each of these views")
-    parser.add_argument("--steps", type=int, default=10, help="steps to measure, after as many for warming up")
+    parser.add_argument("--steps", type=int, default=10,
+                        help="steps to measure in parts, and as many as a whole, after as many for warming up")
     parser.add_argument("--resolution", type=int, default=128, help="of the extraction, in cells")
     args = parser.parse_args()
     world = parallel.connect(args.context, args.device_id)
@@ -198,12 +200,12 @@ def named_stages(stage: Dict[str, str]) -> Iterator[None]:
 
 def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, num_steps: int,
                   world: parallel.World) -> Tuple[Dict[str, List[float]], Dict[str, float], float]:
-    """Take 2 num_steps training steps and measure the second half. The networks change, as what the search remembers
-    of the sdf must be as old as in a training.
+    """Take 3 num_steps training steps. Measure the parts of the second third, and the steps of the last one as a whole.
 
-    Each of several processes measures its own steps; waiting for the others counts as all-reduce.
-    Returns {part: seconds of each step}, {stage of the tracer: evaluations per step; "<stage> calls": calls per step},
-    and the mean number of surface rows.
+    The networks change, as what the search remembers of the sdf must be as old as in a training. Each of several
+    processes measures its own steps; waiting for the others counts as all-reduce.
+    Returns {part: seconds of each step; WHOLE: the same}, {stage of the tracer: evaluations per step; "<stage> calls":
+    calls per step}, and the mean number of surface rows.
     """
     rng = np.random.default_rng(world.rank)
     solver = S.Adam(LEARNING_RATE)
@@ -216,8 +218,9 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
     def timed_part(name, function, *args):
         start = time.perf_counter()
         result = function(*args)
-        synchronize()
-        seconds[name].append(time.perf_counter() - start)
+        if number < 2 * num_steps:
+            synchronize()
+            seconds[name].append(time.perf_counter() - start)
         return result
 
     def counting(points, counted=sdf):
@@ -228,29 +231,36 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
     counting.half_precision = sdf.half_precision and (lambda points: counting(points, sdf.half_precision))
     counting.search = sdf.search
 
-    for number in range(2 * num_steps):
+    batch = next(batches)
+    for number in range(3 * num_steps):
+        start = time.perf_counter()
         if number == num_steps:
-            for measured in (seconds, evaluations, num_surface):
-                measured.clear()
+            for warm in (seconds, evaluations, num_surface):
+                warm.clear()
             before = dict(sdf.search.evaluations) if sdf.search else {}
-        batch = timed_part("batch", next, batches)
+        if number == 2 * num_steps:
+            count_search(evaluations, sdf.search, before, num_steps)
+            measured = dict(evaluations)
         if network.on_cpu():        # one compiled function does it all
-            placed, _ = timed_part(COMPILED, step.take, solver, PointSearch(sdf, tracer, grid), batch, ALPHA, rng)
+            placed, losses = timed_part(COMPILED, step.take, solver, PointSearch(sdf, tracer, grid), batch, ALPHA, rng)
             for place, (points, _) in enumerate(grid.heard):    # of each block, as training/search.py says
                 evaluations["refinement" if place % 2 else "samples"] += len(points) / num_steps
         else:
             timed_part("refresh", sdf.refresh)
             with named_stages(stage):
                 placed = timed_part("trace", place_points, sdf if grid else counting, batch, tracer, rng, grid)
-            timed_part(GRADIENTS, step.compute_gradients, solver, batch, placed, ALPHA, rng)
-        if grid:
-            timed_part("learn", lambda: (grid.learn_heard(), grid.learn(*step.uniform_points())))
+            losses = timed_part(GRADIENTS, step.compute_gradients, solver, batch, placed, ALPHA, rng)
         num_surface.append(placed.hit_in_mask.sum())
         if world.size > 1:
             timed_part("all-reduce", world.mean_gradients)
+        if grid:
+            timed_part("learn", lambda: (grid.learn_heard(), grid.learn(*step.uniform_points())))
+        batch = timed_part("batch", next, batches)
+        float(losses["loss"].d)     # as train.py does, which checks it
         timed_part("update", solver.update)
-    count_search(evaluations, sdf.search, before, num_steps)
-    return seconds, evaluations, np.mean(num_surface)
+        if number >= 2 * num_steps:
+            seconds[WHOLE].append(time.perf_counter() - start)
+    return seconds, measured, np.mean(num_surface)
 
 
 def count_search(evaluations: Dict[str, float], search: Optional[Callable], before: Dict[str, int],
@@ -267,12 +277,11 @@ def print_steps(seconds: Dict[str, List[float]], evaluations: Dict[str, float], 
     rows = 1.5 * num_rays + num_surface
     traced = sum(evaluations[stage] for stage in set(STAGES.values()))
     floors = {"trace": traced * sdf_flops, GRADIENTS: 6 * rows * sdf_flops + 3 * num_surface * rendering_flops}
-    floors[COMPILED] = sum(floors.values())
+    floors[COMPILED] = floors[WHOLE] = sum(floors.values())
     print_row("part", "ms", "floor ms", "ratio")
     for name, values in seconds.items():
         print_row(name, 1e3 * np.median(values), *floor(floors.get(name), np.median(values), machine.rate))
-    whole = np.median(np.sum(list(seconds.values()), axis=0))
-    print_row("step", 1e3 * whole, *floor(floors[COMPILED], whole, machine.rate))
+    whole = np.median(seconds[WHOLE])
     print(f"step: {whole / machine.yardstick:.2f} yardsticks; surface rows {num_surface:.0f}; {num_rays / whole:.0f} "
           "rays per second")
     print(f"evaluations per step: {traced:.0f}: " + ", ".join(

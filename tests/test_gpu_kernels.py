@@ -81,7 +81,7 @@ def take_step(step, given, rng=0):
     return found
 
 
-def assert_equal(found, wanted, tolerance=1e-5):
+def assert_equal(found, wanted, tolerance=2e-5):       # a bias's gradient is a sum over all rows, in another order
     assert found.keys() == wanted.keys()
     assert {name: error for name in wanted
             if not (error := relative_error(found[name], wanted[name])) <= tolerance} == {}
@@ -131,7 +131,7 @@ def test_the_sdf_at_the_uniform_points_is_told(on_gpu):
     step, sdf = TrainingStep((), LossSettings(100.0, 0.1), 20), network.sdf_evaluator()
     for _ in range(2):
         take_step(step, new_batch(20, 0.5, rng), rng=1)
-        points, values = step.uniform_points()
+        points, values = (array.get() for array in step.uniform_points())
         assert points.shape == (10, 3) and np.abs(values - sdf(points)).max() < 1e-5
 
 

@@ -30,6 +30,11 @@ class Cones:
 
         return noted
 
+    def note_passes(self, rays, num_rays: int) -> None:
+        """Note the rays, indices (n,), that another search has found to pass narrowly."""
+        self.touches, self.leaves = np.full((2, num_rays), np.inf, np.float32)
+        self.touches[rays] = self.leaves[rays] = 0
+
     def look_between(self, sdf_at, rays, ends, values):
         """Evaluate where the sdf may be least between two ends that have met, on n rays; sdf_at is that of `noting`.
 

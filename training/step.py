@@ -200,7 +200,7 @@ class TrainingStep:
         solver.zero_grad()
         graph.forward()
         graph.backward()
-        self.latest = uniform, graph, order
+        self.latest = graph, order
         return dict(zip(LOSSES, graph.losses()))
 
     def take_compiled(self, solver, batch, alpha, rng, **points) -> Tuple[Placed, dict]:
@@ -243,8 +243,11 @@ class TrainingStep:
         return self.graphs[size]
 
     def uniform_points(self) -> Tuple[np.ndarray, np.ndarray]:
-        """Return the eikonal loss's uniform points (R / 2, 3) and the sdf there (R / 2,), after a step by kernels."""
-        return self.latest[0], self.latest[1].uniform_sdf
+        """Return the eikonal loss's uniform points (R / 2, 3) and the sdf there (R / 2,), after a step by kernels.
+
+        They are arrays where the kernels run: of NumPy's, or of CuPy's.
+        """
+        return (self.latest[0], self.latest[1].uniform_sdf) if self.compiled else self.latest[0].uniform_points()
 
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
         """Return the loss's gradients with respect to the batch's points and directions, (R, 3) float32 each.
@@ -253,7 +256,7 @@ class TrainingStep:
         """
         if self.compiled:
             return self.latest[1].grad_rays
-        _, graph, order = self.latest
+        graph, order = self.latest
         grad_points, grad_directions = np.zeros((2, self.num_rays, 3), np.float32)
         found_points, found_directions = graph.grad_rays()
         grad_points[order], grad_directions[order[:len(found_directions)]] = found_points, found_directions
