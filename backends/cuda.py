@@ -124,7 +124,7 @@ class StepEvaluation:
         return tuple(Late(self.step, np.array(weights)) for weights in ((1.0, *self.weights), *np.eye(3)))
 
     def uniform_points(self) -> Tuple[cupy.ndarray, cupy.ndarray]:
-        """Return the points (R / 2, 3) behind the rays', and the sdf there (R / 2,), on the GPU, until the next step."""
+        """Return the points (R / 2, 3) behind the rays', and the sdf there (R / 2,), on the GPU, for now."""
         return self.step.inputs.points[self.num_rays:], self.step.sdf[self.num_rays:]
 
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,5 @@
 import os
+import signal
 import sys
 
 import hypothesis
@@ -11,6 +12,12 @@ from commands import ROOT
 sys.path.insert(0, str(ROOT))
 
 SHARED = ROOT.parent / "shared"
+
+# A job in a shell's background ignores interrupts, and one under nohup hang-ups. Its children, which tests interrupt,
+# would inherit that.
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
 
 # Profiles of the property tests: "few" tries the same few cases in every run; `make fuzz` takes "many".
 hypothesis.settings.register_profile("few", max_examples=25, derandomize=True, deadline=None, database=None,
