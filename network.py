@@ -82,8 +82,8 @@ def on_cpu() -> bool:
 
 
 def renders_at_once() -> int:
-    """Return how many views to render at a time. On a GPU two: it works on one while the host works on the other."""
-    return 1 if on_cpu() else 2
+    """Return how many views to render at a time. On a GPU three: it works on one while the host works on the others."""
+    return 1 if on_cpu() else 3
 
 
 def backend() -> ModuleType:

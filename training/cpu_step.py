@@ -15,7 +15,7 @@ from backends.cpu_kernels import Block, LossTerms, Networks, Split, StepRows, We
 from config.settings import Tracer
 from datasets import Batch
 from ray_tracer import Chords, Refinement
-from tracing.compiling import compiled, inlined
+from tracing.compiling import compiled, inlined, plain
 from tracing.sdf_grid import SdfGrid
 from training.search import Found, Known, search, take_in
 
@@ -33,9 +33,9 @@ class StepResults(NamedTuple):
     points: np.ndarray          # (R, 3) float32, that carry the losses; given if they are not searched
     hit: np.ndarray             # (R,) bool, whether they are hits in the mask; the same
     uniform_sdf: np.ndarray     # (R / 2,) float32
+    sums: np.ndarray            # (blocks, 3) float64, shares of the colour, mask and eikonal loss
     grad_rays: Tuple[np.ndarray, np.ndarray]    # (R, 3) each, the losses' gradients with respect to the points and the
                                                 # directions; empty if they are not wanted
-    sums: np.ndarray            # (blocks, 3) float64, shares of the colour, mask and eikonal loss
     grad_packed: Tuple[np.ndarray, np.ndarray]  # (blocks, P) each, shares of the gradients of both networks
 
 
@@ -63,8 +63,11 @@ class CompiledStep:
         grid, known = grid_search or (None, NOTHING_KNOWN)
         found = [None] * split.blocks
 
+        arguments = plain((split, rays.chords[:3], (*rays.chords[3:], rays.rgb, rays.weights), rays.uniform,
+                           known[:3], known.how, *nets, terms, results[:4], results[4:]))
+
         def step_part(number, split):
-            found[number] = step_block(number, split, rays, known, nets, terms, results)
+            found[number] = take_block(number, *arguments)
 
         cpu_kernels.on_all_cores(step_part, split)
         if grid:
@@ -78,11 +81,11 @@ class CompiledStep:
         """Return results to write to."""
         (count, f), wanted = (len(rays.rgb), np.float32), len(rays.rgb) if self.want_grad_rays else 0
         points, hit = placed or (np.empty((count, 3), f), np.empty(count, bool))
-        # One type and memory order. With another signature of step_block in the process, Numba gave wrong results.
+        # One type and memory order. With another signature of take_block in the process, Numba gave wrong results.
         points, hit = np.ascontiguousarray(points, f), np.ascontiguousarray(hit, bool)
         grad_rays = np.zeros((wanted, 3), f), np.zeros((wanted, 3), f)
         grad_packed = tuple(np.empty((blocks, len(weights.packed)), f) for weights in self.weights)
-        return StepResults(points, hit, np.empty(len(rays.uniform), f), grad_rays, np.empty((blocks, 3)), grad_packed)
+        return StepResults(points, hit, np.empty(len(rays.uniform), f), np.empty((blocks, 3)), grad_rays, grad_packed)
 
 
 NOTHING_KNOWN = Known(np.empty((0, 0, 0), np.float32), np.zeros(1, np.float32), np.empty(0, np.float32),
@@ -110,6 +113,16 @@ def known_of(grid: SdfGrid, tracer: Tracer, rng: np.random.Generator) -> Known:
 # --- a block ----------------------------------------------------------------------------------------------------------
 
 @compiled
+def take_block(number, split, lines, rays, uniform, known, how, implicit, rendering, inputs, terms, found,
+               gradients) -> Found:
+    """Do step_block. The arguments are its own, as `plain` makes them, and cut where they have many arrays."""
+    return step_block(number, Split(*split), StepRays(Chords(*lines, *rays[:2]), *rays[2:], uniform),
+                      Known(*known, Refinement(*how)),
+                      Networks(Weights(*implicit), Weights(*rendering), inputs), LossTerms(*terms),
+                      StepResults(*found, *gradients))
+
+
+@inlined
 def step_block(number: int, split: Split, rays: StepRays, known: Known, nets: Networks, terms: LossTerms,
                results: StepResults) -> Found:
     """Take one block of a step, and write to results. Returns the Found of the search."""
