@@ -16,7 +16,7 @@ import numpy as np
 
 import datasets
 from files import pictures
-from helper import SHORT, UserError, check_is_file, decompose_projection
+from helper import SHORT, UserError, check_is_file, decompose_projection, unit
 
 FORMATS = """a COLMAP model (cameras and images, .bin or .txt, in the folder itself, sparse/ or sparse/0/), \
 transforms.json, cameras.npz, a Middlebury *_par.txt, or cameras.json with K, R and t of each image"""
@@ -28,6 +28,7 @@ MOST_POINTS = 10 ** 7
 MAX_PART, MAX_PATH = 255, 1000  # bytes of a file's name, the usual limit, and of a path in a camera file
 FARTHEST = 1e12             # the largest number in a camera; beyond, double precision gives noise
 LONGEST_SIDE = 10 ** 6      # pixels of a camera's image
+WIDE = 10.0                 # degrees, about, between two directions from which a point is seen, for it to lie well
 
 # COLMAP's camera models in the order of their numbers in cameras.bin: name and parameters. Distortion coefficients have
 # OpenCV's names.
@@ -320,7 +321,7 @@ def read_colmap(model, images):
     parents = [model, model.absolute().parent, model.absolute().parent.parent, model.absolute().parent.parent.parent]
     folder = images or picture_folder([parent / "images" for parent in parents])
     views = []
-    for name, rotation, translation, camera in sorted(posed, key=lambda entry: natural_key(entry[0])):
+    for _, name, rotation, translation, camera in sorted(posed, key=lambda entry: natural_key(entry[1])):
         if camera not in cameras:
             raise UserError(f"{model}: image {name[:200]} has the camera {str(camera)[:20]}, which the model's cameras "
                             "lack")
@@ -341,11 +342,11 @@ def colmap_cameras(model):
 
 
 def colmap_images(model):
-    """Return (name, rotation (3, 3), translation (3,), camera's number) for each image of a COLMAP model."""
+    """Return (number, name, rotation (3, 3), translation (3,), camera's number) for each image of a COLMAP model."""
     path = model / "images.bin"
     rows = binary_images(path) if path.is_file() else text_images(model / "images.txt")
-    return [(name, quaternion_rotation(values[:4], f"{model}: image {name[:200]}"), np.array(values[4:7]), camera)
-            for name, values, camera in rows]
+    return [(number, name, quaternion_rotation(values[:4], f"{model}: image {name[:200]}"), np.array(values[4:7]),
+             camera) for number, name, values, camera in rows]
 
 
 def colmap_intrinsics(where, name, width, height, values):
@@ -421,11 +422,11 @@ def binary_cameras(path):
 
 
 def binary_images(path):
-    """Return (name, quaternion and translation, camera's number) of each image in an images.bin."""
+    """Return (number, name, quaternion and translation, camera's number) of each image in an images.bin."""
     size = os.path.getsize(str(path))
 
     def row(file):
-        _, *values, camera = unpack(file, "i7di")
+        number, *values, camera = unpack(file, "i7di")
         start, name = file.tell(), file.read(MAX_NAME)
         if b"\0" not in name:
             raise ValueError("a name does not end: truncated, or not COLMAP's")
@@ -435,7 +436,7 @@ def binary_images(path):
         if file.tell() + 24 * points > size:
             raise ValueError("it ends too early: truncated, or not COLMAP's")
         file.seek(24 * points, os.SEEK_CUR)  # x, y and the 3D point's number of each keypoint
-        return name.decode("utf-8"), values, camera
+        return number, name.decode("utf-8"), values, camera
     return binary_rows(path, row)
 
 
@@ -461,15 +462,30 @@ def read_points3d(model):
 
 
 def sparse_points_of(source):
-    """Return the points (N, 3) float64 that at least three images see, of the COLMAP model that `read_views` reads.
+    """Return the points (N, 3) float64 of the COLMAP model that `read_views` reads which lie well.
 
+    At least three images see them, from directions some WIDE degrees apart. In a video, or among hundreds of
+    photographs, many points are seen by neighbours alone, and are far off along the rays.
     source: as for read_views. N is 0 for cameras of another format. Raises UserError if the points' file is damaged.
     """
     reader, path = cameras_of_folder(Path(source), single=False) or (None, None)
     if reader is not read_colmap:
         return np.zeros((0, 3))
-    points, seen_by = read_points3d(largest_model(colmap_models(Path(source)), say=lambda text: None))
-    return points[np.array([len(set(images)) >= 3 for images in seen_by], bool)]
+    model = largest_model(colmap_models(Path(source)), say=lambda text: None)
+    points, seen_by = read_points3d(model)
+    if not len(points):
+        return points
+    posed = sorted(colmap_images(model), key=lambda entry: entry[0])
+    numbers = np.array([number for number, *_ in posed])
+    centres = np.stack([-rotation.T @ translation for _, _, rotation, translation, _ in posed])
+    point, image = np.repeat(np.arange(len(points)), list(map(len, seen_by))), np.concatenate(seen_by)
+    known = np.isin(image, numbers)
+    point, image = np.unique(np.stack([point[known], image[known]]), axis=1)
+    rays = unit(points[point] - centres[np.searchsorted(numbers, image)])
+    middle = unit(np.stack([np.bincount(point, rays[:, axis], len(points)) for axis in range(3)], axis=1))
+    least = np.ones(len(points))
+    np.minimum.at(least, point, (rays * middle[point]).sum(axis=1))
+    return points[(np.bincount(point, minlength=len(points)) >= 3) & (least <= np.cos(np.radians(WIDE / 2)))]
 
 
 def binary_points3d(path):
@@ -520,8 +536,8 @@ def text_images(path):
         if not keypoints_follow:
             words = line.split(None, 9)
             try:
-                parse_int(words[0])
-                rows.append((words[9].strip(), [float(word) for word in words[1:8]], parse_int(words[8])))
+                rows.append((parse_int(words[0]), words[9].strip(), [float(word) for word in words[1:8]],
+                             parse_int(words[8])))
             except (ValueError, IndexError):
                 raise UserError(f"{path}, line {index}: wanted are number, quaternion, translation, camera and name, "
                                 "and a line of keypoints, which may be empty") from None

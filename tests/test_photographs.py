@@ -370,6 +370,24 @@ def test_pictures_that_are_refused_by_name(refused, tmp_path):
     assert "d.png" in refused("broken", "--output", "mine")
 
 
+def test_points_that_are_seen_from_one_side_are_left_out(tmp_path):
+    """Cameras at (x, 0, 0) look along z, at points 10 away."""
+    (tmp_path / "sparse").mkdir()
+    model = tmp_path / "sparse"
+    (model / "cameras.txt").write_text("1 PINHOLE 100 100 100 100 50 50\n")
+    places = {7: 0.0, 2: 0.5, 9: 1.0, 4: 3.0}
+    (model / "images.txt").write_text("".join(
+        f"{number} 1 0 0 0 {-x} 0 0 1 {number}.png\n\n" for number, x in places.items()))
+    seen = {"0.5 0 10": (7, 2, 9), "1.5 0 10": (7, 2, 4), "1 1 10": (7, 4), "2 0 10": (7, 7, 4), "3 0 10": (2, 9, 4, 1)}
+    (model / "points3D.txt").write_text("".join(
+        f"{number} {point} 0 0 0 0.5 {' '.join(f'{image} 0' for image in images)}\n"
+        for number, (point, images) in enumerate(seen.items())))
+    for number in places:
+        (tmp_path / f"{number}.png").touch()
+    found = camera_files.sparse_points_of(tmp_path)
+    np.testing.assert_array_equal(found, [(1.5, 0, 10), (3, 0, 10)])
+
+
 def test_the_points_of_a_model_as_text_and_bytes(tmp_path):
     pycolmap = pytest.importorskip("pycolmap")
     model = pycolmap.synthesize_dataset(pycolmap.SyntheticDatasetOptions(num_points3D=20))
