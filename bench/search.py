@@ -4,7 +4,8 @@
     python bench/search.py --config config/default.yaml --model-load-path model.h5 --steps 1000
 
 Writes nothing but a table: of all compared steps since the last line, the share of rays whose hits differ, of common
-hits that lie apart, and of least samples that differ; the mask loss's relative difference; evaluations of both.
+hits that lie apart, and of least samples that differ; by how much the mask losses differ, of their sum; evaluations of
+both.
 """
 import sys
 from pathlib import Path
@@ -33,7 +34,8 @@ class Compared(NamedTuple):
     hits: float             # share of the rays of which one has a hit and the other has none
     distances: float        # share of the common hits that lie apart by more than 4 times the tolerance
     least: float            # share of the other rays whose points differ
-    mask_loss: float        # relative difference
+    away: float             # absolute difference of the mask losses
+    mask_loss: float        # that of the full search
 
 
 def main():
@@ -57,7 +59,7 @@ def main():
         if (step + 1) % max(num_steps // LINES, EVERY) == 0 and found:
             answers, evaluations, full = (np.mean(column, axis=0) for column in zip(*found))
             tqdm.write(f"{step + 1:7d}" + "".join(f"{value:9.3%}" for value in answers[:3])
-                       + f"{answers[3]:11.1e}{evaluations:13.0f}{full:8.0f}")
+                       + f"{answers[3] / max(answers[4], 1e-12):11.1e}{evaluations:13.0f}{full:8.0f}")
             found = []
 
 
@@ -108,7 +110,7 @@ def difference(sdf, batch, alpha, ours: Placed, full: Placed, tolerance) -> Comp
     apart = np.linalg.norm(ours.points - full.points, axis=1)
     losses = [mask_loss(sdf(placed.points), batch, placed.hit_in_mask, alpha) for placed in (ours, full)]
     return Compared(np.mean(ours.hit_in_mask != full.hit_in_mask), np.mean(apart[both] > 4 * tolerance),
-                    np.mean(apart[neither] > 0), abs(losses[0] - losses[1]) / max(losses[1], 1e-12))
+                    np.mean(apart[neither] > 0), abs(losses[0] - losses[1]), losses[1])
 
 
 def mask_loss(values, batch, hit_in_mask, alpha):
