@@ -223,14 +223,7 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
             seconds[name].append(time.perf_counter() - start)
         return result
 
-    def counting(points, counted=sdf):
-        evaluations[stage["now"]] += len(points) / num_steps
-        evaluations[stage["now"] + " calls"] += 1 / num_steps
-        return counted(points)
-
-    counting.half_precision = sdf.half_precision and (lambda points: counting(points, sdf.half_precision))
-    counting.search = sdf.search
-
+    counted = counting_stages(sdf, stage, evaluations, num_steps)
     batch = next(batches)
     for number in range(3 * num_steps):
         start = time.perf_counter()
@@ -248,7 +241,7 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
         else:
             timed_part("refresh", sdf.refresh)
             with named_stages(stage):
-                placed = timed_part("trace", place_points, sdf if grid else counting, batch, tracer, rng, grid)
+                placed = timed_part("trace", place_points, sdf if grid else counted, batch, tracer, rng, grid)
             losses = timed_part(GRADIENTS, step.compute_gradients, solver, batch, placed, ALPHA, rng)
         num_surface.append(placed.hit_in_mask.sum())
         if world.size > 1:
@@ -261,6 +254,18 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
         if number >= 2 * num_steps:
             seconds[WHOLE].append(time.perf_counter() - start)
     return seconds, measured, np.mean(num_surface)
+
+
+def counting_stages(sdf, stage: Dict[str, str], evaluations: Dict[str, float], num_steps: int) -> Callable:
+    """Return an sdf as network.sdf_evaluator gives it, which counts its points and calls in each stage, per step."""
+    def counting(points, counted=sdf):
+        evaluations[stage["now"]] += len(points) / num_steps
+        evaluations[stage["now"] + " calls"] += 1 / num_steps
+        return counted(points)
+
+    counting.half_precision = sdf.half_precision and (lambda points: counting(points, sdf.half_precision))
+    counting.search = sdf.search
+    return counting
 
 
 def count_search(evaluations: Dict[str, float], search: Optional[Callable], before: Dict[str, int],

@@ -473,11 +473,17 @@ def sparse_points_of(source):
         return np.zeros((0, 3))
     model = largest_model(colmap_models(Path(source)), say=lambda text: None)
     points, seen_by = read_points3d(model)
-    if not len(points):
-        return points
-    posed = sorted(colmap_images(model), key=lambda entry: entry[0])
-    numbers = np.array([number for number, *_ in posed])
-    centres = np.stack([-rotation.T @ translation for _, _, rotation, translation, _ in posed])
+    places = {number: -rotation.T @ translation for number, _, rotation, translation, _ in colmap_images(model)}
+    return points[seen_widely(points, seen_by, places)] if len(points) else points
+
+
+def seen_widely(points, seen_by, places):
+    """Return which points (N,) bool at least three cameras see, from directions some WIDE degrees apart.
+
+    seen_by: N arrays of cameras' numbers; places: {camera's number: where it is (3,)}. Others' numbers do not count.
+    """
+    numbers = np.array(sorted(places))
+    centres = np.stack([places[number] for number in numbers])
     point, image = np.repeat(np.arange(len(points)), list(map(len, seen_by))), np.concatenate(seen_by)
     known = np.isin(image, numbers)
     point, image = np.unique(np.stack([point[known], image[known]]), axis=1)
@@ -485,7 +491,7 @@ def sparse_points_of(source):
     middle = unit(np.stack([np.bincount(point, rays[:, axis], len(points)) for axis in range(3)], axis=1))
     least = np.ones(len(points))
     np.minimum.at(least, point, (rays * middle[point]).sum(axis=1))
-    return points[(np.bincount(point, minlength=len(points)) >= 3) & (least <= np.cos(np.radians(WIDE / 2)))]
+    return (np.bincount(point, minlength=len(points)) >= 3) & (least <= np.cos(np.radians(WIDE / 2)))
 
 
 def binary_points3d(path):

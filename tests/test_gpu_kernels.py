@@ -81,7 +81,7 @@ def take_step(step, given, rng=0):
     return found
 
 
-def assert_equal(found, wanted, tolerance=2e-5):       # a bias's gradient is a sum over all rows, in another order
+def assert_equal(found, wanted, tolerance=1e-5):
     assert found.keys() == wanted.keys()
     assert {name: error for name in wanted
             if not (error := relative_error(found[name], wanted[name])) <= tolerance} == {}
