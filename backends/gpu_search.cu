@@ -4,11 +4,11 @@
 //
 // Rows of `rays`: origin, direction, near end and length of the chord, what is wanted. t, table, state (S, R): the
 // samples' distances; their sdf, or a lower bound of it; and which of the two. They lie by samples, not by rays, as
-// neighbouring threads then read neighbouring places.
+// neighbouring threads then read neighbouring places. BETWEEN: the bound is a parabola's.
 typedef long long Int;
 #define KERNEL extern "C" __global__ void
 #define INFINITE 3e38f
-enum State : unsigned char { BOUNDED, LISTED, EXACT };
+enum State : unsigned char { BOUNDED, BETWEEN, LISTED, EXACT };
 enum Wanted { LEAST, HIT_OR_LEAST, HIT };
 
 struct Ray { float origin[3], direction[3], near, length, wanted; };
@@ -45,7 +45,7 @@ __device__ void put(List list, int k, int place, const Ray &ray, float t) {
 
 // --- the grid
 
-struct Grid {       // values (side, side, side), margins (NUM_MARGINS,)
+struct Grid {       // values (side, side, side), margins (2, NUM_MARGINS)
     const float *values, *margins;
     Int side;
 };
@@ -64,9 +64,10 @@ __device__ Cell cell(float x, Int side) {
 // The value and weight of each of the 8 points of the grid around x, and where they are.
 struct Corners {
     Int place[8];
-    float weight[8];
+    float weight[8], above[3];
     __device__ Corners(const float *x, Int side) {
         const Cell a = cell(x[0], side), b = cell(x[1], side), c = cell(x[2], side);
+        above[0] = a.above, above[1] = b.above, above[2] = c.above;
         for (int k = 0; k < 8; k++) {
             const int i = k >> 2, j = k >> 1 & 1, l = k & 1;
             place[k] = ((a.below + i) * side + b.below + j) * side + c.below + l;
@@ -79,6 +80,10 @@ struct Corners {
         for (int k = 0; k < 8; k++) sum += weight[k] * values[place[k]];
         return sum;
     }
+    __device__ float far(int k) const {     // how many steps of the grid from x
+        const float a = above[0] - (k >> 2), b = above[1] - (k >> 1 & 1), c = above[2] - (k & 1);
+        return sqrtf(a * a + b * b + c * c);
+    }
 };
 
 __device__ float estimate_at(Grid grid, const Ray &ray, float t) {
@@ -88,13 +93,22 @@ __device__ float estimate_at(Grid grid, const Ray &ray, float t) {
 }
 
 // Add to changes (side, side, side, 2) what values (N,) at points (N, 3) ask of the grid's points, and their weight.
-KERNEL learn(GRID, const float *points, const float *values, Int count, float *changes) {
+// Bring those to where MAX_SLOPE allows them to be. If two threads do so at once, either one may prevail.
+KERNEL learn(float *grid_values, const float *margins, Int side, const float *points, const float *values, Int count,
+             float *changes) {
     EACH(count)
+    if (!(fabsf(values[i]) < INFINITE)) return;
     const Corners corners(points + 3 * i, side);
-    float square = 0.0f;
-    for (int k = 0; k < 8; k++) square += corners.weight[k] * corners.weight[k];
-    const float step = (values[i] - corners.value(grid_values)) / square;
-    if (!(fabsf(step) < INFINITE)) return;
+    const float slope = 2.0f * MAX_SLOPE / (side - 1);
+    float square = 0.0f, value = 0.0f;
+    for (int k = 0; k < 8; k++) {
+        const float most = slope * corners.far(k), before = grid_values[corners.place[k]];
+        const float known = fminf(fmaxf(before, values[i] - most), values[i] + most);
+        if (known != before) grid_values[corners.place[k]] = known;
+        value += corners.weight[k] * known;
+        square += corners.weight[k] * corners.weight[k];
+    }
+    const float step = (values[i] - value) / square;
     for (int k = 0; k < 8; k++) {
         atomicAdd(changes + 2 * corners.place[k], step * corners.weight[k] * corners.weight[k]);
         atomicAdd(changes + 2 * corners.place[k] + 1, corners.weight[k]);
@@ -163,19 +177,18 @@ KERNEL put_values(LIST, Int listed, const float *values, float *out) {
     const Of<float> t = {all_t + i, rays}, table = {all_table + i, rays}; \
     const Of<unsigned char> state = {all_state + i, rays};
 
-// What is known of the samples besides: the grid's values; the margins without which a sample would not have been
-// evaluated; where samples matter, and which one is the first that was moved, or -1 (R, 3).
+// What is known of the samples besides: the grid's values; in each round, the margin without which a sample would not
+// be in doubt, negative if a parabola's (ROUNDS, S, R); where samples matter, and which one is the first that was moved,
+// or -1 (R, 3).
 #define DOUBTS float *all_estimate, float *all_needed, int *within
 #define THE_DOUBTS \
-    const Of<float> estimate = {all_estimate + i, rays}, needed = {all_needed + i, rays}; \
+    const Of<float> estimate = {all_estimate + i, rays}; \
     within += 3 * i;
 
-// List a sample of a ray, unless that has been done; returns whether. i: the ray's number.
-__device__ bool list_sample(List list, Int i, Int number, const Ray &ray, Of<float> t, Of<unsigned char> state) {
-    if (state[number] != BOUNDED) return false;
+// List a sample of a ray. place: of the sample, in the table.
+__device__ void list_sample(List list, Int place, Int number, const Ray &ray, Of<float> t, Of<unsigned char> state) {
     state[number] = LISTED;
-    put(list, atomicAdd(list.count, 1), number * t.step + i, ray, t[number]);
-    return true;
+    put(list, atomicAdd(list.count, 1), place, ray, t[number]);
 }
 
 // Move two samples to where the grid is `narrow` and -narrow, around its first change of sign, before sample `entry`.
@@ -201,10 +214,11 @@ KERNEL list_first_guess(SAMPLES, GRID, DOUBTS, const float *fractions, float nar
     THE_GRID
     THE_DOUBTS
     float doubt = 0.0f, least = INFINITE;
-    for (int k = 0; k < NUM_MARGINS; k++) doubt = fmaxf(doubt, 2.0f * margins[k]);
+    for (int k = 0; k < NUM_MARGINS; k++) doubt = fmaxf(doubt, 2.0f * margins[k]);      // of what the grid says
     for (Int number = 0; number < samples; number++) {
         const float here = ray.near + ray.length * fractions[number];
-        t[number] = here, table[number] = INFINITE, state[number] = BOUNDED, needed[number] = 0.0f;
+        t[number] = here, table[number] = INFINITE, state[number] = BOUNDED;
+        for (int round = 0; round < ROUNDS; round++) all_needed[(round * samples + number) * rays + i] = 0.0f;
         if (number % READ_STRIDE == 0) least = fminf(least, estimate[number] = estimate_at(grid, ray, here));
     }
     const float spacing = ray.length * (fractions[samples - 1] - fractions[0]) / samples;
@@ -226,8 +240,9 @@ KERNEL list_first_guess(SAMPLES, GRID, DOUBTS, const float *fractions, float nar
         move_around_entry(grid, ray, t, estimate, entry, narrow);
         within[2] = entry++;
     }
-    if (entry) list_sample(list, i, entry - 1, ray, t, state);
-    list_sample(list, i, entry ? entry : lowest, ray, t, state);
+    if (entry) list_sample(list, (entry - 1) * rays + i, entry - 1, ray, t, state);
+    const Int best = entry ? entry : lowest;
+    list_sample(list, best * rays + i, best, ray, t, state);
 }
 
 // Which margin is that of a ray whose least sdf is `least`.
@@ -238,9 +253,37 @@ __device__ int level(float least) {
     return which;
 }
 
-// What is known of one ray's samples in a round: a lower bound of the sdf, what is expected, up to what margin. It lies
-// in memory that the threads of a block share, as it is read soon after it is written.
+// What is known of one ray's samples in a round: a lower bound of the sdf, what is expected, up to what margin.
 struct Bounds { Of<float> low, expected, margin; };
+
+// The value at x of the parabola through the samples a, b and c.
+__device__ float parabola(Of<float> t, Of<float> values, Int a, Int b, Int c, float x) {
+    const float slope = (values[b] - values[a]) / (t[b] - t[a]), next_slope = (values[c] - values[a]) / (t[c] - t[a]);
+    return values[a] + (x - t[a]) * (slope + (x - t[b]) * (next_slope - slope) / (t[c] - t[b]));
+}
+
+// Bound one ray's sdf between close evaluated samples by a parabola, up to `error`, where that is a higher bound.
+__device__ void bound_between(Of<float> t, Of<float> table, Of<unsigned char> state, Int first, Int end, float error,
+                              Bounds bounds) {
+    Int before = -1, start = -1;
+    for (Int stop = first; stop < end; stop++) {
+        if (state[stop] != EXACT) continue;
+        if (start >= 0 && stop - start > 1 && stop - start <= MAX_STRIDE) {
+            Int after = stop + 1;
+            while (after < end && state[after] != EXACT) after++;
+            for (Int number = start + 1; number < stop; number++) {
+                const bool nearer = before >= 0 && (after == end || number - before < after - number);
+                const Int third = nearer ? before : after;
+                if (third == end || max(third - number, number - third) > 2 * MAX_STRIDE) continue;
+                const float value = parabola(t, table, start, stop, third, t[number]);
+                if (!(value - error > bounds.low[number])) continue;
+                bounds.low[number] = value - error, bounds.expected[number] = value, bounds.margin[number] = error;
+                state[number] = BETWEEN;
+            }
+        }
+        before = start, start = stop;
+    }
+}
 
 // Bound one ray's sdf from `first` to `*end`, which becomes that of the samples up to the entry if it is known. Returns
 // the least sdf found.
@@ -257,7 +300,7 @@ __device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of
         }
         outside |= table[number] > tolerance;
     }
-    const float widest = margins[want_hit && least <= tolerance && outside ? 0 : level(least)];
+    const int which = want_hit && least <= tolerance && outside ? 0 : level(least);
     for (int backwards = 0; backwards < 2; backwards++) {
         bool known = false;
         float known_t, known_value, known_estimate;
@@ -269,41 +312,70 @@ __device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of
                 bounds.low[number] = bounds.expected[number] = known_value, bounds.margin[number] = 0.0f;
                 continue;
             }
-            if (!backwards) bounds.low[number] = bounds.expected[number] = -INFINITE, bounds.margin[number] = INFINITE;
+            if (!backwards) {
+                bounds.low[number] = bounds.expected[number] = -INFINITE, bounds.margin[number] = INFINITE;
+                state[number] = BOUNDED;
+            }
             if (!known) continue;
-            const float far = fabsf(here - known_t), error = fminf(widest, ERROR_SLOPE * far);
+            const float far = fabsf(here - known_t), error = fminf(margins[which], ERROR_SLOPE * far);
             const float value = guess + known_value - known_estimate;
             const float low = fmaxf(value - error, known_value - MAX_SLOPE * far);
             if (low > bounds.low[number])
                 bounds.low[number] = low, bounds.expected[number] = value, bounds.margin[number] = error;
         }
     }
+    if (least > SMOOTH) bound_between(t, table, state, first, *end, margins[NUM_MARGINS + which], bounds);
     return least;
 }
 
-// List the samples in doubt.
-KERNEL list_doubtful(SAMPLES, GRID, DOUBTS) {
+// Copy from `all` (S, R) what is of one ray's samples, several at a time, as each waits long for its value.
+template <typename T> __device__ void copy_samples(const T *all, Int first, Int end, Int rays, Int i, Of<T> to) {
+    for (Int number = first; number < end; number += 8) {
+        T some[8];
+        for (int k = 0; k < 8; k++) some[k] = all[min(number + k, end - 1) * rays + i];
+        for (int k = 0; k < 8; k++) to[min(number + k, end - 1)] = some[k];
+    }
+}
+
+// List the samples in doubt; in round 0, of those that may be the least, only some. What is read more than once is
+// copied to memory that the threads of a block share, which is near.
+KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int round) {
     extern __shared__ float shared[];
-    EACH_RAY
-    THE_DOUBTS
-    const Int first = within[0], threads = blockDim.x;
-    Int end = within[1], found = 0;
+    EACH(rays)
+    THE_LIST
+    const Int first = within[3 * i], threads = blockDim.x, columns = samples * threads;
+    Int end = within[3 * i + 1];
     if (first == end) return;
+    const Ray ray = all_rays[i];
     float *own = shared + threadIdx.x;
-    const Bounds bounds = {{own, threads}, {own + samples * threads, threads}, {own + 2 * samples * threads, threads}};
-    const Of<float> low = bounds.low;
-    const bool want_hit = wanted != LEAST;
+    const Of<float> t = {own, threads}, table = {own + columns, threads}, estimate = {own + 2 * columns, threads};
+    const Bounds bounds = {{own + 3 * columns, threads}, {own + 4 * columns, threads}, {own + 5 * columns, threads}};
+    const Of<unsigned char> state = {(unsigned char *)(shared + 6 * columns) + threadIdx.x, threads};
+    copy_samples(all_t, first, end, rays, i, t);
+    copy_samples(all_table, first, end, rays, i, table);
+    copy_samples(all_estimate, first, end, rays, i, estimate);
+    copy_samples(all_state, first, end, rays, i, state);
+    const Of<float> low = bounds.low, mark = bounds.margin;
+    const bool want_hit = ray.wanted != LEAST;
     const float least = bound(t, table, state, estimate, first, &end, want_hit, margins, tolerance, bounds);
-    bool outside = first > 0, sure = wanted == HIT;
+    auto need = [&](bool between, Int number, float margin) {
+        all_needed[(round * samples + number) * rays + i] = between ? -margin : margin;
+    };
+    int found = 0;
+    auto mark_listed = [&](Int number) {
+        if (state[number] < LISTED) state[number] = LISTED, found++;
+    };
+    bool outside = first > 0, sure = ray.wanted == HIT;
     // A sample may be the entry, or the surface may hide in the gap before it, where both ends are listed.
     for (Int number = first; want_hit && number < end; number++) {
         const Int last = max(number - 1, first);
-        const bool hides = wanted != HIT && outside && low[number] > tolerance
+        const bool hides = ray.wanted != HIT && outside && low[number] > tolerance
                            && low[number] + low[last] < t[number] - t[last];
         if (low[number] <= tolerance || hides) {
-            if (state[number] != EXACT) needed[number] = bounds.expected[number] - tolerance;
-            found += list_sample(list, i, last, ray, t, state);
-            found += list_sample(list, i, number, ray, t, state);
+            const float margin = bounds.expected[number] - tolerance;
+            if (state[number] != EXACT && margin > 0.0f) need(state[number] == BETWEEN, number, margin);
+            mark_listed(last);
+            mark_listed(number);
         }
         if (outside && bounds.expected[number] + bounds.margin[number] <= tolerance) {
             sure = true;
@@ -311,13 +383,30 @@ KERNEL list_doubtful(SAMPLES, GRID, DOUBTS) {
         }
         outside |= low[number] > tolerance;
     }
-    for (Int number = max(first, 1LL); !sure && number < end; number++)
-        if (state[number] == BOUNDED && low[number] <= least) {
-            needed[number] = bounds.expected[number] - least;
-            found += list_sample(list, i, number, ray, t, state);
-        }
-    for (Int number = first; number < end; number++) table[number] = low[number];
-    if (!found) within[0] = within[1] = 0;
+    // Mark those of the others that may be the least. Margins are not read again.
+    Int doubtful = 0;
+    for (Int number = first; !sure && number < end; number++) {
+        const bool open = number > 0 && state[number] < LISTED;
+        const float margin = bounds.expected[number] - least;
+        if (open && margin > 0.0f) need(state[number] == BETWEEN, number, margin);
+        mark[number] = open && low[number] <= least;
+        doubtful += mark[number] > 0.0f;
+    }
+    const bool smooth = least > SMOOTH;
+    const Int stride = smooth && round == 0 ? min(doubtful / FEW, (Int)MAX_STRIDE) : 1;
+    for (Int number = first; doubtful && number < end; number++) {
+        if (mark[number] == 0.0f) continue;
+        if (stride > 1) {
+            mark_listed(max(number / stride * stride, first));
+            mark_listed(min((number + stride - 1) / stride * stride, end - 1));
+        } else if (smooth || round > 0 || number % 2 == 0) mark_listed(number);
+    }
+    int next = found ? atomicAdd(list.count, found) : 0;
+    for (Int number = first; number < end; number++) {
+        all_table[number * rays + i] = low[number], all_state[number * rays + i] = state[number];
+        if (state[number] == LISTED) put(list, next++, number * rays + i, ray, t[number]);
+    }
+    if (!found && (sure || round > 0)) within[3 * i] = within[3 * i + 1] = 0;
 }
 
 // Take in the sdf at the listed samples.
@@ -327,7 +416,8 @@ KERNEL take(LIST, Int listed, const float *values, float *table, unsigned char *
     if (i == 0) *count = 0;
 }
 
-// Note what each ray's answer has needed: the most of each level, `most` (NUM_MARGINS,), and of how many rays.
+// Note what each ray's answer has needed: the most of each kind and level, `most` (2, NUM_MARGINS), and of how many
+// rays.
 KERNEL note_needs(SAMPLES, DOUBTS, float *most, int *how_many) {
     EACH_RAY
     THE_DOUBTS
@@ -341,23 +431,32 @@ KERNEL note_needs(SAMPLES, DOUBTS, float *most, int *how_many) {
         outside |= table[number] > tolerance;
     }
     const int which = enters ? 0 : level(table[answer]);
-    atomicMax((int *)most + which, __float_as_int(fmaxf(needed[answer], 0.0f)));     // in the same order
+    for (int round = 0; round < ROUNDS; round++) {
+        const float need = all_needed[(round * samples + answer) * rays + i];
+        float *kind = most + (need < 0.0f ? NUM_MARGINS : 0);
+        atomicMax((int *)kind + which, __float_as_int(fabsf(need)));    // numbers above 0 are in the same order
+    }
     atomicAdd(how_many + which, 1);
 }
 
 // Adapt the margins to what has been noted, and forget that.
 KERNEL widen(float *margins, float *most, int *how_many) {
     EACH(NUM_MARGINS)
-    margins[i] = fmaxf(fmaxf(margins[i] * powf(1.0f - FORGET, how_many[i]), SPARE * most[i]), LEAST_MARGIN);
-    most[i] = 0.0f, how_many[i] = 0;
+    const float least[] = {LEAST_MARGINS};
+    for (int kind = 0; kind < 2; kind++) {
+        const Int k = kind * NUM_MARGINS + i;
+        margins[k] = fmaxf(fmaxf(margins[k] * powf(1.0f - FORGET, how_many[i]), SPARE * most[k]), least[kind]);
+        most[k] = 0.0f;
+    }
+    how_many[i] = 0;
 }
 
 // Move one of a ray's samples to the distance `here`, if that is between its neighbours, and list it.
-__device__ void move_sample(List list, Int i, Int number, float here, const Ray &ray, Of<float> t,
+__device__ void move_sample(List list, Int place, Int number, float here, const Ray &ray, Of<float> t,
                             Of<unsigned char> state) {
     if (!(t[number - 1] < here && here < t[number + 1])) return;
-    t[number] = here, state[number] = BOUNDED;
-    list_sample(list, i, number, ray, t, state);
+    t[number] = here;
+    list_sample(list, place, number, ray, t, state);
 }
 
 // Of an sdf that stays as it is: where the grid is least along a ray before its entry, and the sdf may be as low as
@@ -380,7 +479,9 @@ KERNEL list_closest(SAMPLES, GRID, const int *within, float spread, unsigned cha
             if (falling && value > last) {
                 const bool close = number != moved && last <= margins[0] + 0.5f * step;
                 for (Int own = max(falling - 1, 1LL); close && own <= min(falling + 1, samples - 2); own++)
-                    if (own != moved) move_sample(list, i, own, last_t + (own - falling) * BESIDE * width, ray, t, state);
+                    if (own != moved)
+                        move_sample(list, own * rays + i, own, last_t + (own - falling) * BESIDE * width, ray, t,
+                                    state);
                 falling = 0;
             } else if (value < last) falling = number;
             last = value, last_t = here;

@@ -17,6 +17,7 @@ FINER = 4       # times as many points a side has the grid of an sdf that stays 
 CLOSER = 16     # places at which a gap between samples is looked at, on such a grid
 BESIDE = 0.25   # of a gap: so far from where the grid is least the sdf is looked at, too
 USUAL, NEARLY_ALL = 0.9, 0.999      # shares of its cells: its error in these is taken for its usual and its largest one
+BEYOND = 1.2    # times its largest error is its margin
 THREADS = 32    # of a block: few, so that a few thousand rays keep all of a GPU busy
 SHARED = 48 << 10   # bytes of shared memory that a block may have
 GAP_BYTES = 32
@@ -37,7 +38,7 @@ class Grid:
         self.search, self.side, self.usual_error = search, len(values), np.float32(usual_error)
         with search.device.current():
             self.on_gpu = cupy.asarray(values, np.float32), cupy.asarray(margins, np.float32)
-            self.needs = cupy.zeros(margins.size, np.float32), cupy.zeros(margins.size, np.int32)
+            self.needs = cupy.zeros(margins.size, np.float32), cupy.zeros(margins.shape[1], np.int32)
         self.arguments, self.changes = (*self.on_gpu, self.side), None
 
     @property
@@ -47,7 +48,7 @@ class Grid:
 
     @property
     def margins(self) -> np.ndarray:
-        """(NUM_MARGINS,) float32."""
+        """(2, NUM_MARGINS) float32."""
         return self.on_gpu[1].get()
 
     def hear(self, points: Pointer, values: Pointer, count: int) -> None:
@@ -87,8 +88,8 @@ class Search:
     def remember(self, grid, limits) -> Grid:
         """Return the Grid of a SdfGrid; limits: ray_tracer.Limits."""
         with self.device.current():
-            self.kernels = self.kernels or compiled(SOURCE, KERNELS, "-fmad=false", CLOSER=CLOSER, BESIDE=BESIDE,
-                                                    **limits.constants)
+            self.kernels = self.kernels or compiled(SOURCE, KERNELS, "-fmad=false", ROUNDS=ROUNDS, CLOSER=CLOSER,
+                                                    BESIDE=BESIDE, **limits.constants)
         return Grid(self, grid.values, grid.margins)
 
     def remember_still(self, grid, limits) -> Grid:
@@ -96,7 +97,7 @@ class Search:
         with self.device.current():
             self.reserve(1 << 15, 100)
             coarse, side = self.measured(self.remember(grid, limits), limits), FINER * (len(grid.values) - 1) + 1
-            fine, band = cupy.empty((side, side, side), np.float32), np.float32(coarse.margins[0] + 8 / side)
+            fine, band = cupy.empty((side, side, side), np.float32), np.float32(coarse.margins[0, 0] + 8 / side)
             self.start("list_near", fine.size, *coarse.arguments, band, fine, side, *self.list)
             count = self.listed("samples", None)
             if count:
@@ -114,8 +115,9 @@ class Search:
         if not count:
             return grid
         usual, most = np.quantile(np.abs((self.values[:count] - self.ahead[:count]).get()), (USUAL, NEARLY_ALL))
-        margin = max(limits.constants["SPARE"] * most, limits.constants["LEAST_MARGIN"])
-        return Grid(self, grid.on_gpu[0], np.full(limits.constants["NUM_MARGINS"], margin), usual)
+        margins = np.full(grid.margins.shape, np.inf)       # of a parabola, nothing is known
+        margins[0] = max(BEYOND * most, limits.constants["LEAST_MARGINS"][0])
+        return Grid(self, grid.on_gpu[0], margins, usual)
 
     def __call__(self, chords, fractions: np.ndarray, how, limits, grid: Grid) -> Tuple[np.ndarray, np.ndarray]:
         """Return t (R,) float32, each ray's hit if it is wanted and found, else its least sample; and hit (R,) bool.
@@ -172,7 +174,8 @@ class Search:
             self.passes = cupy.empty(rays, np.uint8)
         if rays * samples > self.room:
             self.room = room = rays * samples
-            self.t, self.table, self.values, self.ahead, *self.doubts = cupy.empty((6, room), np.float32)
+            self.t, self.table, self.values, self.ahead, estimate = cupy.empty((5, room), np.float32)
+            self.doubts = estimate, cupy.empty((ROUNDS, room), np.float32)
             self.points, self.places = cupy.empty((room, 3), np.float32), cupy.empty(room, np.int32)
             self.state, self.gaps = cupy.empty(room, np.uint8), cupy.empty(room * GAP_BYTES, np.uint8)
             self.list = self.count, self.places, self.points, room
@@ -215,15 +218,15 @@ class Search:
         known = *samples, *grid.arguments, *self.doubts, self.within
         narrow = np.float32(grid.usual_error and grid.usual_error + 2 * samples[6])     # both ends beyond the tolerance
         self.start("list_first_guess", num_rays, *known, self.fractions, narrow)
-        for _ in range(ROUNDS):
+        for number in range(ROUNDS):
             if not self.take_samples(learning):
                 break
-            self.start("list_doubtful", num_rays, *known, shared=12 * samples[2])
+            self.start("list_doubtful", num_rays, *known, number, shared=25 * samples[2])
         else:
             self.take_samples(learning)
         if learning:
             self.start("note_needs", num_rays, *samples, *self.doubts, self.within, *grid.needs)
-            self.start("widen", len(grid.needs[0]), grid.on_gpu[1], *grid.needs)
+            self.start("widen", len(grid.needs[1]), grid.on_gpu[1], *grid.needs)
 
     def look_closely(self, samples: tuple, grid: Grid, spread: np.float32) -> None:
         """Evaluate the points where rays come closest to the surface before they enter. Find which pass narrowly."""

@@ -1,4 +1,4 @@
-"""Train, and compare the search that remembers the sdf with the full one on the same rays, at every 100th step.
+"""Train, and compare the search that remembers the sdf with one that evaluates every sample, at every 100th step.
 
     python bench/search.py --config config/demo.yaml
     python bench/search.py --config config/default.yaml --model-load-path model.h5 --steps 1000
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets  # noqa: E402
 import helper  # noqa: E402
 import network  # noqa: E402
+import ray_tracer  # noqa: E402
 from backends import architecture, context  # noqa: E402
 from config import settings  # noqa: E402
 from train import remembered  # noqa: E402
@@ -39,13 +40,14 @@ class Compared(NamedTuple):
 
 
 def main():
-    parser = helper.argument_parser("Compare the search that remembers the sdf with the full one, during a training.")
+    parser = helper.argument_parser("Compare the search that remembers the sdf with one that evaluates every sample, "
+                                    "during a training.")
     parser.add_argument("--model-load-path", help="a trained model to go on from, instead of the initial sphere")
     parser.add_argument("--steps", type=int, help="instead of those of the configuration")
     args = parser.parse_args()
     conf = settings.load_config(args.config, args.changes)
-    if context.set_context(args.context, args.device_id) != "cpu":
-        raise helper.UserError("only a training on the CPU remembers the sdf; add --context cpu")
+    context.set_context(args.context, args.device_id)
+    ray_tracer.STRIDES = (1,)       # the full search skips no sample
     network.initialize(conf.network, np.random.default_rng(conf.train.seed))
     if args.model_load_path:
         checkpoints.load_model(args.model_load_path, architecture.parameter_shapes(conf.network))
@@ -70,6 +72,9 @@ def compare(conf, scene, views, num_steps):
     solver.set_parameters(nn.get_parameters())
     sdf = network.sdf_evaluator()
     plain, grid = counting(sdf, counted), remembered(sdf, train.rays)
+    if not grid:
+        raise helper.UserError("on a GPU, a training remembers the sdf with CuPy alone; pip install -r "
+                               "requirements-gpu.txt, or add --context cpu")
     taken = TrainingStep(conf.network.without, LossSettings.of(train), train.rays)
     draw = datasets.Draw(train.rays, train.seed, train.outline_fraction, train.views_per_step)
     batches = datasets.training_batches(scene, views, draw)

@@ -4,8 +4,9 @@ A training step changes the sdf a little, and a trained sdf stays as it is. So a
 from every evaluation, tells where on a ray the surface and the least sdf can be. The sdf is evaluated only there.
 
 What the grid says is never taken for a value. It gives the change of the sdf from an evaluated sample of the same ray
-to another one, up to a margin; what this leaves in doubt is evaluated. The margins are learned as well: each search
-shows how much of its margin a ray has needed.
+to another one, up to a margin. Far from the surface, where the sdf is smooth, a parabola through three evaluated
+samples tells more, up to a smaller margin. What this leaves in doubt is evaluated. The margins are learned as well:
+each search shows how much of its margin a ray has needed.
 """
 from typing import Callable, NamedTuple, Optional
 
@@ -17,18 +18,21 @@ from tracing.compiling import compiled
 MAX_SLOPE = 1.5     # assumed bound on the sdf's slope, by which samples are skipped
 ERROR_SLOPE = 2.0   # assumed bound on the slope of the grid's error
 READ_STRIDE = 4     # of a ray's samples, every 4th is read from the grid first
-STRIDE = 2          # the search for the least sample evaluates every 2nd doubtful sample, then those that remain
+SMOOTH = 0.1        # on a ray whose least sdf is above this, a parabola tells more than the grid. There, ...
+MAX_STRIDE = 4      # ... of the samples that may be the least, every 4th at most is evaluated first, then what remains,
+FEW = 3             # ... but so many of them at least
 LEVELS = np.float32([0.0, 0.02, 0.05, 0.1, 0.2, 0.4])   # of a ray's least sdf, at which another margin begins
 NUM_MARGINS = 2 + len(LEVELS)     # of rays with a hit, and of the others by their level
-FIRST_MARGIN, LEAST_MARGIN = 0.05, 1e-3
-SPARE = 1.2         # a margin is at least this many times what a ray has lately needed ...
+FIRST_MARGINS, LEAST_MARGINS = (0.05, 0.01), (1e-3, 1e-4)   # of what the grid says, and of what a parabola says
+SPARE = 1.4         # a margin is at least this many times what a ray has lately needed ...
 FORGET = 1e-3       # ... and falls by this share with each ray of its level
 MIN_PER_CORE = 1 << 14      # samples; with fewer, handing them over takes longer than the work
 STILL_SIDE = 96     # of the grid of an sdf that stays as it is
 # For a search elsewhere, which does the same with a grid.
 CONSTANTS = {"MAX_SLOPE": MAX_SLOPE, "ERROR_SLOPE": ERROR_SLOPE, "READ_STRIDE": READ_STRIDE, "SPARE": SPARE,
-             "FORGET": FORGET, "LEAST_MARGIN": LEAST_MARGIN, "NUM_MARGINS": NUM_MARGINS,
-             "LEVELS": tuple(LEVELS.tolist())}
+             "FORGET": FORGET, "LEAST_MARGINS": LEAST_MARGINS, "NUM_MARGINS": NUM_MARGINS,
+             "LEVELS": tuple(LEVELS.tolist()), "SMOOTH": SMOOTH,
+             "MAX_STRIDE": MAX_STRIDE, "FEW": FEW}
 
 
 class Rays(NamedTuple):
@@ -48,13 +52,13 @@ class Samples(NamedTuple):
 class SdfGrid:
     """An sdf's values at side^3 points over [-1, 1]^3, and how far they can be trusted.
 
-    values: (side, side, side) float32, at x, y and z. margins: (NUM_MARGINS,) float32, of rays with a hit, and of the
-    others by the level of their least sdf. Both change in place.
+    values: (side, side, side) float32, at x, y and z. margins: (2, NUM_MARGINS) float32, of what the grid says and of
+    what a parabola says; for rays with a hit, and for the others by the level of their least sdf. Both change in place.
     """
 
     def __init__(self, values: np.ndarray, margins: Optional[np.ndarray] = None):
         self.values = values
-        self.margins = np.full(NUM_MARGINS, FIRST_MARGIN, np.float32) if margins is None else margins
+        self.margins = np.repeat(np.float32(FIRST_MARGINS)[:, None], NUM_MARGINS, 1) if margins is None else margins
         self.heard = []     # [(points, values)]
         self.changes = np.zeros((*values.shape, 2), np.float32)     # scratch of _learn
 
@@ -92,8 +96,8 @@ class SdfGrid:
         """
         samples = Samples(t, np.full(t.shape, np.inf, np.float32), np.zeros(t.shape, bool))
         estimate, within = np.empty(t.shape, np.float32), np.empty((len(t), 2), np.int64)
-        needed, open_rays, stride = np.zeros(t.shape, np.float32), np.ones(len(t), bool), STRIDE
-        doubt, (flat_t, flat_table, flat_evaluated) = 2 * self.margins.max(), (array.ravel() for array in samples)
+        needed, open_rays, sparsely = np.zeros((*t.shape, 2), np.float32), np.ones(len(t), bool), True
+        doubt, (flat_t, flat_table, flat_evaluated) = 2 * self.margins[0].max(), (array.ravel() for array in samples)
 
         def begin(part):
             _along(self.values, rays.origins[part], rays.directions[part], t[part], doubt, estimate[part], within[part])
@@ -101,14 +105,14 @@ class SdfGrid:
 
         def go_on(part):
             arrays = (array[part] for array in (*samples, estimate, within, rays.want_hit, open_rays, needed))
-            return _samples_in_doubt(*arrays, self.margins, tolerance, stride)
+            return _samples_in_doubt(*arrays, self.margins, tolerance, sparsely)
 
         places = _places(begin, t.shape)
-        while places.size or stride > 1:
+        while places.size or sparsely:
             flat_table[places] = sdf_at(places // t.shape[1], flat_t[places])
             flat_evaluated[places] = True
             places = _places(go_on, t.shape)
-            stride = 1
+            sparsely = False
         _widen(self.margins, *samples, needed, rays.want_hit, tolerance)
         return samples
 
@@ -185,26 +189,34 @@ def _learn(values, points, found, changes):
     """Change the 8 values around each point by the least amount after which the grid gives found (N,) there.
 
     A value between several points takes the mean of what they ask for, weighted by how near they are: one after the
-    other, they would undo what the one before has brought. changes: (side, side, side, 2), zero before and after.
+    other, they would undo what the one before has brought. But none stays farther from what was found than MAX_SLOPE
+    allows. Else those with little weight, as beyond the unit sphere, would drift.
+    changes: (side, side, side, 2), zero before and after.
     """
     side, one, weights = values.shape[0], np.float32(1), np.empty((2, 2, 2), np.float32)
+    slope = np.float32(2 * MAX_SLOPE / (side - 1))      # from one value to the next
     for n in range(len(points)):
+        if not abs(found[n]) < np.float32(np.inf):
+            continue
         (i, a), (j, b), (k, c) = _cell(points[n, 0], side), _cell(points[n, 1], side), _cell(points[n, 2], side)
         value = square = np.float32(0)
         for x in range(2):
             for y in range(2):
                 for z in range(2):
                     weight = (a if x else one - a) * (b if y else one - b) * (c if z else one - c)
-                    value += weight * values[i + x, j + y, k + z]
+                    da, db, dc = a - np.float32(x), b - np.float32(y), c - np.float32(z)
+                    most = slope * np.sqrt(da * da + db * db + dc * dc)
+                    known = min(max(values[i + x, j + y, k + z], found[n] - most), found[n] + most)
+                    values[i + x, j + y, k + z] = known
+                    value += weight * known
                     square += weight * weight
                     weights[x, y, z] = weight
         step = (found[n] - value) / square
-        if abs(step) < np.float32(np.inf):
-            for x in range(2):
-                for y in range(2):
-                    for z in range(2):
-                        changes[i + x, j + y, k + z, 0] += step * weights[x, y, z] * weights[x, y, z]
-                        changes[i + x, j + y, k + z, 1] += weights[x, y, z]
+        for x in range(2):
+            for y in range(2):
+                for z in range(2):
+                    changes[i + x, j + y, k + z, 0] += step * weights[x, y, z] * weights[x, y, z]
+                    changes[i + x, j + y, k + z, 1] += weights[x, y, z]
     for n in range(len(points)):
         (i, _), (j, _), (k, _) = _cell(points[n, 0], side), _cell(points[n, 1], side), _cell(points[n, 2], side)
         for x in range(i, i + 2):
@@ -217,7 +229,8 @@ def _learn(values, points, found, changes):
 
 # --- the samples in doubt ---------------------------------------------------------------------------------------------
 # t, table, evaluated (R, S): the fields of Samples. estimate (R, S) and within (R, 2): what _along gives.
-# want_hit (R,) bool: of Rays. needed (R, S): the margin without which a sample would not have been evaluated.
+# want_hit (R,) bool: of Rays. needed (R, S, 2): the margins of the grid and of a parabola without which a sample would
+# not have been evaluated.
 
 @compiled
 def _first_guess(estimate, within, want_hit):
@@ -245,22 +258,23 @@ def _first_guess(estimate, within, want_hit):
 
 
 @compiled
-def _samples_in_doubt(t, table, evaluated, estimate, within, want_hit, open_rays, needed, margins, tolerance, stride):
+def _samples_in_doubt(t, table, evaluated, estimate, within, want_hit, open_rays, needed, margins, tolerance, sparsely):
     """Return the samples to evaluate next, as indices into the flat table; write lower bounds into it elsewhere.
 
     A sample is in doubt if it may be the ray's entry, if the surface may hide in a gap beside it, or if the ray has no
-    sure entry and the sample may be the least; of the latter, only every stride-th is listed. open_rays (R,) bool loses
-    the rays that have no doubtful sample left.
+    sure entry and the sample may be the least. Of the latter, if sparsely, a few may do at first. open_rays (R,) bool
+    loses the rays that have no doubtful sample left.
     """
     samples = t.shape[1]
     places, found = np.empty(t.size, np.int64), 0
-    expected, margin, listed = np.empty(samples, np.float32), np.empty(samples, np.float32), np.zeros(samples, np.bool_)
+    expected, margin = np.empty(samples, np.float32), np.empty(samples, np.float32)
+    listed, doubtful, kind = np.zeros(samples, np.bool_), np.zeros(samples, np.bool_), np.zeros(samples, np.int64)
     for ray in range(len(t)):
         if not open_rays[ray]:
             continue
         first, end = within[ray]
         end, least = _bound(t[ray], table[ray], evaluated[ray], estimate[ray], first, end, want_hit[ray], margins,
-                            tolerance, expected, margin)
+                            tolerance, expected, margin, kind)
         outside, sure, before = first > 0, False, found
         for number in range(first, end) if want_hit[ray] else range(0):
             low, last = table[ray, number], max(number - 1, first)
@@ -268,30 +282,53 @@ def _samples_in_doubt(t, table, evaluated, estimate, within, want_hit, open_rays
             if low <= tolerance or hides:
                 listed[number] = listed[last] = True
                 if not evaluated[ray, number]:
-                    needed[ray, number] = expected[number] - tolerance
+                    _need(needed[ray, number], kind[number], expected[number] - tolerance)
             sure = outside and expected[number] + margin[number] <= tolerance
             if sure:
                 break
             outside |= low > tolerance
+        for number in range(max(first, 1), end) if not sure else range(0):
+            if not evaluated[ray, number] and not listed[number]:
+                _need(needed[ray, number], kind[number], expected[number] - least)
+                doubtful[number] = table[ray, number] <= least
+        _list_doubtful(doubtful, first, end, sparsely, least > SMOOTH, listed)
         for number in range(first, end):
-            if not evaluated[ray, number]:
-                if not sure and not listed[number] and number > 0 and table[ray, number] <= least:
-                    needed[ray, number] = expected[number] - least
-                    listed[number] = number % stride == 0
-                if listed[number]:
-                    places[found] = ray * samples + number
-                    found += 1
-            listed[number] = False
-        open_rays[ray] = found > before or not sure and stride > 1
+            if listed[number] and not evaluated[ray, number]:
+                places[found] = ray * samples + number
+                found += 1
+            listed[number] = doubtful[number] = False
+        open_rays[ray] = found > before or not sure and sparsely
     return places[:found]
 
 
 @compiled
-def _bound(t, table, evaluated, estimate, first, end, want_hit, margins, tolerance, expected, margin):
-    """Bound one ray's sdf from `first` to `end`: write lower bounds into table, what is expected, and by what margin.
+def _need(needed, kind, margin):
+    """Note in needed (2,), of one sample, what margin of this kind it takes for the sample to be in doubt."""
+    needed[kind] = max(needed[kind], margin)
 
-    Of the evaluated samples on either side, the one that gives the higher bound counts. Returns the end, or that of the
-    samples up to the entry if it is known, and the least sdf found.
+
+@compiled
+def _list_doubtful(doubtful, first, end, sparsely, smooth, listed):
+    """List the doubtful samples, (S,) bool.
+
+    Sparsely, only every 2nd; on a smooth sdf, those that have the doubtful ones between each other.
+    """
+    stride = min(doubtful[first:end].sum() // FEW, MAX_STRIDE) if smooth and sparsely else 1
+    for number in range(first, end):
+        if doubtful[number]:
+            if stride > 1:
+                listed[max(number // stride * stride, first)] = True
+                listed[min(-(-number // stride) * stride, end - 1)] = True
+            else:
+                listed[number] = smooth or not sparsely or number % 2 == 0
+
+
+@compiled
+def _bound(t, table, evaluated, estimate, first, end, want_hit, margins, tolerance, expected, margin, kind):
+    """Bound one ray's sdf from `first` to `end`: write lower bounds into table, what is expected, up to what margin.
+
+    Of the evaluated samples on either side, the one that gives the higher bound counts, with the grid, or a parabola:
+    kind tells which. Returns the end, or that of the samples up to the entry if it is known, and the least sdf found.
     """
     least, outside = np.float32(np.inf), first > 0
     for number in range(first, end):
@@ -302,7 +339,7 @@ def _bound(t, table, evaluated, estimate, first, end, want_hit, margins, toleran
                 end = number + 1
                 break
             outside |= table[number] > tolerance
-    widest = margins[0] if want_hit and least <= tolerance and outside else margins[1 + np.searchsorted(LEVELS, least)]
+    which = 0 if want_hit and least <= tolerance and outside else 1 + np.searchsorted(LEVELS, least)
     for backwards in range(2):
         known = -1
         for step in range(end - first):
@@ -314,12 +351,46 @@ def _bound(t, table, evaluated, estimate, first, end, want_hit, margins, toleran
                 table[number], expected[number], margin[number] = -np.inf, -np.inf, np.inf
             if known >= 0:
                 far = abs(t[number] - t[known])
-                error = min(widest, ERROR_SLOPE * far)
+                error = min(margins[0, which], ERROR_SLOPE * far)
                 value = estimate[number] + table[known] - estimate[known]
                 bound = max(value - error, table[known] - MAX_SLOPE * far)
                 if bound > table[number]:
                     table[number], expected[number], margin[number] = bound, value, error
+    kind[first:end] = 0
+    if least > SMOOTH:
+        _bound_between(t, table, evaluated, first, end, margins[1, which], expected, margin, kind)
     return end, least
+
+
+@compiled
+def _bound_between(t, table, evaluated, first, end, error, expected, margin, kind):
+    """Bound one ray's sdf between close evaluated samples by a parabola, up to `error`, where that is a higher bound.
+
+    The parabola is that through the two on either side and the nearer one of those beyond.
+    """
+    before = start = -1
+    for stop in range(first, end):
+        if not evaluated[stop]:
+            continue
+        if start >= 0 and 1 < stop - start <= MAX_STRIDE:
+            after = stop + 1
+            while after < end and not evaluated[after]:
+                after += 1
+            for number in range(start + 1, stop):
+                third = before if before >= 0 and (after == end or number - before < after - number) else after
+                if third < end and abs(third - number) <= 2 * MAX_STRIDE:
+                    value = _parabola(t, table, start, stop, third, t[number])
+                    if value - error > table[number]:
+                        table[number], expected[number] = value - error, value
+                        margin[number], kind[number] = error, 1
+        before, start = start, stop
+
+
+@compiled
+def _parabola(t, values, a, b, c, x):
+    """Return the value at x of the parabola through the samples a, b and c."""
+    slope, next_slope = (values[b] - values[a]) / (t[b] - t[a]), (values[c] - values[a]) / (t[c] - t[a])
+    return values[a] + (x - t[a]) * (slope + (x - t[b]) * (next_slope - slope) / (t[c] - t[b]))
 
 
 @compiled
@@ -336,4 +407,6 @@ def _widen(margins, t, table, evaluated, needed, want_hit, tolerance):
                     break
             outside |= table[ray, number] > tolerance
         which = 0 if enters else 1 + np.searchsorted(LEVELS, table[ray, answer])
-        margins[which] = max(margins[which] * (1 - FORGET), SPARE * needed[ray, answer], LEAST_MARGIN)
+        for kind in range(2):
+            margins[kind, which] = max(margins[kind, which] * (1 - FORGET), SPARE * needed[ray, answer, kind],
+                                       LEAST_MARGINS[kind])

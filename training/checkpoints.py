@@ -224,11 +224,12 @@ def grid_of(state):
     values, margins = state.arrays.get(GRID), state.arrays.get(MARGINS)
     if values is None or margins is None:
         return None
-    if values.ndim != 3 or len(set(values.shape)) > 1 or len(values) < 2 or margins.shape != (NUM_MARGINS,) or not (
-            is_finite(values) and is_finite(margins)):
+    early = margins.shape == (NUM_MARGINS,)     # a state of a version that knew no parabolas
+    if values.ndim != 3 or len(set(values.shape)) > 1 or len(values) < 2 or not (
+            early or margins.shape == (2, NUM_MARGINS)) or not (is_finite(values) and is_finite(margins)):
         raise helper.UserError(f"{state.path}: what it remembers of the sdf cannot be; the file is damaged, so start "
                                "without --resume")
-    return SdfGrid(values.astype(np.float32), margins.astype(np.float32))
+    return SdfGrid(values.astype(np.float32), None if early else margins.astype(np.float32))
 
 
 def checksum(arrays):

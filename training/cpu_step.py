@@ -88,7 +88,7 @@ class CompiledStep:
         return StepResults(points, hit, np.empty(len(rays.uniform), f), np.empty((blocks, 3)), grad_rays, grad_packed)
 
 
-NOTHING_KNOWN = Known(np.empty((0, 0, 0), np.float32), np.zeros(1, np.float32), np.empty(0, np.float32),
+NOTHING_KNOWN = Known(np.empty((0, 0, 0), np.float32), np.zeros((1, 1), np.float32), np.empty(0, np.float32),
                       Refinement(True, 0, 0.0))
 
 

@@ -13,7 +13,7 @@ from backends.cpu_kernels import Split, Weights
 from ray_tracer import Chords, Limits, Refinement
 from tracing import sdf_grid
 from tracing.compiling import compiled, inlined
-from tracing.sdf_grid import STRIDE, SdfGrid
+from tracing.sdf_grid import SdfGrid
 
 MIN_PER_CORE = 16       # rays; with fewer, handing them over takes longer than the work
 
@@ -29,8 +29,8 @@ class Known(NamedTuple):
 class Found(NamedTuple):
     """What a search has found on R rays with S samples, and what it has evaluated."""
     want_hit: np.ndarray    # (R,) bool, of the rays
-    samples: Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # (R, S) each, those of tracing.sdf_grid: distances,
-                                                                    # table, evaluated and needed
+    samples: Tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # those of tracing.sdf_grid: distances, table and
+                                                                    # evaluated (R, S), and needed (R, S, 2)
     heard: Tuple[Tuple[np.ndarray, np.ndarray], Tuple[np.ndarray, np.ndarray]]  # points (N, 3) and sdf (N,), of the
                                                                                 # samples and of the refinement
 
@@ -77,7 +77,7 @@ def search(chords: Chords, known: Known, net: Weights) -> Tuple[np.ndarray, np.n
     for ray in range(len(near)):
         for sample in range(shape[1]):
             t[ray, sample] = near[ray] + length[ray] * known.fractions[sample]
-    table, evaluated, needed = np.full(shape, f(np.inf), f), np.zeros(shape, np.bool_), np.zeros(shape, f)
+    table, evaluated, needed = np.full(shape, f(np.inf), f), np.zeros(shape, np.bool_), np.zeros((*shape, 2), f)
     points, values = np.empty((t.size, 3), f), np.empty(t.size, f)
     count = find_samples((origins, directions, want_hit), (known.values, known.margins, how.tolerance, net),
                          (t, table, evaluated, needed), (points, values))
@@ -105,16 +105,16 @@ def find_samples(rays, known, samples, heard):
     """Do SdfGrid.search: evaluate the samples that may be a ray's entry or have its least sdf.
 
     rays: origins and directions (R, 3), want_hit (R,); known: the grid's values and margins, the tolerance, the
-    weights; samples: distances, table, evaluated and needed, (R, S) each; heard: arrays that receive the points and
-    their sdf. Returns how many.
+    weights; samples: distances, table and evaluated, (R, S) each, and needed (R, S, 2); heard: arrays that receive the
+    points and their sdf. Returns how many.
     """
     (origins, directions, want_hit), (t, table, evaluated, needed) = rays, samples
-    (grid, margins, tolerance, net), (points, values), count, stride = known, heard, 0, STRIDE
+    (grid, margins, tolerance, net), (points, values), count, sparsely = known, heard, 0, True
     estimate, within = np.empty(t.shape, np.float32), np.empty((len(t), 2), np.int64)
     open_rays = np.ones(len(t), np.bool_)
-    sdf_grid._along(grid, origins, directions, t, np.float32(2) * margins.max(), estimate, within)
+    sdf_grid._along(grid, origins, directions, t, np.float32(2) * margins[0].max(), estimate, within)
     places = sdf_grid._first_guess(estimate, within, want_hit)
-    while len(places) or stride > 1:
+    while len(places) or sparsely:
         last = count + len(places)
         ray, distance = places // t.shape[1], np.empty(len(places), np.float32)
         for i in range(len(places)):
@@ -126,8 +126,8 @@ def find_samples(rays, known, samples, heard):
             evaluated[ray[i], places[i] % t.shape[1]] = True
         count = last
         places = sdf_grid._samples_in_doubt(t, table, evaluated, estimate, within, want_hit, open_rays, needed,
-                                            margins, tolerance, stride)
-        stride = 1
+                                            margins, tolerance, sparsely)
+        sparsely = False
     return count
 
 
