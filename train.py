@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import nnabla.solvers as S
@@ -155,6 +156,8 @@ class Training:
         self.saved = time.monotonic()
         if state is None:
             self.save(self.first_step)
+        # On a CPU, in a thread of its own; with a GPU, at once, while the GPU is still at work on the gradients.
+        self.beside = ThreadPoolExecutor(1).submit if network.on_cpu() else at_once
         self.batches = self.draw_batches()
         self.batch = next(self.batches)
 
@@ -204,10 +207,7 @@ class Training:
         search = PointSearch(self.sdf, self.conf.tracer, self.grid)
         placed, losses = self.step.take(self.solver, search, batch, self.alpha, rng)
         world.mean_gradients()
-        if self.grid:
-            self.grid.learn_heard()
-            self.grid.learn(*self.step.uniform_points())
-        self.batch = next(self.batches)       # while the GPU is still at work on all this
+        following = self.beside(self.learn_and_draw)
         losses = {name: float(losses[name].d) for name in LOSSES}
         means = world.mean({**losses, "hits": placed.hit_in_mask.sum(), "signals": len(stop)})
         stopping = means.pop("signals") > 0
@@ -215,11 +215,19 @@ class Training:
         self.solver.update()
         if self.camera_solver:
             self.camera_solver.update(cameras.grad_steps(self.pose.d, drawn, placed.points, *self.step.grad_rays()))
+        self.batch = following.result()
         self.loss = means["loss"]
         self.log.add(step, **means, learning_rate=self.solver.learning_rate(), alpha=self.alpha)
         self.progress.set_postfix(epoch=epoch, loss=f"{self.loss:.4f}", refresh=False)
         self.progress.update()
         return stopping
+
+    def learn_and_draw(self):
+        """Let the grid learn what a step has found; return the next batch. Nothing else in the step needs either."""
+        if self.grid:
+            self.grid.learn_heard()
+            self.grid.learn(*self.step.uniform_points())
+        return next(self.batches)
 
     def end_epoch(self, epoch):
         """Save, render and report what is due after an epoch."""
@@ -284,6 +292,13 @@ class Training:
 LOST = ("no ray has met the surface within its mask; the surface has shrunk to nothing or grown beyond the unit "
         "sphere. The usual causes: cameras that are not normalised to the unit sphere or masks that are missing "
         "(prepare.py SCENE --check tells), or a train.learning_rate that is too high")
+
+
+def at_once(function):
+    """Call a function. Return its result as that of a thread."""
+    done = Future()
+    done.set_result(function())
+    return done
 
 
 def remembered(sdf, num_rays, known=None):

@@ -7,6 +7,7 @@ from scipy.interpolate import RegularGridInterpolator
 import datasets
 import ray_tracer
 from config.settings import Tracer
+from tracing import sdf_grid
 from tracing.sdf_grid import SdfGrid
 from training import step
 
@@ -729,6 +730,41 @@ def test_a_remembered_sdf_saves_evaluations(rays):
             ray_tracer.hit_or_least_sdf(seen, *rays, want_hit, grid=known, rng=np.random.default_rng(number))
             numbers.append(sum(map(len, calls)))
     assert numbers[-1] < 0.6 * numbers[-2]
+
+
+def test_what_a_round_has_needed_is_not_forgotten():
+    """The grid is off by five samples. The first round needs a margin of it, and the second one none, by a parabola."""
+    t = np.linspace(1, 2, 101, dtype=np.float32)[None]
+    sdf, estimate = (np.float32(0.3) + (t - middle) ** 2 for middle in np.float32((1.55, 1.5)))
+    table, evaluated, needed = np.full_like(t, np.inf), np.zeros(t.shape, bool), np.zeros((*t.shape, 2), np.float32)
+    margins = np.repeat(np.float32([[0.02], [0.001]]), sdf_grid.NUM_MARGINS, axis=1)
+    no, yes, places = np.zeros(1, bool), np.ones(1, bool), np.array([50])
+    for sparsely in (True, False, False, False):
+        table.flat[places], evaluated.flat[places] = sdf.flat[places], True
+        places = sdf_grid._samples_in_doubt(t, table, evaluated, estimate, np.array([[0, 101]]), no, yes, needed,
+                                            margins, TOLERANCE, sparsely)
+        assert (np.diff(places) == sdf_grid.MAX_STRIDE).all() if sparsely else places.size < 10
+        assert np.isclose(needed[0, 55, 0], 0.05 ** 2, rtol=0.02)
+    assert evaluated[0, 55] and not places.size and needed[0, 55, 1] < 1e-4
+    before = margins.copy()
+    margins *= np.float32(1e-3)
+    sdf_grid._widen(margins, t, table, evaluated, needed, no, TOLERANCE)
+    level = 1 + np.searchsorted(sdf_grid.LEVELS, 0.3)
+    assert margins[0, level] == max(sdf_grid.SPARE * needed[0, 55, 0], sdf_grid.LEAST_MARGINS[0])
+    assert (before > margins).all()
+
+
+def test_values_of_a_grid_do_not_drift():
+    """Points that barely reach into a cell say little of its far corners, which must not make up for jitter."""
+    side, rng = 12, np.random.default_rng(0)
+    line = np.linspace(-1, 1, side, dtype=np.float32)
+    corners = np.stack(np.meshgrid(line, line, line, indexing="ij"), axis=-1).reshape(-1, 3)
+    grid, edge = SdfGrid.of(ball, side), line[-2]
+    for _ in range(9000):
+        points = rng.uniform((0.7, -0.1, -0.1), (edge + 0.005, 0.1, 0.1), (20, 3)).astype(np.float32)
+        grid.learn(points, ball(points) - np.float32(0.02) * (points[:, 0] > edge))
+    off = np.abs(grid.values.ravel() - ball(corners))
+    assert 0.1 < off.max() < 1.5 * np.sqrt(3) * (line[1] - line[0])      # what a slope of 1.5 allows
 
 
 def test_a_grid_learns_what_it_hears():

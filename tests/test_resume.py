@@ -498,6 +498,8 @@ def test_what_a_state_remembers_of_the_sdf(home):
     assert (grid.values == values).all() and (grid.margins == margins).all() and values.dtype == np.float32
     early = {name: array for name, array in state.arrays.items() if name != checkpoints.GRID}
     assert checkpoints.grid_of(state._replace(arrays=early)) is None
+    earlier = checkpoints.grid_of(state._replace(arrays={**state.arrays, checkpoints.MARGINS: margins[0]}))
+    assert (earlier.values == values).all() and earlier.margins.shape == margins.shape    # its margins are made anew
     for name, spoilt in ((checkpoints.GRID, values[1:]), (checkpoints.GRID, values[0]),
                          (checkpoints.GRID, values[:1, :1, :1]), (checkpoints.MARGINS, margins[1:]),
                          (checkpoints.MARGINS, margins * np.nan)):

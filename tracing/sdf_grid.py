@@ -205,9 +205,10 @@ def _learn(values, points, found, changes):
                 for z in range(2):
                     weight = (a if x else one - a) * (b if y else one - b) * (c if z else one - c)
                     da, db, dc = a - np.float32(x), b - np.float32(y), c - np.float32(z)
-                    most = slope * np.sqrt(da * da + db * db + dc * dc)
-                    known = min(max(values[i + x, j + y, k + z], found[n] - most), found[n] + most)
-                    values[i + x, j + y, k + z] = known
+                    far, known = da * da + db * db + dc * dc, values[i + x, j + y, k + z]
+                    if (known - found[n]) ** 2 > slope * slope * far:       # seldom
+                        known = found[n] + np.copysign(slope * np.sqrt(far), known - found[n])
+                        values[i + x, j + y, k + z] = known
                     value += weight * known
                     square += weight * weight
                     weights[x, y, z] = weight
