@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 import warnings
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import nnabla.solvers as S
@@ -32,7 +31,7 @@ from rendering import pixels
 from tracing.sdf_grid import SdfGrid
 from training import cameras, checkpoints, parallel, schedule
 from training.log import EpochLog
-from training.step import LOSSES, LossSettings, PointSearch, TrainingStep
+from training.step import LOSSES, LossSettings, PointSearch, TrainingStep, beside_the_update
 
 STATE_EVERY = 120       # seconds: what a run that is killed may lose; it changes no result
 
@@ -156,8 +155,7 @@ class Training:
         self.saved = time.monotonic()
         if state is None:
             self.save(self.first_step)
-        # On a CPU, in a thread of its own; with a GPU, at once, while the GPU is still at work on the gradients.
-        self.beside = ThreadPoolExecutor(1).submit if network.on_cpu() else at_once
+        self.beside = beside_the_update()
         self.batches = self.draw_batches()
         self.batch = next(self.batches)
 
@@ -292,13 +290,6 @@ class Training:
 LOST = ("no ray has met the surface within its mask; the surface has shrunk to nothing or grown beyond the unit "
         "sphere. The usual causes: cameras that are not normalised to the unit sphere or masks that are missing "
         "(prepare.py SCENE --check tells), or a train.learning_rate that is too high")
-
-
-def at_once(function):
-    """Call a function. Return its result as that of a thread."""
-    done = Future()
-    done.set_result(function())
-    return done
 
 
 def remembered(sdf, num_rays, known=None):

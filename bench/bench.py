@@ -37,7 +37,7 @@ from files import picture_store  # noqa: E402
 from rendering import pixels  # noqa: E402
 from train import remembered  # noqa: E402
 from training import checkpoints, parallel  # noqa: E402
-from training.step import LossSettings, PointSearch, TrainingStep, place_points  # noqa: E402
+from training.step import LossSettings, PointSearch, TrainingStep, at_once, beside_the_update, place_points  # noqa: E402
 
 # The networks and the rays per step.
 SETTINGS = {"dtu": (Network(512, 256, 9), 2048), "small": (Network(128, 64, 9), 512), "demo": (Network(96, 32, 6), 128)}
@@ -223,7 +223,12 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
             seconds[name].append(time.perf_counter() - start)
         return result
 
-    counted = counting_stages(sdf, stage, evaluations, num_steps)
+    def learn_and_draw():
+        if grid:
+            timed_part("learn", lambda: (grid.learn_heard(), grid.learn(*step.uniform_points())))
+        return timed_part("batch", next, batches)
+
+    counted, beside = counting_stages(sdf, stage, evaluations, num_steps), beside_the_update()
     batch = next(batches)
     for number in range(3 * num_steps):
         start = time.perf_counter()
@@ -246,11 +251,10 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
         num_surface.append(placed.hit_in_mask.sum())
         if world.size > 1:
             timed_part("all-reduce", world.mean_gradients)
-        if grid:
-            timed_part("learn", lambda: (grid.learn_heard(), grid.learn(*step.uniform_points())))
-        batch = timed_part("batch", next, batches)
+        following = (at_once if number < 2 * num_steps else beside)(learn_and_draw)
         float(losses["loss"].d)     # as train.py does, which checks it
         timed_part("update", solver.update)
+        batch = following.result()
         if number >= 2 * num_steps:
             seconds[WHOLE].append(time.perf_counter() - start)
     return seconds, measured, np.mean(num_surface)

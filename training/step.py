@@ -1,6 +1,7 @@
 """One step of the optimisation: a point for each ray, the losses at these points, and their gradients (section 3)."""
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple, Optional, Tuple, Union
+from typing import Callable, NamedTuple, Optional, Tuple, Union
 
 import nnabla as nn
 import nnabla.functions as F
@@ -46,6 +47,21 @@ class LossSettings(NamedTuple):
     def of(cls, train: Train) -> "LossSettings":
         """Return the settings of a configuration's section."""
         return cls(train.mask_weight, train.eikonal_weight, train.missed_weight, train.least_slope)
+
+
+def beside_the_update() -> Callable[[Callable], Future]:
+    """Return what calls a function of no arguments for what an update of the networks does not need.
+
+    On a CPU, it does so in a thread of its own; with a GPU, at once, while the GPU is still at work on the gradients.
+    """
+    return ThreadPoolExecutor(1).submit if network.on_cpu() else at_once
+
+
+def at_once(function: Callable) -> Future:
+    """Call a function of no arguments. Return its result as that of a thread."""
+    done = Future()
+    done.set_result(function())
+    return done
 
 
 def place_points(sdf, batch: datasets.Batch, tracer: Tracer, rng, grid: Optional[SdfGrid] = None) -> Placed:
