@@ -103,8 +103,15 @@ def main():
     if args.report:
         photograph_report(Path(args.report) / report.PAGE, DOCS / "report.jpg")
     for folder, picture in args.scan:
-        write_labelled(DOCS / picture, scan_picture(Path(folder), view=20, shape=(340, 390)),
-                       ("view 20", "its normals", "the extracted mesh"))
+        draw_scan(Path(folder), DOCS / picture)
+
+
+def draw_scan(folder: Path, path: Path) -> None:
+    """Draw view 20 of a run on a scan of DTU, its normals and its mesh. UserError unless the path ends in .png."""
+    if path.suffix != ".png":
+        raise helper.UserError(f"{path.name}: a picture needs a name that ends in .png")
+    write_labelled(path, scan_picture(folder, view=20, shape=(340, 390)),
+                   ("view 20", "its normals", "the extracted mesh"))
 
 
 def draw_psnr(path: Path, table: np.ndarray) -> None:
