@@ -77,7 +77,7 @@ class Limits(NamedTuple):
 
 @lru_cache(maxsize=None)
 def second_thread() -> ThreadPoolExecutor:
-    """Return the thread for hit_or_least_sdf's second search on a GPU."""
+    """Return a thread beside the caller's: for hit_or_least_sdf's second search, or for the rest of a step."""
     return ThreadPoolExecutor(1)
 
 

@@ -223,8 +223,7 @@ class Training:
     def learn_and_draw(self):
         """Let the grid learn what a step has found; return the next batch. Nothing else in the step needs either."""
         if self.grid:
-            self.grid.learn_heard()
-            self.grid.learn(*self.step.uniform_points())
+            self.step.teach(self.grid)
         return next(self.batches)
 
     def end_epoch(self, epoch):

@@ -185,10 +185,10 @@ KERNEL put_values(LIST, Int listed, const float *values, float *out) {
     const Of<float> estimate = {all_estimate + i, rays}; \
     within += 3 * i;
 
-// List a sample of a ray. place: of the sample, in the table.
-__device__ void list_sample(List list, Int place, Int number, const Ray &ray, Of<float> t, Of<unsigned char> state) {
+// List a sample of a ray. i: the ray's number.
+__device__ void list_sample(List list, Int i, Int number, const Ray &ray, Of<float> t, Of<unsigned char> state) {
     state[number] = LISTED;
-    put(list, atomicAdd(list.count, 1), place, ray, t[number]);
+    put(list, atomicAdd(list.count, 1), number * t.step + i, ray, t[number]);
 }
 
 // Move two samples to where the grid is `narrow` and -narrow, around its first change of sign, before sample `entry`.
@@ -240,9 +240,8 @@ KERNEL list_first_guess(SAMPLES, GRID, DOUBTS, const float *fractions, float nar
         move_around_entry(grid, ray, t, estimate, entry, narrow);
         within[2] = entry++;
     }
-    if (entry) list_sample(list, (entry - 1) * rays + i, entry - 1, ray, t, state);
-    const Int best = entry ? entry : lowest;
-    list_sample(list, best * rays + i, best, ray, t, state);
+    if (entry) list_sample(list, i, entry - 1, ray, t, state);
+    list_sample(list, i, entry ? entry : lowest, ray, t, state);
 }
 
 // Which margin is that of a ray whose least sdf is `least`.
@@ -452,11 +451,11 @@ KERNEL widen(float *margins, float *most, int *how_many) {
 }
 
 // Move one of a ray's samples to the distance `here`, if that is between its neighbours, and list it.
-__device__ void move_sample(List list, Int place, Int number, float here, const Ray &ray, Of<float> t,
+__device__ void move_sample(List list, Int i, Int number, float here, const Ray &ray, Of<float> t,
                             Of<unsigned char> state) {
     if (!(t[number - 1] < here && here < t[number + 1])) return;
     t[number] = here;
-    list_sample(list, place, number, ray, t, state);
+    list_sample(list, i, number, ray, t, state);
 }
 
 // Of an sdf that stays as it is: where the grid is least along a ray before its entry, and the sdf may be as low as
@@ -479,9 +478,7 @@ KERNEL list_closest(SAMPLES, GRID, const int *within, float spread, unsigned cha
             if (falling && value > last) {
                 const bool close = number != moved && last <= margins[0] + 0.5f * step;
                 for (Int own = max(falling - 1, 1LL); close && own <= min(falling + 1, samples - 2); own++)
-                    if (own != moved)
-                        move_sample(list, own * rays + i, own, last_t + (own - falling) * BESIDE * width, ray, t,
-                                    state);
+                    if (own != moved) move_sample(list, i, own, last_t + (own - falling) * BESIDE * width, ray, t, state);
                 falling = 0;
             } else if (value < last) falling = number;
             last = value, last_t = here;

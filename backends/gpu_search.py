@@ -17,7 +17,7 @@ FINER = 4       # times as many points a side has the grid of an sdf that stays 
 CLOSER = 16     # places at which a gap between samples is looked at, on such a grid
 BESIDE = 0.25   # of a gap: so far from where the grid is least the sdf is looked at, too
 USUAL, NEARLY_ALL = 0.9, 0.999      # shares of its cells: its error in these is taken for its usual and its largest one
-BEYOND = 1.2    # times its largest error is its margin
+BEYOND = 1.2    # the margin of such a grid is so many times its largest error
 THREADS = 32    # of a block: few, so that a few thousand rays keep all of a GPU busy
 SHARED = 48 << 10   # bytes of shared memory that a block may have
 GAP_BYTES = 32
@@ -115,7 +115,7 @@ class Search:
         if not count:
             return grid
         usual, most = np.quantile(np.abs((self.values[:count] - self.ahead[:count]).get()), (USUAL, NEARLY_ALL))
-        margins = np.full(grid.margins.shape, np.inf)       # of a parabola, nothing is known
+        margins = np.full(grid.on_gpu[1].shape, np.inf)     # of a parabola, nothing is known
         margins[0] = max(BEYOND * most, limits.constants["LEAST_MARGINS"][0])
         return Grid(self, grid.on_gpu[0], margins, usual)
 

@@ -198,6 +198,21 @@ def named_stages(stage: Dict[str, str]) -> Iterator[None]:
             setattr(*place, function)
 
 
+class Stopwatch:
+    """Calls functions and, while it runs, notes the seconds that each takes: {name: [seconds]}."""
+
+    def __init__(self):
+        self.seconds, self.runs = defaultdict(list), True
+
+    def __call__(self, name: str, function: Callable, *args):
+        start = time.perf_counter()
+        result = function(*args)
+        if self.runs:
+            synchronize()
+            self.seconds[name].append(time.perf_counter() - start)
+        return result
+
+
 def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, num_steps: int,
                   world: parallel.World) -> Tuple[Dict[str, List[float]], Dict[str, float], float]:
     """Take 3 num_steps training steps. Measure the parts of the second third, and the steps of the last one as a whole.
@@ -213,19 +228,12 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
     sdf, step = network.sdf_evaluator(), TrainingStep((), LossSettings(100.0, 0.1), draw.num_rays)
     grid = remembered(sdf, draw.num_rays)
     batches = datasets.training_batches(scene, list(range(len(scene.images))), draw, process=world)
-    seconds, stage, evaluations, num_surface = defaultdict(list), {}, defaultdict(float), []
-
-    def timed_part(name, function, *args):
-        start = time.perf_counter()
-        result = function(*args)
-        if number < 2 * num_steps:
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
-        return result
+    timed_part, stage, evaluations, num_surface = Stopwatch(), {}, defaultdict(float), []
+    seconds = timed_part.seconds
 
     def learn_and_draw():
         if grid:
-            timed_part("learn", lambda: (grid.learn_heard(), grid.learn(*step.uniform_points())))
+            timed_part("learn", step.teach, grid)
         return timed_part("batch", next, batches)
 
     counted, beside = counting_stages(sdf, stage, evaluations, num_steps), beside_the_update()
@@ -237,6 +245,7 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
                 warm.clear()
             before = dict(sdf.search.evaluations) if sdf.search else {}
         if number == 2 * num_steps:
+            timed_part.runs = False
             count_search(evaluations, sdf.search, before, num_steps)
             measured = dict(evaluations)
         if network.on_cpu():        # one compiled function does it all
@@ -251,11 +260,11 @@ def measure_steps(scene: datasets.Scene, tracer: Tracer, draw: datasets.Draw, nu
         num_surface.append(placed.hit_in_mask.sum())
         if world.size > 1:
             timed_part("all-reduce", world.mean_gradients)
-        following = (at_once if number < 2 * num_steps else beside)(learn_and_draw)
+        following = (at_once if timed_part.runs else beside)(learn_and_draw)
         float(losses["loss"].d)     # as train.py does, which checks it
         timed_part("update", solver.update)
         batch = following.result()
-        if number >= 2 * num_steps:
+        if not timed_part.runs:
             seconds[WHOLE].append(time.perf_counter() - start)
     return seconds, measured, np.mean(num_surface)
 

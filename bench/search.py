@@ -93,8 +93,7 @@ def compare(conf, scene, views, num_steps):
             compared = (difference(sdf, batch, alpha, placed, full, conf.tracer.tolerance), evaluations,
                         sum(counted))
         taken.compute_gradients(solver, batch, placed, alpha, rng)
-        grid.learn_heard()
-        grid.learn(*taken.uniform_points())
+        taken.teach(grid)
         solver.update()
         yield compared
 

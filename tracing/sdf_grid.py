@@ -31,8 +31,7 @@ STILL_SIDE = 96     # of the grid of an sdf that stays as it is
 # For a search elsewhere, which does the same with a grid.
 CONSTANTS = {"MAX_SLOPE": MAX_SLOPE, "ERROR_SLOPE": ERROR_SLOPE, "READ_STRIDE": READ_STRIDE, "SPARE": SPARE,
              "FORGET": FORGET, "LEAST_MARGINS": LEAST_MARGINS, "NUM_MARGINS": NUM_MARGINS,
-             "LEVELS": tuple(LEVELS.tolist()), "SMOOTH": SMOOTH,
-             "MAX_STRIDE": MAX_STRIDE, "FEW": FEW}
+             "LEVELS": tuple(LEVELS.tolist()), "SMOOTH": SMOOTH, "MAX_STRIDE": MAX_STRIDE, "FEW": FEW}
 
 
 class Rays(NamedTuple):
@@ -263,7 +262,7 @@ def _samples_in_doubt(t, table, evaluated, estimate, within, want_hit, open_rays
     """Return the samples to evaluate next, as indices into the flat table; write lower bounds into it elsewhere.
 
     A sample is in doubt if it may be the ray's entry, if the surface may hide in a gap beside it, or if the ray has no
-    sure entry and the sample may be the least. Of the latter, if sparsely, a few may do at first. open_rays (R,) bool
+    sure entry and the sample may be the least. If sparsely, only some of the latter are listed. open_rays (R,) bool
     loses the rays that have no doubtful sample left.
     """
     samples = t.shape[1]
@@ -312,7 +311,7 @@ def _need(needed, kind, margin):
 def _list_doubtful(doubtful, first, end, sparsely, smooth, listed):
     """List the doubtful samples, (S,) bool.
 
-    Sparsely, only every 2nd; on a smooth sdf, those that have the doubtful ones between each other.
+    If sparsely, every 2nd is listed; on a smooth sdf, every few samples, so that each doubtful one lies between two.
     """
     stride = min(doubtful[first:end].sum() // FEW, MAX_STRIDE) if smooth and sparsely else 1
     for number in range(first, end):

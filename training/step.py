@@ -1,5 +1,5 @@
 """One step of the optimisation: a point for each ray, the losses at these points, and their gradients (section 3)."""
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from functools import partial
 from typing import Callable, NamedTuple, Optional, Tuple, Union
 
@@ -50,11 +50,11 @@ class LossSettings(NamedTuple):
 
 
 def beside_the_update() -> Callable[[Callable], Future]:
-    """Return what calls a function of no arguments for what an update of the networks does not need.
+    """Return what starts a function of no arguments, while the networks are updated.
 
-    On a CPU, it does so in a thread of its own; with a GPU, at once, while the GPU is still at work on the gradients.
+    On a CPU the function runs in a second thread. With a GPU it runs at once, as the GPU is still at work.
     """
-    return ThreadPoolExecutor(1).submit if network.on_cpu() else at_once
+    return ray_tracer.second_thread().submit if network.on_cpu() else at_once
 
 
 def at_once(function: Callable) -> Future:
@@ -265,6 +265,11 @@ class TrainingStep:
         """
         return (self.latest[0], self.latest[1].uniform_sdf) if self.compiled else self.latest[0].uniform_points()
 
+    def teach(self, grid: SdfGrid) -> None:
+        """Let a grid learn what it has heard in the step's search, and the sdf at the uniform points."""
+        grid.learn_heard()
+        grid.learn(*self.uniform_points())
+
     def grad_rays(self) -> Tuple[np.ndarray, np.ndarray]:
         """Return the loss's gradients with respect to the batch's points and directions, (R, 3) float32 each.
 
@@ -296,6 +301,5 @@ def compile_functions():
     grid = SdfGrid.of(sdf, 8)
     step = TrainingStep(net.without, LossSettings(100.0, 0.1), num_rays)
     placed, _ = step.take(S.Adam(), PointSearch(sdf, Tracer(samples=16), grid), batch, 50.0, rng)
-    grid.learn_heard()
-    grid.learn(*step.uniform_points())
+    step.teach(grid)
     place_points(sdf, batch, Tracer(samples=16), rng)
