@@ -42,8 +42,10 @@ Sdf = Callable[[np.ndarray], np.ndarray]    # points (N, 3) float32 -> (N,) floa
 
 STRIDES = (16, 4, 2, 1)         # coarse to fine: evaluate every 16th sample of a ray, then every 4th where needed, ...
 STRIDES_FEWER_CALLS = (8, 1)    # the same with fewer calls and slightly more points
-AHEAD = (1, 1, 4, 16, 64, 256, 512)     # points that a walking ray gets in each step; few rays walk far
-MAX_COVER = 8       # points at most of a bracket, or of a ray's first steps
+AHEAD = (1, 8, 64, 512)     # points at most that a walking ray gets in each step, except in the first; ...
+AHEAD_LEAST = 1 / 16        # ... and the share of them that it gets at least
+STEADY = 0.6        # between, it gets as many as are needed if the sdf stays above this share of that at its ends
+MAX_COVER = 8       # points at most of a bracket, or of a ray's first step
 SECANT_ALONE = 2    # steps in which a bracket gets no other point than the secant's
 
 
@@ -70,7 +72,7 @@ def steps_left(step, steps):
 
 class Limits(NamedTuple):
     """What a search elsewhere has to know."""
-    constants: Dict = {"MAX_COVER": MAX_COVER, **CONSTANTS}
+    constants: Dict = {"MAX_COVER": MAX_COVER, "AHEAD_LEAST": AHEAD_LEAST, "STEADY": STEADY, **CONSTANTS}
     num_ahead: Callable = num_ahead
     steps_left: Callable = steps_left
 
@@ -474,9 +476,8 @@ def _refine(sdf_at, rays, ends, values, how):
 def _look_ahead(ends, values, holds, walking, active, secant, num_ahead, steps_left, tolerance):
     """Return the next points of the active gaps: gap (m,) int and distance (m,) float32, one ascending block per gap.
 
-    A bracket gets the points of _narrowing. A walking ray gets points from where the sdf at the near end leads:
-    num_ahead evenly spaced ones; or, if that is 1, those that would cover the gap if the sdf were linear in it. A gap
-    whose ends cover it gets none, and is no longer active.
+    A bracket gets the points of _narrowing. A walking ray gets those of _cover, or, if num_ahead is more than 1, up to
+    so many of _spread. A gap whose ends cover it gets none, and is no longer active.
     """
     room = max(num_ahead, MAX_COVER) * len(active)
     gap, ahead, count = np.empty(room, np.int64), np.empty(room, np.float32), 0
@@ -486,14 +487,12 @@ def _look_ahead(ends, values, holds, walking, active, secant, num_ahead, steps_l
         if not active[i]:
             continue
         near, far, before = ends[0, i], ends[1, i], count
-        points = ahead[count:count + MAX_COVER]
+        points = ahead[count:count + max(num_ahead, MAX_COVER)]
         if not walking[i]:
             count += _narrowing(near, far, values[0, i], values[1, i], secant, steps_left, tolerance, points)
         elif num_ahead > 1:
-            reached = min(near + values[0, i], far)
-            for k in range(num_ahead):
-                ahead[count + k] = reached + (far - reached) * np.float32(k / num_ahead)
-            count += num_ahead
+            least = num_ahead if steps_left == 1 else max(int(num_ahead * AHEAD_LEAST), 1)
+            count += _spread(near, far, values[0, i], values[1, i], least, num_ahead, tolerance, points)
         else:
             count += _cover(near, far, values[0, i], values[1, i], points)
         gap[before:count] = i
@@ -536,14 +535,30 @@ def _cover(near, far, near_value, far_value, points):
     Two points cover the space between them if the sum of their sdf is its width.
     """
     fall = max((near_value - far_value) / (far - near), 0.0)
-    point = min(near + near_value, far)
+    point, value = near, near_value
     for k in range(len(points)):
-        points[k] = point
-        value = max(near_value - fall * (point - near), far_value)
-        if point + value + far_value >= far:
-            return k + 1
+        free = point + value
         point += 0.9 * 2.0 * value / (1.0 + fall)       # a little less, since the sdf is not linear
+        value = max(near_value - fall * (point - near), far_value)
+        points[k] = point
+        if point + value + far_value >= far:
+            points[k] = 0.5 * (free + far - far_value)      # the middle of what is left
+            return k + 1
     return len(points)
+
+
+@compiled
+def _spread(near, far, near_value, far_value, least, most, tolerance, points):
+    """Set points to evenly spaced ones in the part of a gap that its ends leave open, and return their number.
+
+    They are as many as cover it if the sdf stays above STEADY times its ends' lower one, but from `least` to `most`.
+    """
+    start, left = near + near_value, far - near - near_value - max(far_value, 0.0)
+    needed = np.ceil(left / (2.0 * STEADY * max(min(near_value, far_value), tolerance)))
+    count = int(min(max(needed, least), most))
+    for k in range(count):
+        points[k] = start + left * np.float32((k + 0.5) / count)
+    return count
 
 
 @compiled
@@ -551,11 +566,11 @@ def _take_in(ends, values, holds, walking, active, gap, ahead, found, tolerance)
     """Narrow the gaps by `found` (m,), the sdf at the points that _look_ahead gave, gap and ahead (m,).
 
     The far end moves to the first point not outside. The near end moves to the last point before it up to which the
-    gap is known to be free.
+    gap is known to be free. If all points are outside, the far end moves to the first from which on the gap is free.
     """
     start = 0
     while start < len(gap):
-        i, end, stop, last = gap[start], start + 1, start, start
+        i, end, stop, last = gap[start], start + 1, start, start - 1
         while end < len(gap) and gap[end] == i:
             end += 1
         # `stop` is the first point not outside. NaN counts as outside.
@@ -564,18 +579,24 @@ def _take_in(ends, values, holds, walking, active, gap, ahead, found, tolerance)
         # `last` is the point up to which the gap is free: two points cover the space between them if the sum of their
         # sdf is its width. A point on the surface counts for 2 * tolerance. Before a point inside, and in a bracket,
         # the gap needs no cover.
-        while last + 1 < end and (not walking[i] or found[last + 1] < -tolerance or found[last] + max(
-                found[last + 1], 2 * tolerance) >= ahead[last + 1] - ahead[last]):
+        t, value = ends[0, i], values[0, i]
+        while last + 1 < end and (not walking[i] or found[last + 1] < -tolerance or value + max(
+                found[last + 1], 2 * tolerance) >= ahead[last + 1] - t):
             last += 1
+            t, value = ahead[last], found[last]
         arrives = stop <= last
         last = min(stop - 1, last)
-        for side, point in ((0, last), (1, stop)):
-            if start <= point < end:
-                ends[side, i], values[side, i] = ahead[point], found[point]
-        if stop < end:
+        if stop == end and values[1, i] > tolerance:
+            while stop - 1 > last and found[stop - 1] + values[1, i] >= ends[1, i] - ahead[stop - 1]:
+                stop -= 1
+                ends[1, i], values[1, i] = ahead[stop], found[stop]
+        elif stop < end:
+            ends[1, i], values[1, i] = ahead[stop], found[stop]
             holds[i] = True
             if arrives:
                 walking[i], active[i] = False, abs(found[stop]) > tolerance
+        if start <= last:
+            ends[0, i], values[0, i] = ahead[last], found[last]
         start = end
 
 

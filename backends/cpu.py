@@ -75,13 +75,15 @@ class PackedWeights:
     def __init__(self, layers: Layers):
         self.layers, self.sizes = layers, array_sizes(layers)
         self.packed = np.empty(((self.sizes[:, 0] + 1) * self.sizes[:, 1]).sum(), np.float32)
+        # Their memory stays, also when they are updated or loaded. To ask nnabla for it takes 3 us for each.
+        self.values = [parameter.d.ravel() for layer in layers for parameter in layer]
         self.flat = self.norms = None
 
     def fold(self) -> Weights:
         """Pack the current parameters. The arrays are those of the call before, overwritten."""
         weights = Weights(self.packed, self.sizes)
         # Joined, as each further argument of a compiled function, and each call, takes as long as a layer's work.
-        self.flat = np.concatenate([parameter.d.ravel() for layer in self.layers for parameter in layer])
+        self.flat = np.concatenate(self.values)
         self.norms = cpu_kernels.fold(self.flat, weights)
         return weights
 

@@ -261,13 +261,14 @@ __device__ float parabola(Of<float> t, Of<float> values, Int a, Int b, Int c, fl
     return values[a] + (x - t[a]) * (slope + (x - t[b]) * (next_slope - slope) / (t[c] - t[b]));
 }
 
-// Bound one ray's sdf between close evaluated samples by a parabola, up to `error`, where that is a higher bound.
-__device__ void bound_between(Of<float> t, Of<float> table, Of<unsigned char> state, Int first, Int end, float error,
-                              Bounds bounds) {
+// Bound one ray's sdf between close evaluated samples by a parabola, up to its error, where that is a higher bound.
+__device__ void bound_between(Of<float> t, Of<float> table, Of<unsigned char> state, Int first, Int end,
+                              float wide_error, Bounds bounds) {
     Int before = -1, start = -1;
     for (Int stop = first; stop < end; stop++) {
         if (state[stop] != EXACT) continue;
         if (start >= 0 && stop - start > 1 && stop - start <= MAX_STRIDE) {
+            const float error = wide_error * ((t[stop] - t[start]) / WIDE);
             Int after = stop + 1;
             while (after < end && state[after] != EXACT) after++;
             for (Int number = start + 1; number < stop; number++) {
@@ -285,9 +286,9 @@ __device__ void bound_between(Of<float> t, Of<float> table, Of<unsigned char> st
 }
 
 // Bound one ray's sdf from `first` to `*end`, which becomes that of the samples up to the entry if it is known. Returns
-// the least sdf found.
+// the least sdf found, and the error of a parabola through samples WIDE apart.
 __device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of<float> estimate, Int first, Int *end,
-                       bool want_hit, const float *margins, float tolerance, Bounds bounds) {
+                       bool want_hit, const float *margins, float tolerance, Bounds bounds, float *wide_error) {
     float least = INFINITE;
     bool outside = first > 0;
     for (Int number = first; number < *end; number++) {
@@ -323,7 +324,8 @@ __device__ float bound(Of<float> t, Of<float> table, Of<unsigned char> state, Of
                 bounds.low[number] = low, bounds.expected[number] = value, bounds.margin[number] = error;
         }
     }
-    if (least > SMOOTH) bound_between(t, table, state, first, *end, margins[NUM_MARGINS + which], bounds);
+    *wide_error = margins[NUM_MARGINS + which];
+    if (least > SMOOTH) bound_between(t, table, state, first, *end, *wide_error, bounds);
     return least;
 }
 
@@ -336,8 +338,8 @@ template <typename T> __device__ void copy_samples(const T *all, Int first, Int 
     }
 }
 
-// List the samples in doubt; in round 0, of those that may be the least, only some. What is read more than once is
-// copied to memory that the threads of a block share, which is near.
+// List the samples in doubt; of those that may be the least, only some, except in the last round. What is read more
+// than once is copied to memory that the threads of a block share, which is near.
 KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int round) {
     extern __shared__ float shared[];
     EACH(rays)
@@ -356,9 +358,12 @@ KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int round) {
     copy_samples(all_state, first, end, rays, i, state);
     const Of<float> low = bounds.low, mark = bounds.margin;
     const bool want_hit = ray.wanted != LEAST;
-    const float least = bound(t, table, state, estimate, first, &end, want_hit, margins, tolerance, bounds);
-    auto need = [&](bool between, Int number, float margin) {
-        all_needed[(round * samples + number) * rays + i] = between ? -margin : margin;
+    float wide_error;
+    const float least = bound(t, table, state, estimate, first, &end, want_hit, margins, tolerance, bounds,
+                              &wide_error);
+    auto need = [&](Int number, float margin) {
+        float &needed = all_needed[(round * samples + number) * rays + i];
+        needed = state[number] == BETWEEN ? -margin * (wide_error / bounds.margin[number]) : margin;
     };
     int found = 0;
     auto mark_listed = [&](Int number) {
@@ -372,7 +377,7 @@ KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int round) {
                            && low[number] + low[last] < t[number] - t[last];
         if (low[number] <= tolerance || hides) {
             const float margin = bounds.expected[number] - tolerance;
-            if (state[number] != EXACT && margin > 0.0f) need(state[number] == BETWEEN, number, margin);
+            if (state[number] != EXACT && margin > 0.0f) need(number, margin);
             mark_listed(last);
             mark_listed(number);
         }
@@ -387,13 +392,21 @@ KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int round) {
     for (Int number = first; !sure && number < end; number++) {
         const bool open = number > 0 && state[number] < LISTED;
         const float margin = bounds.expected[number] - least;
-        if (open && margin > 0.0f) need(state[number] == BETWEEN, number, margin);
+        if (open && margin > 0.0f) need(number, margin);
         mark[number] = open && low[number] <= least;
         doubtful += mark[number] > 0.0f;
     }
     const bool smooth = least > SMOOTH;
     const Int stride = smooth && round == 0 ? min(doubtful / FEW, (Int)MAX_STRIDE) : 1;
-    for (Int number = first; doubtful && number < end; number++) {
+    const bool likeliest = round > 0 && round < ROUNDS - 1;
+    for (int k = 0; likeliest && k < min((Int)LIKELIEST << (round - 1), doubtful); k++) {
+        Int lowest = -1;
+        for (Int number = first; number < end; number++)
+            if (mark[number] > 0.0f && (lowest < 0 || low[number] < low[lowest])) lowest = number;
+        mark[lowest] = 0.0f;
+        mark_listed(lowest);
+    }
+    for (Int number = first; doubtful && !likeliest && number < end; number++) {
         if (mark[number] == 0.0f) continue;
         if (stride > 1) {
             mark_listed(max(number / stride * stride, first));
@@ -562,15 +575,30 @@ __device__ int narrowing(const Gap &gap, bool secant, Int steps_left, float tole
 // Set points to those that cover a gap if its sdf is linear, and return their number.
 __device__ int cover(const Gap &gap, float *points) {
     float fall = fmaxf((gap.near_value - gap.far_value) / (gap.far - gap.near), 0.0f);
-    float point = fminf(gap.near + gap.near_value, gap.far);
+    float point = gap.near, value = gap.near_value;
     for (int k = 0; k < MAX_COVER; k++) {
-        points[k] = point;
-        float value = fmaxf(gap.near_value - fall * (point - gap.near), gap.far_value);
-        if (point + value + gap.far_value >= gap.far) return k + 1;
+        const float free = point + value;
         point += 0.9f * 2.0f * value / (1.0f + fall);
+        value = fmaxf(gap.near_value - fall * (point - gap.near), gap.far_value);
+        points[k] = point;
+        if (point + value + gap.far_value < gap.far) continue;
+        points[k] = 0.5f * (free + gap.far - gap.far_value);
+        return k + 1;
     }
     return MAX_COVER;
 }
+
+// Evenly spaced points in the part of a gap that its ends leave open.
+struct Spread {
+    float start, left;
+    int count;
+    __device__ Spread(const Gap &gap, Int least, Int most, float tolerance) {
+        start = gap.near + gap.near_value, left = gap.far - gap.near - gap.near_value - fmaxf(gap.far_value, 0.0f);
+        const float low = fmaxf(fminf(gap.near_value, gap.far_value), tolerance);
+        count = (int)fminf(fmaxf(ceilf(left / (2.0f * STEADY * low)), (float)least), (float)most);
+    }
+    __device__ float operator[](int k) const { return start + left * ((k + 0.5f) / count); }
+};
 
 // List the next points of the active gaps, and write their distances to ahead. A gap without room waits.
 KERNEL look_ahead(const Ray *rays, Gap *gaps, Int num_gaps, float *ahead, LIST, Int secant, Int num_ahead,
@@ -581,14 +609,16 @@ KERNEL look_ahead(const Ray *rays, Gap *gaps, Int num_gaps, float *ahead, LIST, 
     gap.count = 0;
     if (gap.active && gap.walking) gap.active = gap.near_value + gap.far_value < gap.far - gap.near;
     if (gap.active) {
-        float points[MAX_COVER], reached = fminf(gap.near + gap.near_value, gap.far);
+        float points[MAX_COVER];
         const bool even = gap.walking && num_ahead > 1;
-        const int wanted = even ? (int)num_ahead : gap.walking ? cover(gap, points)
-                                                               : narrowing(gap, secant, steps_left, tolerance, points);
+        const Int least = steps_left == 1 ? num_ahead : max((Int)(num_ahead * AHEAD_LEAST), 1LL);
+        const Spread spread(gap, least, num_ahead, tolerance);
+        const int wanted = even ? spread.count : gap.walking ? cover(gap, points)
+                                                             : narrowing(gap, secant, steps_left, tolerance, points);
         gap.first = atomicAdd(list.count, wanted);
         gap.count = gap.first + wanted <= room ? wanted : 0;
         for (int k = 0; k < gap.count; k++) {
-            float t = even ? reached + (gap.far - reached) * ((float)k / num_ahead) : points[k];
+            const float t = even ? spread[k] : points[k];
             ahead[gap.first + k] = t;
             put(list, gap.first + k, i, rays[gap.ray], t);
         }
@@ -604,18 +634,27 @@ KERNEL take_in(Gap *gaps, Int num_gaps, const float *ahead, const float *values,
     Gap gap = gaps[i];
     if (!gap.count) return;
     const int start = gap.first, end = start + gap.count;
-    int stop = start, last = start;
+    int stop = start, last = start - 1;
     while (stop < end && !(values[stop] <= tolerance)) stop++;
-    while (last + 1 < end && (!gap.walking || values[last + 1] < -tolerance || values[last] + fmaxf(
-               values[last + 1], 2.0f * tolerance) >= ahead[last + 1] - ahead[last])) last++;
+    float t = gap.near, value = gap.near_value;
+    while (last + 1 < end && (!gap.walking || values[last + 1] < -tolerance
+                              || value + fmaxf(values[last + 1], 2.0f * tolerance) >= ahead[last + 1] - t)) {
+        last++;
+        t = ahead[last], value = values[last];
+    }
     const bool arrives = stop <= last;
     last = min(stop - 1, last);
-    if (start <= last) gap.near = ahead[last], gap.near_value = values[last];
-    if (stop < end) gap.far = ahead[stop], gap.far_value = values[stop];
-    if (stop < end) {
+    if (stop == end && gap.far_value > tolerance) {
+        while (stop - 1 > last && values[stop - 1] + gap.far_value >= gap.far - ahead[stop - 1]) {
+            stop--;
+            gap.far = ahead[stop], gap.far_value = values[stop];
+        }
+    } else if (stop < end) {
+        gap.far = ahead[stop], gap.far_value = values[stop];
         gap.holds = true;
         if (arrives) gap.walking = false, gap.active = fabsf(values[stop]) > tolerance;
     }
+    if (start <= last) gap.near = ahead[last], gap.near_value = values[last];
     gaps[i] = gap;
 }
 

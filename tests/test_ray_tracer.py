@@ -551,6 +551,17 @@ def test_only_gaps_that_can_matter_are_searched():
         assert not hit and sum(sizes[:5]) == 100 and sizes[5:] == searches
 
 
+@pytest.mark.parametrize("height, most_points, most_calls", [(2e-3, 45, 6), (4e-4, 170, 8), (-4e-4, 140, 8)])
+def test_a_ray_that_grazes_a_ball_is_decided_soon(height, most_points, most_calls):
+    """Its gaps are closed from both ends, by as many points as the sdf at these makes likely."""
+    for seed in range(20):
+        seen, calls = counted(lambda x: ball(x, 0.3))
+        _, hit = ray_tracer.hit_or_least_sdf(seen, np.float32([[-2.5, 0.3 + height, 0]]), ALONG_X, np.ones(1, bool),
+                                             rng=np.random.default_rng(seed))
+        assert hit[0] == (height < 0) and len(calls) <= most_calls
+        assert sum(map(len, calls[3:])) <= most_points
+
+
 def test_few_points_are_evaluated(rays, truths):
     seen, calls = counted(ball)
     _, hit = ray_tracer.trace(seen, *rays)
@@ -739,11 +750,16 @@ def test_what_a_round_has_needed_is_not_forgotten():
     table, evaluated, needed = np.full_like(t, np.inf), np.zeros(t.shape, bool), np.zeros((*t.shape, 2), np.float32)
     margins = np.repeat(np.float32([[0.02], [0.001]]), sdf_grid.NUM_MARGINS, axis=1)
     no, yes, places = np.zeros(1, bool), np.ones(1, bool), np.array([50])
-    for sparsely in (True, False, False, False):
+    for number in range(5):
         table.flat[places], evaluated.flat[places] = sdf.flat[places], True
         places = sdf_grid._samples_in_doubt(t, table, evaluated, estimate, np.array([[0, 101]]), no, yes, needed,
-                                            margins, TOLERANCE, sparsely)
-        assert (np.diff(places) == sdf_grid.MAX_STRIDE).all() if sparsely else places.size < 10
+                                            margins, TOLERANCE, number)
+        if number == 0:
+            assert places.size > 3 and (np.diff(places) == sdf_grid.MAX_STRIDE).all()
+        else:       # those that may be the lowest
+            doubtful = np.flatnonzero(~evaluated[0] & (table[0] <= table[0, evaluated[0]].min()))
+            lowest = doubtful[np.argsort(table[0, doubtful], kind="stable")]
+            assert set(places) == set(lowest[:sdf_grid.LIKELIEST << (number - 1)])
         assert np.isclose(needed[0, 55, 0], 0.05 ** 2, rtol=0.02)
     assert evaluated[0, 55] and not places.size and needed[0, 55, 1] < 1e-4
     before = margins.copy()
@@ -752,6 +768,23 @@ def test_what_a_round_has_needed_is_not_forgotten():
     level = 1 + np.searchsorted(sdf_grid.LEVELS, 0.3)
     assert np.isclose(margins[0, level], max(sdf_grid.SPARE * needed[0, 55, 0], sdf_grid.LEAST_MARGINS[0]))
     assert (before > margins).all()
+
+
+def test_the_margin_of_a_parabola_falls_with_the_distance_of_its_samples():
+    wanted = []
+    for side in (1.0, 0.5):      # of a chord, with the same number of samples
+        t = np.linspace(1, 1 + side, 101, dtype=np.float32)
+        table = np.float32(0.3) + (t - t[50]) ** 2
+        evaluated = np.arange(101) % 4 == 0
+        table[~evaluated] = -1
+        expected, margin, share = np.zeros((3, 101), np.float32)
+        sdf_grid._bound_between(t, table, evaluated, 0, 101, np.float32(0.01), expected, margin, share)
+        within = slice(5, 96)
+        assert np.allclose(margin[within][~evaluated[within]], 0.01 * 0.04 * side / sdf_grid.WIDE, rtol=1e-4)
+        assert np.allclose(table[within], np.where(evaluated, table, 0.3 + (t - t[50]) ** 2 - margin)[within], atol=1e-5)
+        assert (share[within][evaluated[within]] == 0).all()
+        wanted.append(share[50 - 1])
+    assert np.isclose(wanted[0], 2 * wanted[1], rtol=1e-4)
 
 
 def test_values_of_a_grid_do_not_drift():

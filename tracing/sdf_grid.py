@@ -19,8 +19,10 @@ MAX_SLOPE = 1.5     # assumed bound on the sdf's slope, by which samples are ski
 ERROR_SLOPE = 2.0   # assumed bound on the slope of the grid's error
 READ_STRIDE = 4     # of a ray's samples, every 4th is read from the grid first
 SMOOTH = 0.1        # on a ray whose least sdf is above this, a parabola tells more than the grid. There, ...
-MAX_STRIDE = 4      # ... of the samples that may be the least, every 4th at most is evaluated first, then what remains,
+MAX_STRIDE = 6      # ... of the samples that may be the least, every 6th at most is evaluated first, then what remains,
 FEW = 3             # ... but so many of them at least
+WIDE = 0.08         # a parabola's margin is for samples so far apart, and falls with their distance
+LIKELIEST = 2       # samples that a ray's second round evaluates, those that may be the lowest; the third twice as many
 LEVELS = np.float32([0.0, 0.02, 0.05, 0.1, 0.2, 0.4])   # of a ray's least sdf, at which another margin begins
 NUM_MARGINS = 2 + len(LEVELS)     # of rays with a hit, and of the others by their level
 FIRST_MARGINS, LEAST_MARGINS = (0.05, 0.01), (1e-3, 1e-4)   # of what the grid says, and of what a parabola says
@@ -31,7 +33,8 @@ STILL_SIDE = 96     # of the grid of an sdf that stays as it is
 # For a search elsewhere, which does the same with a grid.
 CONSTANTS = {"MAX_SLOPE": MAX_SLOPE, "ERROR_SLOPE": ERROR_SLOPE, "READ_STRIDE": READ_STRIDE, "SPARE": SPARE,
              "FORGET": FORGET, "LEAST_MARGINS": LEAST_MARGINS, "NUM_MARGINS": NUM_MARGINS,
-             "LEVELS": tuple(LEVELS.tolist()), "SMOOTH": SMOOTH, "MAX_STRIDE": MAX_STRIDE, "FEW": FEW}
+             "LEVELS": tuple(LEVELS.tolist()), "SMOOTH": SMOOTH, "MAX_STRIDE": MAX_STRIDE, "FEW": FEW, "WIDE": WIDE,
+             "LIKELIEST": LIKELIEST}
 
 
 class Rays(NamedTuple):
@@ -52,7 +55,8 @@ class SdfGrid:
     """An sdf's values at side^3 points over [-1, 1]^3, and how far they can be trusted.
 
     values: (side, side, side) float32, at x, y and z. margins: (2, NUM_MARGINS) float32, of what the grid says and of
-    what a parabola says; for rays with a hit, and for the others by the level of their least sdf. Both change in place.
+    what a parabola says through samples WIDE apart; for rays with a hit, and for the others by the level of their least
+    sdf. Both change in place.
     """
 
     def __init__(self, values: np.ndarray, margins: Optional[np.ndarray] = None):
@@ -95,7 +99,7 @@ class SdfGrid:
         """
         samples = Samples(t, np.full(t.shape, np.inf, np.float32), np.zeros(t.shape, bool))
         estimate, within = np.empty(t.shape, np.float32), np.empty((len(t), 2), np.int64)
-        needed, open_rays, sparsely = np.zeros((*t.shape, 2), np.float32), np.ones(len(t), bool), True
+        needed, open_rays, number = np.zeros((*t.shape, 2), np.float32), np.ones(len(t), bool), 0
         doubt, (flat_t, flat_table, flat_evaluated) = 2 * self.margins[0].max(), (array.ravel() for array in samples)
 
         def begin(part):
@@ -104,14 +108,14 @@ class SdfGrid:
 
         def go_on(part):
             arrays = (array[part] for array in (*samples, estimate, within, rays.want_hit, open_rays, needed))
-            return _samples_in_doubt(*arrays, self.margins, tolerance, sparsely)
+            return _samples_in_doubt(*arrays, self.margins, tolerance, number)
 
         places = _places(begin, t.shape)
-        while places.size or sparsely:
+        while places.size or number == 0:
             flat_table[places] = sdf_at(places // t.shape[1], flat_t[places])
             flat_evaluated[places] = True
             places = _places(go_on, t.shape)
-            sparsely = False
+            number += 1
         _widen(self.margins, *samples, needed, rays.want_hit, tolerance)
         return samples
 
@@ -258,77 +262,95 @@ def _first_guess(estimate, within, want_hit):
 
 
 @compiled
-def _samples_in_doubt(t, table, evaluated, estimate, within, want_hit, open_rays, needed, margins, tolerance, sparsely):
+def _samples_in_doubt(t, table, evaluated, estimate, within, want_hit, open_rays, needed, margins, tolerance, number):
     """Return the samples to evaluate next, as indices into the flat table; write lower bounds into it elsewhere.
 
     A sample is in doubt if it may be the ray's entry, if the surface may hide in a gap beside it, or if the ray has no
-    sure entry and the sample may be the least. If sparsely, only some of the latter are listed. open_rays (R,) bool
-    loses the rays that have no doubtful sample left.
+    sure entry and the sample may be the least. Only some of the latter are listed: see _list_doubtful. number: of the
+    round, from 0. open_rays (R,) bool loses the rays that have no doubtful sample left.
     """
     samples = t.shape[1]
     places, found = np.empty(t.size, np.int64), 0
-    expected, margin = np.empty(samples, np.float32), np.empty(samples, np.float32)
-    listed, doubtful, kind = np.zeros(samples, np.bool_), np.zeros(samples, np.bool_), np.zeros(samples, np.int64)
+    expected, margin, share = np.empty((3, samples), np.float32)
+    listed, doubtful = np.zeros(samples, np.bool_), np.zeros(samples, np.bool_)
     for ray in range(len(t)):
         if not open_rays[ray]:
             continue
         first, end = within[ray]
         end, least = _bound(t[ray], table[ray], evaluated[ray], estimate[ray], first, end, want_hit[ray], margins,
-                            tolerance, expected, margin, kind)
+                            tolerance, expected, margin, share)
         outside, sure, before = first > 0, False, found
-        for number in range(first, end) if want_hit[ray] else range(0):
-            low, last = table[ray, number], max(number - 1, first)
-            hides = outside and low > tolerance and low + table[ray, last] < t[ray, number] - t[ray, last]
+        for sample in range(first, end) if want_hit[ray] else range(0):
+            low, last = table[ray, sample], max(sample - 1, first)
+            hides = outside and low > tolerance and low + table[ray, last] < t[ray, sample] - t[ray, last]
             if low <= tolerance or hides:
-                listed[number] = listed[last] = True
-                if not evaluated[ray, number]:
-                    _need(needed[ray, number], kind[number], expected[number] - tolerance)
-            sure = outside and expected[number] + margin[number] <= tolerance
+                listed[sample] = listed[last] = True
+                if not evaluated[ray, sample]:
+                    _need(needed[ray, sample], share[sample], expected[sample] - tolerance)
+            sure = outside and expected[sample] + margin[sample] <= tolerance
             if sure:
                 break
             outside |= low > tolerance
-        for number in range(max(first, 1), end) if not sure else range(0):
-            if not evaluated[ray, number] and not listed[number]:
-                _need(needed[ray, number], kind[number], expected[number] - least)
-                doubtful[number] = table[ray, number] <= least
-        _list_doubtful(doubtful, first, end, sparsely, least > SMOOTH, listed)
-        for number in range(first, end):
-            if listed[number] and not evaluated[ray, number]:
-                places[found] = ray * samples + number
+        for sample in range(max(first, 1), end) if not sure else range(0):
+            if not evaluated[ray, sample] and not listed[sample]:
+                _need(needed[ray, sample], share[sample], expected[sample] - least)
+                doubtful[sample] = table[ray, sample] <= least
+        _list_doubtful(doubtful, table[ray], first, end, number, least > SMOOTH, listed)
+        for sample in range(first, end):
+            if listed[sample] and not evaluated[ray, sample]:
+                places[found] = ray * samples + sample
                 found += 1
-            listed[number] = doubtful[number] = False
-        open_rays[ray] = found > before or not sure and sparsely
+            listed[sample] = doubtful[sample] = False
+        open_rays[ray] = found > before or not sure and number == 0
     return places[:found]
 
 
 @compiled
-def _need(needed, kind, margin):
-    """Note in needed (2,), of one sample, what margin of this kind it takes for the sample to be in doubt."""
-    needed[kind] = max(needed[kind], margin)
+def _need(needed, share, margin):
+    """Note in needed (2,), of one sample, what margin it takes for the sample to be in doubt.
 
-
-@compiled
-def _list_doubtful(doubtful, first, end, sparsely, smooth, listed):
-    """List the doubtful samples, (S,) bool.
-
-    If sparsely, every 2nd is listed; on a smooth sdf, every few samples, so that each doubtful one lies between two.
+    share: how much of a parabola's margin counts there; 0 where the grid's margin does.
     """
-    stride = min(doubtful[first:end].sum() // FEW, MAX_STRIDE) if smooth and sparsely else 1
-    for number in range(first, end):
-        if doubtful[number]:
-            if stride > 1:
-                listed[max(number // stride * stride, first)] = True
-                listed[min(-(-number // stride) * stride, end - 1)] = True
-            else:
-                listed[number] = smooth or not sparsely or number % 2 == 0
+    if share > 0:
+        needed[1] = max(needed[1], margin / share)
+    else:
+        needed[0] = max(needed[0], margin)
 
 
 @compiled
-def _bound(t, table, evaluated, estimate, first, end, want_hit, margins, tolerance, expected, margin, kind):
+def _list_doubtful(doubtful, low, first, end, number, smooth, listed):
+    """List some of the doubtful samples, (S,) bool, whose lower bounds are low (S,).
+
+    In round 0, every 2nd is listed; on a smooth sdf, every few samples, so that each doubtful one lies between two.
+    In later rounds, those that may be the lowest.
+    """
+    if number > 0:
+        for _ in range(LIKELIEST << min(number - 1, 6)):
+            lowest = -1
+            for sample in range(first, end):
+                if doubtful[sample] and not listed[sample] and (lowest < 0 or low[sample] < low[lowest]):
+                    lowest = sample
+            if lowest < 0:
+                break
+            listed[lowest] = True
+        return
+    stride = min(doubtful[first:end].sum() // FEW, MAX_STRIDE) if smooth else 1
+    for sample in range(first, end):
+        if doubtful[sample]:
+            if stride > 1:
+                listed[max(sample // stride * stride, first)] = True
+                listed[min(-(-sample // stride) * stride, end - 1)] = True
+            else:
+                listed[sample] = smooth or sample % 2 == 0
+
+
+@compiled
+def _bound(t, table, evaluated, estimate, first, end, want_hit, margins, tolerance, expected, margin, share):
     """Bound one ray's sdf from `first` to `end`: write lower bounds into table, what is expected, up to what margin.
 
-    Of the evaluated samples on either side, the one that gives the higher bound counts, with the grid, or a parabola:
-    kind tells which. Returns the end, or that of the samples up to the entry if it is known, and the least sdf found.
+    Of the evaluated samples on either side, the one that gives the higher bound counts, with the grid, or a parabola,
+    then with a share of its margin. Returns the end, or that of the samples up to the entry if it is known, and the
+    least sdf found.
     """
     least, outside = np.float32(np.inf), first > 0
     for number in range(first, end):
@@ -356,24 +378,26 @@ def _bound(t, table, evaluated, estimate, first, end, want_hit, margins, toleran
                 bound = max(value - error, table[known] - MAX_SLOPE * far)
                 if bound > table[number]:
                     table[number], expected[number], margin[number] = bound, value, error
-    kind[first:end] = 0
+    share[first:end] = 0
     if least > SMOOTH:
-        _bound_between(t, table, evaluated, first, end, margins[1, which], expected, margin, kind)
+        _bound_between(t, table, evaluated, first, end, margins[1, which], expected, margin, share)
     return end, least
 
 
 @compiled
-def _bound_between(t, table, evaluated, first, end, error, expected, margin, kind):
-    """Bound one ray's sdf between close evaluated samples by a parabola, up to `error`, where that is a higher bound.
+def _bound_between(t, table, evaluated, first, end, wide_error, expected, margin, share):
+    """Bound one ray's sdf between close evaluated samples by a parabola, up to its error, where that is a higher bound.
 
-    The parabola is that through the two on either side and the nearer one of those beyond.
+    The parabola is that through the two on either side and the nearer one of those beyond. wide_error: if the two are
+    WIDE apart.
     """
     before = start = -1
     for stop in range(first, end):
         if not evaluated[stop]:
             continue
         if start >= 0 and 1 < stop - start <= MAX_STRIDE:
-            after = stop + 1
+            part, after = (t[stop] - t[start]) / np.float32(WIDE), stop + 1
+            error = wide_error * part
             while after < end and not evaluated[after]:
                 after += 1
             for number in range(start + 1, stop):
@@ -382,7 +406,7 @@ def _bound_between(t, table, evaluated, first, end, error, expected, margin, kin
                     value = _parabola(t, table, start, stop, third, t[number])
                     if value - error > table[number]:
                         table[number], expected[number] = value - error, value
-                        margin[number], kind[number] = error, 1
+                        margin[number], share[number] = error, part
         before, start = start, stop
 
 

@@ -109,12 +109,12 @@ def find_samples(rays, known, samples, heard):
     points and their sdf. Returns how many.
     """
     (origins, directions, want_hit), (t, table, evaluated, needed) = rays, samples
-    (grid, margins, tolerance, net), (points, values), count, sparsely = known, heard, 0, True
+    (grid, margins, tolerance, net), (points, values), count, number = known, heard, 0, 0
     estimate, within = np.empty(t.shape, np.float32), np.empty((len(t), 2), np.int64)
     open_rays = np.ones(len(t), np.bool_)
     sdf_grid._along(grid, origins, directions, t, np.float32(2) * margins[0].max(), estimate, within)
     places = sdf_grid._first_guess(estimate, within, want_hit)
-    while len(places) or sparsely:
+    while len(places) or number == 0:
         last = count + len(places)
         ray, distance = places // t.shape[1], np.empty(len(places), np.float32)
         for i in range(len(places)):
@@ -126,8 +126,8 @@ def find_samples(rays, known, samples, heard):
             evaluated[ray[i], places[i] % t.shape[1]] = True
         count = last
         places = sdf_grid._samples_in_doubt(t, table, evaluated, estimate, within, want_hit, open_rays, needed,
-                                            margins, tolerance, sparsely)
-        sparsely = False
+                                            margins, tolerance, number)
+        number += 1
     return count
 
 
