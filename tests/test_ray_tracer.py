@@ -774,14 +774,14 @@ def test_the_margin_of_a_parabola_falls_with_the_distance_of_its_samples():
     wanted = []
     for side in (1.0, 0.5):      # of a chord, with the same number of samples
         t = np.linspace(1, 1 + side, 101, dtype=np.float32)
-        table = np.float32(0.3) + (t - t[50]) ** 2
+        sdf = np.float32(0.3) + (t - t[50]) ** 2
         evaluated = np.arange(101) % 4 == 0
-        table[~evaluated] = -1
+        table = np.where(evaluated, sdf, np.float32(-1))
         expected, margin, share = np.zeros((3, 101), np.float32)
         sdf_grid._bound_between(t, table, evaluated, 0, 101, np.float32(0.01), expected, margin, share)
         within = slice(5, 96)
         assert np.allclose(margin[within][~evaluated[within]], 0.01 * 0.04 * side / sdf_grid.WIDE, rtol=1e-4)
-        assert np.allclose(table[within], np.where(evaluated, table, 0.3 + (t - t[50]) ** 2 - margin)[within], atol=1e-5)
+        assert np.allclose(table[within], (sdf - margin)[within], atol=1e-5)
         assert (share[within][evaluated[within]] == 0).all()
         wanted.append(share[50 - 1])
     assert np.isclose(wanted[0], 2 * wanted[1], rtol=1e-4)
