@@ -338,8 +338,8 @@ template <typename T> __device__ void copy_samples(const T *all, Int first, Int 
     }
 }
 
-// List the samples in doubt; of those that may be the least, only some, except in the last round. What is read more
-// than once is copied to memory that the threads of a block share, which is near.
+// List the samples in doubt; in round 0, of those that may be the least, only some. What is read more than once is
+// copied to memory that the threads of a block share, which is near.
 KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int round) {
     extern __shared__ float shared[];
     EACH(rays)
@@ -398,15 +398,7 @@ KERNEL list_doubtful(SAMPLES, GRID, DOUBTS, Int round) {
     }
     const bool smooth = least > SMOOTH;
     const Int stride = smooth && round == 0 ? min(doubtful / FEW, (Int)MAX_STRIDE) : 1;
-    const bool likeliest = round > 0 && round < ROUNDS - 1;
-    for (int k = 0; likeliest && k < min((Int)LIKELIEST << (round - 1), doubtful); k++) {
-        Int lowest = -1;
-        for (Int number = first; number < end; number++)
-            if (mark[number] > 0.0f && (lowest < 0 || low[number] < low[lowest])) lowest = number;
-        mark[lowest] = 0.0f;
-        mark_listed(lowest);
-    }
-    for (Int number = first; doubtful && !likeliest && number < end; number++) {
+    for (Int number = first; doubtful && number < end; number++) {
         if (mark[number] == 0.0f) continue;
         if (stride > 1) {
             mark_listed(max(number / stride * stride, first));
@@ -454,10 +446,10 @@ KERNEL note_needs(SAMPLES, DOUBTS, float *most, int *how_many) {
 // Adapt the margins to what has been noted, and forget that.
 KERNEL widen(float *margins, float *most, int *how_many) {
     EACH(NUM_MARGINS)
-    const float least[] = {LEAST_MARGINS};
+    const float least[] = {LEAST_MARGINS}, spares[] = {SPARES};
     for (int kind = 0; kind < 2; kind++) {
         const Int k = kind * NUM_MARGINS + i;
-        margins[k] = fmaxf(fmaxf(margins[k] * powf(1.0f - FORGET, how_many[i]), SPARE * most[k]), least[kind]);
+        margins[k] = fmaxf(fmaxf(margins[k] * powf(1.0f - FORGET, how_many[i]), spares[i] * most[k]), least[kind]);
         most[k] = 0.0f;
     }
     how_many[i] = 0;

@@ -12,7 +12,7 @@ import numpy as np
 
 from backends.gpu_kernels import Device, Pointer, compiled, copy, page_locked
 
-ROUNDS = 3      # of doubtful samples. Each takes as long as a thousand points; what is left open is walked through
+ROUNDS = 2      # of doubtful samples. Each takes as long as a thousand points; what is left open is walked through
 FINER = 4       # times as many points a side has the grid of an sdf that stays as it is
 CLOSER = 16     # places at which a gap between samples is looked at, on such a grid
 BESIDE = 0.25   # of a gap: so far from where the grid is least the sdf is looked at, too

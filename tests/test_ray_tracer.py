@@ -766,7 +766,7 @@ def test_what_a_round_has_needed_is_not_forgotten():
     margins *= np.float32(1e-3)
     sdf_grid._widen(margins, t, table, evaluated, needed, no, TOLERANCE)
     level = 1 + np.searchsorted(sdf_grid.LEVELS, 0.3)
-    assert np.isclose(margins[0, level], max(sdf_grid.SPARE * needed[0, 55, 0], sdf_grid.LEAST_MARGINS[0]))
+    assert np.isclose(margins[0, level], max(sdf_grid.SPARES[level] * needed[0, 55, 0], sdf_grid.LEAST_MARGINS[0]))
     assert (before > margins).all()
 
 

@@ -26,15 +26,17 @@ LIKELIEST = 2       # samples that a ray's second round evaluates, those that ma
 LEVELS = np.float32([0.0, 0.02, 0.05, 0.1, 0.2, 0.4])   # of a ray's least sdf, at which another margin begins
 NUM_MARGINS = 2 + len(LEVELS)     # of rays with a hit, and of the others by their level
 FIRST_MARGINS, LEAST_MARGINS = (0.05, 0.01), (1e-3, 1e-4)   # of what the grid says, and of what a parabola says
-SPARE = 1.4         # a margin is at least this many times what a ray has lately needed ...
-FORGET = 1e-3       # ... and falls by this share with each ray of its level
+# A margin is at least so many times what a ray has lately needed, more on rays that may touch the surface: on them the
+# mask loss depends. It falls by the share FORGET with each ray of its level.
+SPARES = np.float32([1.4, 2.0, 2.0, 1.4, 1.4, 1.4, 1.4, 1.4])
+FORGET = 1e-3
 MIN_PER_CORE = 1 << 14      # samples; with fewer, handing them over takes longer than the work
 STILL_SIDE = 96     # of the grid of an sdf that stays as it is
 # For a search elsewhere, which does the same with a grid.
-CONSTANTS = {"MAX_SLOPE": MAX_SLOPE, "ERROR_SLOPE": ERROR_SLOPE, "READ_STRIDE": READ_STRIDE, "SPARE": SPARE,
-             "FORGET": FORGET, "LEAST_MARGINS": LEAST_MARGINS, "NUM_MARGINS": NUM_MARGINS,
-             "LEVELS": tuple(LEVELS.tolist()), "SMOOTH": SMOOTH, "MAX_STRIDE": MAX_STRIDE, "FEW": FEW, "WIDE": WIDE,
-             "LIKELIEST": LIKELIEST}
+CONSTANTS = {"MAX_SLOPE": MAX_SLOPE, "ERROR_SLOPE": ERROR_SLOPE, "READ_STRIDE": READ_STRIDE,
+             "SPARES": tuple(SPARES.tolist()), "FORGET": FORGET, "LEAST_MARGINS": LEAST_MARGINS,
+             "NUM_MARGINS": NUM_MARGINS, "LEVELS": tuple(LEVELS.tolist()), "SMOOTH": SMOOTH, "MAX_STRIDE": MAX_STRIDE,
+             "FEW": FEW, "WIDE": WIDE}
 
 
 class Rays(NamedTuple):
@@ -432,5 +434,5 @@ def _widen(margins, t, table, evaluated, needed, want_hit, tolerance):
             outside |= table[ray, number] > tolerance
         which = 0 if enters else 1 + np.searchsorted(LEVELS, table[ray, answer])
         for kind in range(2):
-            margins[kind, which] = max(margins[kind, which] * (1 - FORGET), SPARE * needed[ray, answer, kind],
+            margins[kind, which] = max(margins[kind, which] * (1 - FORGET), SPARES[which] * needed[ray, answer, kind],
                                        LEAST_MARGINS[kind])
