@@ -26,9 +26,9 @@ LIKELIEST = 2       # samples that a ray's second round evaluates, those that ma
 LEVELS = np.float32([0.0, 0.02, 0.05, 0.1, 0.2, 0.4])   # of a ray's least sdf, at which another margin begins
 NUM_MARGINS = 2 + len(LEVELS)     # of rays with a hit, and of the others by their level
 FIRST_MARGINS, LEAST_MARGINS = (0.05, 0.01), (1e-3, 1e-4)   # of what the grid says, and of what a parabola says
-# A margin is at least so many times what a ray has lately needed, more on rays that may touch the surface: on them the
-# mask loss depends. It falls by the share FORGET with each ray of its level.
-SPARES = np.float32([1.4, 2.0, 2.0, 1.4, 1.4, 1.4, 1.4, 1.4])
+# A margin is at least so many times what a ray has lately needed, more near the surface, where the mask loss depends on
+# the least sdf. It falls by the share FORGET with each ray of its level.
+SPARES = np.float32([1.4, 2.0, 2.0, 1.7, 1.7, 1.4, 1.4, 1.4])
 FORGET = 1e-3
 MIN_PER_CORE = 1 << 14      # samples; with fewer, handing them over takes longer than the work
 STILL_SIDE = 96     # of the grid of an sdf that stays as it is
