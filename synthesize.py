@@ -129,8 +129,8 @@ def take_appearance(path: Path, net) -> None:
     given = shapes["rendering/0/v"][0]
     if first.shape[0] != given:
         raise helper.UserError(f"{path}: its renderer takes {first.shape[0]} numbers per point, but the shape's model "
-                               f"gives {given}, with network.feature {net.feature} and network.without {net.without}; "
-                               "train both models with the same")
+                               f"gives {given}, with network.feature {net.feature}, network.view_bands "
+                               f"{net.view_bands} and network.without {net.without}; train both models with the same")
     checkpoints.check_parameters(path, arrays, shapes)
     checkpoints.set_parameters({name: arrays[name] for name in shapes})
 

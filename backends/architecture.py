@@ -4,7 +4,7 @@ from typing import Callable, Protocol, Sequence, Tuple, TypeVar
 import numpy as np
 
 POSITION_BANDS = 6      # frequencies of a point's encoding, which has 39 columns
-VIEW_BANDS = 4          # frequencies of the view direction's encoding, which has 27 columns
+VIEW_BANDS = 4          # frequencies of the view direction's encoding in the paper, which has 27 columns
 SKIP_LAYER = 4          # its input is [h, gamma(x)] / sqrt(2)
 SOFTPLUS_BETA = 100.0
 RENDERING_LAYERS = 5
@@ -17,6 +17,7 @@ class Network(Protocol):
     width: int
     feature: int
     layers: int
+    view_bands: int
     without: Sequence[str]
 
 
@@ -35,13 +36,17 @@ def has_skip(layer: int, num_layers: int) -> bool:
 
 def renderer_inputs(net: Network) -> dict:
     """Return {name: columns} of the renderer's inputs, in their order."""
-    columns = dict(zip(OPTIONAL_INPUTS, (encoded_columns(VIEW_BANDS), 3, net.feature)))
+    columns = dict(zip(OPTIONAL_INPUTS, (encoded_columns(net.view_bands), 3, net.feature)))
     return {"point": 3, **{name: columns[name] for name in OPTIONAL_INPUTS if name not in net.without}}
 
 
-def used_inputs(without: Sequence[str]) -> Tuple[bool, ...]:
-    """Return which of OPTIONAL_INPUTS a renderer has that was built without some of them."""
-    return tuple(name not in without for name in OPTIONAL_INPUTS)
+def used_columns(without: Sequence[str], columns: int, feature: int) -> Tuple[int, int, int]:
+    """Return how many of a renderer's input columns are of each of OPTIONAL_INPUTS, 0 of those that it is without.
+
+    columns: all of its first layer; feature: the length of the feature vector.
+    """
+    normal, feature = 3 * ("normal" not in without), feature * ("feature" not in without)
+    return columns - 3 - normal - feature, normal, feature
 
 
 def layer_sizes(net: Network) -> dict:

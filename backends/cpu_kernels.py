@@ -17,7 +17,7 @@ import scipy.linalg.cython_blas  # noqa: F401  compiled products use its BLAS, w
 from threadpoolctl import threadpool_limits
 
 from backends import architecture
-from backends.architecture import SOFTPLUS_BETA, VIEW_BANDS
+from backends.architecture import SOFTPLUS_BETA
 from tracing.compiling import inlined
 
 ROOT_HALF = np.float32(0.5 ** 0.5)
@@ -584,10 +584,10 @@ class LossTerms(NamedTuple):
 
 
 class Networks(NamedTuple):
-    """The weights of both networks, and which of OPTIONAL_INPUTS the renderer has."""
+    """The weights of both networks, and the columns of the renderer's OPTIONAL_INPUTS, as architecture.used_columns."""
     implicit: Weights
     rendering: Weights
-    inputs: Tuple[bool, bool, bool]
+    inputs: Tuple[int, int, int]
 
 
 class StepValues(NamedTuple):
@@ -627,19 +627,19 @@ def step_forward(rows: StepRows, nets: Networks, terms: LossTerms, sums: np.ndar
 
 @compiled
 def join_inputs(x: np.ndarray, directions: np.ndarray, normals: np.ndarray, output: np.ndarray,
-                used: Tuple[bool, bool, bool], h: np.ndarray) -> None:
-    """Write the renderer's inputs to h (M, in): point, encoded direction to the camera, normal and feature, as used."""
-    count, first = len(x), 3
+                used: Tuple[int, int, int], h: np.ndarray) -> None:
+    """Write the renderer's inputs to h (M, in): point, encoded direction to the camera, normal and feature, as used.
+
+    used: of Networks.
+    """
+    (view, normal, feature), count = used, len(x)
     write(x, h[:, :3])
-    if used[0]:
-        encoded = encode(-directions, VIEW_BANDS)
-        write(encoded, h[:, first:first + encoded.shape[1]])
-        first += encoded.shape[1]
-    if used[1]:
-        write(normals[:count], h[:, first:first + 3])
-        first += 3
-    if used[2]:
-        write(output[:count, 1:], h[:, first:])
+    if view:
+        write(encode(-directions, (view - 3) // 6), h[:, 3:3 + view])
+    if normal:
+        write(normals[:count], h[:, 3 + view:3 + view + normal])
+    if feature:
+        write(output[:count, 1:], h[:, 3 + view + normal:])
 
 
 @compiled
@@ -705,30 +705,26 @@ def grad_points(values: StepValues) -> np.ndarray:
 
 
 @compiled
-def split_inputs(h: np.ndarray, grad_h: np.ndarray, used: Tuple[bool, bool, bool],
+def split_inputs(h: np.ndarray, grad_h: np.ndarray, used: Tuple[int, int, int],
                  out: Tuple[np.ndarray, np.ndarray, np.ndarray], grad_directions: np.ndarray) -> None:
     """Write the gradient with respect to the parts of the renderer's inputs, as join_inputs joins them.
 
     out: of point, normal and feature. grad_directions: of the rays' directions, unless it is empty.
     """
-    (grad_x, grad_normals, grad_features), first = out, 3
+    (grad_x, grad_normals, grad_features), (view, normal, feature) = out, used
     write(grad_h[:, :3], grad_x)
     grad_normals[:], grad_features[:], grad_directions[:] = 0.0, 0.0, 0.0
-    if used[0]:
-        last = first + 3 + 6 * VIEW_BANDS
-        if len(grad_directions):
-            encoded = h[:, first:last].copy()
-            derivative = np.empty_like(encoded)
-            encode_derivative(encoded, derivative)
-            for row in range(len(h)):
-                for column in range(last - first):
-                    grad_directions[row, column % 3] -= grad_h[row, first + column] * derivative[row, column]
-        first = last
-    if used[1]:
-        write(grad_h[:, first:first + 3], grad_normals)
-        first += 3
-    if used[2]:
-        write(grad_h[:, first:], grad_features)
+    if view and len(grad_directions):
+        encoded = h[:, 3:3 + view].copy()
+        derivative = np.empty_like(encoded)
+        encode_derivative(encoded, derivative)
+        for row in range(len(h)):
+            for column in range(view):
+                grad_directions[row, column % 3] -= grad_h[row, 3 + column] * derivative[row, column]
+    if normal:
+        write(grad_h[:, 3 + view:3 + view + normal], grad_normals)
+    if feature:
+        write(grad_h[:, 3 + view + normal:], grad_features)
 
 
 # --- weight normalisation ---------------------------------------------------------------------------------------------

@@ -195,13 +195,12 @@ KERNEL rgb_backward(const float *rgb, const float *grad_rgb, float *grad_z, Int 
 
 // --- a training step
 
-// The renderer's inputs of the hits: point, encoded direction to the camera, normal and feature, as used.
+// The renderer's inputs of the hits: point, encoded direction to the camera, normal and feature, in so many columns.
 KERNEL join_inputs(const float *points, const float *directions, const float *normals, const float *z, const float *b,
-                   Int with_view, Int with_normal, Int with_feature, float *h, Int columns, Int z_pitch, Int pitch) {
+                   Int view, Int normal, Int feature, float *h, Int columns, Int z_pitch, Int pitch) {
     EACH(columns)
     float slope;
     Int c = column - 3;
-    const Int view = with_view * VIEW_COLUMNS, normal = 3 * with_normal;
     if (c < 0) h[at] = points[3 * row + column];
     else if (c < view) h[at] = encoding(-directions[3 * row + c % 3], c, &slope);
     else if ((c -= view) < normal) h[at] = normals[3 * row + c];
@@ -237,20 +236,20 @@ KERNEL find_losses(const float *terms, const float *points, const float *object_
 }
 
 // The gradients with respect to the hits, their normals and features, and the directions, from that of the inputs.
-KERNEL split_inputs(const float *grad_h, const float *directions, Int with_view, Int with_normal, Int with_feature,
-                    float *grad_hits, float *grad_hit_normals, float *grad_hit_features, float *grad_directions,
-                    Int features, Int pitch) {
+KERNEL split_inputs(const float *grad_h, const float *directions, Int view, Int normal, Int feature, float *grad_hits,
+                    float *grad_hit_normals, float *grad_hit_features, float *grad_directions, Int features,
+                    Int pitch) {
     EACH(max(features, 3LL))
     const float *own = grad_h + row * pitch;
-    const Int view = 3, normal = view + with_view * VIEW_COLUMNS, feature = normal + 3 * with_normal;
-    if (column < features) grad_hit_features[row * features + column] = with_feature ? own[feature + column] : 0.0f;
+    if (column < features)
+        grad_hit_features[row * features + column] = feature ? own[3 + view + normal + column] : 0.0f;
     if (column >= 3) return;
     const Int c = 3 * row + column;
-    grad_hits[c] = own[column], grad_hit_normals[c] = with_normal ? own[normal + column] : 0.0f;
+    grad_hits[c] = own[column], grad_hit_normals[c] = normal ? own[3 + view + column] : 0.0f;
     float total = 0.0f, slope;
-    for (Int k = column; k < with_view * VIEW_COLUMNS; k += 3) {
+    for (Int k = column; k < view; k += 3) {
         encoding(-directions[c], k, &slope);
-        total -= own[view + k] * slope;
+        total -= own[3 + k] * slope;
     }
     grad_directions[c] = total;
 }

@@ -16,7 +16,7 @@ from typing import Callable, Dict, List, NamedTuple, Sequence, Tuple, Union
 import cupy
 import numpy as np
 
-from backends.architecture import SKIP_LAYER, SOFTPLUS_BETA, VIEW_BANDS, encoded_columns, has_skip
+from backends.architecture import SKIP_LAYER, SOFTPLUS_BETA, has_skip
 
 Pointer = int
 IN, OUT = 0, 1
@@ -38,8 +38,7 @@ class Device:
     def __init__(self, number: int):
         self.number = number
         with self.current():
-            self.kernels = compiled(SOURCE, KERNELS, BETA=SOFTPLUS_BETA, THREADS=THREADS,
-                                    VIEW_COLUMNS=encoded_columns(VIEW_BANDS))
+            self.kernels = compiled(SOURCE, KERNELS, BETA=SOFTPLUS_BETA, THREADS=THREADS)
             self.stream, self.recording = cupy.cuda.Stream(non_blocking=True), threading.Lock()
             self.workspace = cupy.empty(WORKSPACE, np.uint8)
             # CuPy refuses its own cuBLAS calls while a stream records.
@@ -425,11 +424,12 @@ class Step:
     """Both networks at N points, the losses over R rays and all gradients, as cpu_kernels' step: one graph for each
     number of hits.
 
-    sizes: of both networks; used: which of OPTIONAL_INPUTS the renderer has. host: the Inputs to fill before start().
+    sizes: of both networks; used: the columns of the renderer's OPTIONAL_INPUTS, as architecture.used_columns. host:
+    the Inputs to fill before start().
     """
 
     def __init__(self, device: Device, sizes: Sequence[Sequence[Tuple[int, int]]], rows: int, rays: int,
-                 used: Tuple[bool, bool, bool]):
+                 used: Tuple[int, int, int]):
         self.device, self.rays, self.rendering_sizes, self.used = device, rays, sizes[1], used
         self.evaluation = Evaluation(device, sizes[0], rows)
         self.evaluation.reserve_backward()
@@ -466,7 +466,7 @@ class Step:
     def block(self, num_hits: int, least_slope: float) -> None:
         """Start all passes of a step of which the first `num_hits` points may be hits."""
         net, start, given, rgb = self.evaluation, self.device.start, self.inputs, self.parts
-        output, pitch, used = (net.z[-1], net.weights.b[-1]), net.weights.pitch, tuple(map(int, self.used))
+        output, pitch, used = (net.z[-1], net.weights.b[-1]), net.weights.pitch, self.used
         net.forward_block()
         if num_hits:
             passes = self.rendering(num_hits)

@@ -141,7 +141,7 @@ def test_another_models_renderer_colours_this_models_shape(tmp_path):
     checkpoints.load_model(tmp_path / "ours.h5", architecture.parameter_shapes(Network(64, 8, 9)))
     own_rgb, own_normals = network.shade(points, -points)
     assert np.array_equal(normals, own_normals) and np.abs(rgb - own_rgb).max() > 0.01
-    with pytest.raises(helper.UserError, match="unfit.h5.* 38 numbers .* 41, with network.feature 8 .* the same"):
+    with pytest.raises(helper.UserError, match="unfit.h5.* 38 numbers .* 41, with network.feature 8, .* the same"):
         synthesize.take_appearance(tmp_path / "unfit.h5", Network(64, 8, 9))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import network
 import ray_tracer
 from backends import cpu, cpu_kernels
-from backends.architecture import used_inputs
+from backends.architecture import used_columns
 from backends.cpu_kernels import Block, LossTerms, Networks, Split, StepRows, Weights
 from config.settings import Tracer
 from datasets import Batch
@@ -47,7 +47,8 @@ class CompiledStep:
 
     def __init__(self, without: Sequence[str], want_grad_rays: bool):
         self.weights = [cpu.PackedWeights(network.layer_parameters(name)) for name in network.NETWORKS]
-        self.inputs = used_inputs(without)
+        implicit, rendering = (weights.sizes for weights in self.weights)
+        self.inputs = used_columns(without, int(rendering[0, 0]), int(implicit[-1, 1]) - 1)
         self.want_grad_rays = want_grad_rays
 
     def take(self, rays: StepRays, terms: LossTerms, placed: Optional[Tuple[np.ndarray, np.ndarray]] = None,
