@@ -74,8 +74,7 @@ class Network:
     feature: int = key(256, between(1, 1024), "length of the feature vector from the implicit network to the renderer")
     layers: int = key(9, between(2, 64), "affine layers of the implicit network")
     radius: float = key(0.6, INSIDE, "radius of the initial surface, a sphere; cameras must be outside it")
-    view_bands: int = key(4, between(1, 10), "frequencies of the view direction's encoding; fewer: calmer novel views",
-                          True)
+    view_bands: int = key(4, between(1, 10), "frequencies of the encoded viewing direction; fewer are calmer", True)
     without: List[str] = key([], any_of("normal", "view", "feature"), "inputs to withhold from the renderer", True)
 
 
