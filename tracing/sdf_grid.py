@@ -22,12 +22,12 @@ SMOOTH = 0.1        # on a ray whose least sdf is above this, a parabola tells m
 MAX_STRIDE = 6      # ... of the samples that may be the least, every 6th at most is evaluated first, then what remains,
 FEW = 3             # ... but so many of them at least
 WIDE = 0.08         # a parabola's margin is for samples so far apart, and falls with their distance
-LIKELIEST = 2       # samples that a ray's second round evaluates, those that may be the lowest; the third twice as many
+LIKELIEST = 2       # doubtful samples of a ray that its second round evaluates, the third twice as many, and so on
 LEVELS = np.float32([0.0, 0.02, 0.05, 0.1, 0.2, 0.4])   # of a ray's least sdf, at which another margin begins
 NUM_MARGINS = 2 + len(LEVELS)     # of rays with a hit, and of the others by their level
 FIRST_MARGINS, LEAST_MARGINS = (0.05, 0.01), (1e-3, 1e-4)   # of what the grid says, and of what a parabola says
-# A margin is at least so many times what a ray has lately needed, more near the surface, where the mask loss depends on
-# the least sdf. It falls by the share FORGET with each ray of its level.
+# A margin is at least so many times what a ray has lately needed: of rays with a hit, and of the others by their level,
+# more near the surface, where the mask loss depends on the least sdf. It falls by the share FORGET with each such ray.
 SPARES = np.float32([1.4, 2.0, 2.0, 1.7, 1.7, 1.4, 1.4, 1.4])
 FORGET = 1e-3
 MIN_PER_CORE = 1 << 14      # samples; with fewer, handing them over takes longer than the work
@@ -268,8 +268,8 @@ def _samples_in_doubt(t, table, evaluated, estimate, within, want_hit, open_rays
     """Return the samples to evaluate next, as indices into the flat table; write lower bounds into it elsewhere.
 
     A sample is in doubt if it may be the ray's entry, if the surface may hide in a gap beside it, or if the ray has no
-    sure entry and the sample may be the least. Only some of the latter are listed: see _list_doubtful. number: of the
-    round, from 0. open_rays (R,) bool loses the rays that have no doubtful sample left.
+    sure entry and the sample may be the least. Only some of the latter are listed. number: of the round, from 0.
+    open_rays (R,) bool loses the rays that have no doubtful sample left.
     """
     samples = t.shape[1]
     places, found = np.empty(t.size, np.int64), 0
@@ -297,7 +297,10 @@ def _samples_in_doubt(t, table, evaluated, estimate, within, want_hit, open_rays
             if not evaluated[ray, sample] and not listed[sample]:
                 _need(needed[ray, sample], share[sample], expected[sample] - least)
                 doubtful[sample] = table[ray, sample] <= least
-        _list_doubtful(doubtful, table[ray], first, end, number, least > SMOOTH, listed)
+        if number == 0:
+            _list_sparsely(doubtful, first, end, least > SMOOTH, listed)
+        else:
+            _list_likeliest(doubtful, table[ray], first, end, LIKELIEST << (number - 1), listed)
         for sample in range(first, end):
             if listed[sample] and not evaluated[ray, sample]:
                 places[found] = ray * samples + sample
@@ -320,30 +323,29 @@ def _need(needed, share, margin):
 
 
 @compiled
-def _list_doubtful(doubtful, low, first, end, number, smooth, listed):
-    """List some of the doubtful samples, (S,) bool, whose lower bounds are low (S,).
-
-    In round 0, every 2nd is listed; on a smooth sdf, every few samples, so that each doubtful one lies between two.
-    In later rounds, those that may be the lowest.
-    """
-    if number > 0:
-        for _ in range(LIKELIEST << min(number - 1, 6)):
-            lowest = -1
-            for sample in range(first, end):
-                if doubtful[sample] and not listed[sample] and (lowest < 0 or low[sample] < low[lowest]):
-                    lowest = sample
-            if lowest < 0:
-                break
-            listed[lowest] = True
-        return
+def _list_sparsely(doubtful, first, end, smooth, listed):
+    """List every 2nd doubtful sample, (S,) bool; on a smooth sdf, every few, so that all lie between two."""
     stride = min(doubtful[first:end].sum() // FEW, MAX_STRIDE) if smooth else 1
-    for sample in range(first, end):
-        if doubtful[sample]:
+    for number in range(first, end):
+        if doubtful[number]:
             if stride > 1:
-                listed[max(sample // stride * stride, first)] = True
-                listed[min(-(-sample // stride) * stride, end - 1)] = True
+                listed[max(number // stride * stride, first)] = True
+                listed[min(-(-number // stride) * stride, end - 1)] = True
             else:
-                listed[sample] = smooth or sample % 2 == 0
+                listed[number] = smooth or number % 2 == 0
+
+
+@compiled
+def _list_likeliest(doubtful, low, first, end, most, listed):
+    """List the doubtful samples, (S,) bool, of least lower bound, low (S,); `most` at most."""
+    for _ in range(most):
+        lowest = -1
+        for number in range(first, end):
+            if doubtful[number] and not listed[number] and (lowest < 0 or low[number] < low[lowest]):
+                lowest = number
+        if lowest < 0:
+            break
+        listed[lowest] = True
 
 
 @compiled
