@@ -28,7 +28,7 @@ NUM_MARGINS = 2 + len(LEVELS)     # of rays with a hit, and of the others by the
 FIRST_MARGINS, LEAST_MARGINS = (0.05, 0.01), (1e-3, 1e-4)   # of what the grid says, and of what a parabola says
 # A margin is at least so many times what a ray has lately needed: of rays with a hit, and of the others by their level,
 # more near the surface, where the mask loss depends on the least sdf. It falls by the share FORGET with each such ray.
-SPARES = np.float32([1.4, 2.0, 2.0, 1.7, 1.7, 1.4, 1.4, 1.4])
+SPARES = np.float32([1.4, 2.0, 2.0, 1.7, 1.7, 1.7, 1.4, 1.4])
 FORGET = 1e-3
 MIN_PER_CORE = 1 << 14      # samples; with fewer, handing them over takes longer than the work
 STILL_SIDE = 96     # of the grid of an sdf that stays as it is
