@@ -15,7 +15,7 @@ import numpy as np
 
 import helper
 from backends import architecture, context, cpu, gpu
-from backends.architecture import OPTIONAL_INPUTS, POSITION_BANDS, has_skip, used_columns
+from backends.architecture import OPTIONAL_INPUTS, POSITION_BANDS, array_sizes, encoded_bands, has_skip, used_columns
 from backends.gpu import positional_encoding, row_sums
 from config import settings
 from config.settings import Network
@@ -108,8 +108,8 @@ def rendering(x: nn.Variable, normal: nn.Variable, view: nn.Variable, feature: n
     sdf's gradient as it is; feature: (N, F); weights: folded_weights("rendering"); without: which of OPTIONAL_INPUTS
     the renderer was built without.
     """
-    columns = used_columns(without, layer_parameters("rendering")[0][0].shape[0], feature.shape[1])[0]
-    encoded_view = positional_encoding(view, (columns - 3) // 6)[0] if columns else None
+    columns = used_columns(without, *(array_sizes(layer_parameters(name)) for name in NETWORKS))[0]
+    encoded_view = positional_encoding(view, encoded_bands(columns))[0] if columns else None
     given = [part for name, part in zip(OPTIONAL_INPUTS, (encoded_view, normal, feature)) if name not in without]
     h = F.concatenate(x, *given, axis=1) if given else x
     return backend().rendering(h, weights)

@@ -42,9 +42,9 @@ Sdf = Callable[[np.ndarray], np.ndarray]    # points (N, 3) float32 -> (N,) floa
 
 STRIDES = (16, 4, 2, 1)         # coarse to fine: evaluate every 16th sample of a ray, then every 4th where needed, ...
 STRIDES_FEWER_CALLS = (8, 1)    # the same with fewer calls and slightly more points
-AHEAD = (1, 8, 64, 512)     # points at most that a walking ray gets in each step, except in the first; ...
-AHEAD_LEAST = 1 / 16        # ... and the share of them that it gets at least
-STEADY = 0.6        # between, it gets as many as are needed if the sdf stays above this share of that at its ends
+AHEAD = (1, 8, 64, 512)     # the most points that a walking ray gets in each step; in the first, those of _cover
+AHEAD_LEAST = 1 / 16        # the fewest, as a share of the most
+STEADY = 0.6        # between the two: as many as it takes if the sdf stays above this share of its lower end
 MAX_COVER = 8       # points at most of a bracket, or of a ray's first step
 SECANT_ALONE = 2    # steps in which a bracket gets no other point than the secant's
 

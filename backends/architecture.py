@@ -29,6 +29,11 @@ def encoded_columns(bands: int) -> int:
     return 3 + 6 * bands
 
 
+def encoded_bands(columns: int) -> int:
+    """Return the bands of an encoding of so many columns."""
+    return (columns - 3) // 6
+
+
 def has_skip(layer: int, num_layers: int) -> bool:
     """Return whether `layer` of an implicit network of that many affine layers takes the encoded point in once more."""
     return layer == SKIP_LAYER and layer < num_layers - 1
@@ -40,13 +45,14 @@ def renderer_inputs(net: Network) -> dict:
     return {"point": 3, **{name: columns[name] for name in OPTIONAL_INPUTS if name not in net.without}}
 
 
-def used_columns(without: Sequence[str], columns: int, feature: int) -> Tuple[int, int, int]:
+def used_columns(without: Sequence[str], implicit: Sequence, rendering: Sequence) -> Tuple[int, int, int]:
     """Return how many of a renderer's input columns are of each of OPTIONAL_INPUTS, 0 of those that it is without.
 
-    columns: all of its first layer; feature: the length of the feature vector.
+    implicit, rendering: (in, out) of each layer of both networks.
     """
-    normal, feature = 3 * ("normal" not in without), feature * ("feature" not in without)
-    return columns - 3 - normal - feature, normal, feature
+    normal = 3 * ("normal" not in without)
+    feature = (int(implicit[-1][1]) - 1) * ("feature" not in without)
+    return int(rendering[0][0]) - 3 - normal - feature, normal, feature
 
 
 def layer_sizes(net: Network) -> dict:

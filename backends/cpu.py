@@ -75,7 +75,7 @@ class PackedWeights:
     def __init__(self, layers: Layers):
         self.layers, self.sizes = layers, array_sizes(layers)
         self.packed = np.empty(((self.sizes[:, 0] + 1) * self.sizes[:, 1]).sum(), np.float32)
-        # Their memory stays, also when they are updated or loaded. To ask nnabla for it takes 3 us for each.
+        # A parameter is updated and loaded in place. To ask nnabla for its array takes 3 us each time.
         self.values = [parameter.d.ravel() for layer in layers for parameter in layer]
         self.flat = self.norms = None
 

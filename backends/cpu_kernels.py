@@ -81,6 +81,7 @@ def on_all_cores(function: Callable, split: "Split", *args) -> None:
 compiled = numba.njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract", "nsz", "arcp"})
 
 
+encoded_bands = numba.extending.register_jitable(architecture.encoded_bands)
 has_skip = numba.extending.register_jitable(architecture.has_skip)
 inverse_slope = numba.extending.register_jitable(architecture.inverse_slope)
 
@@ -258,7 +259,7 @@ def last_hidden(x: np.ndarray, net: Weights, inputs: np.ndarray, slopes: np.ndar
     but the last, unless they are empty.
     """
     rows, sizes, count, keep = len(x), net.sizes, len(net.sizes), len(inputs) > 0
-    h = encoded = encode(x, (sizes[0, IN] - 3) // 6)
+    h = encoded = encode(x, encoded_bands(sizes[0, IN]))
     if keep:
         write(encoded, part(inputs, 2 * rows, sizes, IN, 0)[:rows])
     for layer in range(count - 1):
@@ -635,7 +636,7 @@ def join_inputs(x: np.ndarray, directions: np.ndarray, normals: np.ndarray, outp
     (view, normal, feature), count = used, len(x)
     write(x, h[:, :3])
     if view:
-        write(encode(-directions, (view - 3) // 6), h[:, 3:3 + view])
+        write(encode(-directions, encoded_bands(view)), h[:, 3:3 + view])
     if normal:
         write(normals[:count], h[:, 3 + view:3 + view + normal])
     if feature:

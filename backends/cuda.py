@@ -89,10 +89,10 @@ class StepEvaluation:
 
     def __init__(self, layers: Tuple[Layers, Layers], without: Sequence[str], num_rays: int, least_slope: float):
         self.layers, self.num_rays, self.least_slope = layers, num_rays, least_slope
-        implicit, rendering = sizes = [sizes_of(network) for network in layers]
+        sizes = [sizes_of(network) for network in layers]
         with Gpu.device.current():
             self.step = gpu_kernels.Step(Gpu.device, sizes, num_rays + num_rays // 2, num_rays,
-                                         used_columns(without, rendering[0][0], implicit[-1][1] - 1))
+                                         used_columns(without, *sizes))
 
     def set(self, rows: StepRows, weights: Tuple[float, float], alpha: float) -> None:
         """Set the inputs of a step; weights: those of the mask and the eikonal loss."""

@@ -164,9 +164,10 @@ class ByNnabla:
 
 
 @pytest.mark.parametrize("num_hits, without, want_grad_rays, view_bands", [
-    (0, (), False, 4), (53, (), False, 2), (200, (), False, 4), (0, (), True, 4), (53, (), True, 4), (200, (), True, 1),
-    (53, ("view",), True, 4), (53, ("normal",), False, 4), (53, ("feature",), False, 4), (53, ("normal",), True, 2),
-    (53, ("view", "normal", "feature"), True, 4)])
+    (0, (), False, 4), (53, (), False, 4), (200, (), False, 4), (0, (), True, 4), (53, (), True, 4), (200, (), True, 4),
+    (53, ("view",), True, 4), (53, ("normal",), False, 4), (53, ("feature",), False, 4),
+    (53, ("view", "normal", "feature"), True, 4),
+    (53, (), False, 2), (200, (), True, 1), (53, ("normal",), True, 2)])
 def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, num_hits, without, want_grad_rays,
                                                                view_bands):
     """The GPU's graph and the CPU's functions on a network that is no sphere, with rays that count more than others;

@@ -47,8 +47,7 @@ class CompiledStep:
 
     def __init__(self, without: Sequence[str], want_grad_rays: bool):
         self.weights = [cpu.PackedWeights(network.layer_parameters(name)) for name in network.NETWORKS]
-        implicit, rendering = (weights.sizes for weights in self.weights)
-        self.inputs = used_columns(without, int(rendering[0, 0]), int(implicit[-1, 1]) - 1)
+        self.inputs = used_columns(without, *(weights.sizes for weights in self.weights))
         self.want_grad_rays = want_grad_rays
 
     def take(self, rays: StepRays, terms: LossTerms, placed: Optional[Tuple[np.ndarray, np.ndarray]] = None,
