@@ -117,25 +117,35 @@ def in_words(ours):
 def sizes(shapes):
     """Return the network's sizes {"width", "feature", "layers"} from its parameters' shapes, {our name: shape}.
 
-    Includes "without" if its renderer lacks inputs. The shapes are not checked for consistency. Raises ValueError,
-    KeyError or IndexError if parameters are missing.
+    Includes "view_bands" and "without" if its renderer's inputs are not the paper's. The shapes are not checked for
+    consistency. Raises ValueError, KeyError or IndexError if parameters are missing.
     """
     layers = min(max(int(name.split("/")[1]) for name in shapes if name.startswith("implicit/")) + 1, len(shapes))
     found = {"width": int(shapes["implicit/0/b"][0]), "feature": int(shapes[f"implicit/{layers - 1}/b"][0]) - 1,
              "layers": layers}
-    without = left_out(found["feature"], shapes.get("rendering/0/v", ()))
-    return {**found, "without": without} if without else found
+    return {**found, **other_inputs(found["feature"], shapes.get("rendering/0/v", ()))}
 
 
-def left_out(feature, shape):
-    """Return the list of inputs that a renderer lacks, from the shape (in, out) of its first layer.
+def other_inputs(feature, shape):
+    """Return {"view_bands", "without"}, those that are not the paper's, from the shape (in, out) of a renderer's first
+    layer.
 
-    Returns [] unless exactly one choice explains the shape.
+    Returns {} unless exactly one choice explains the shape; one with the paper's view_bands comes first.
     """
-    inputs = architecture.renderer_inputs(settings.Network(feature=feature))
-    subsets = [names for count in range(4) for names in itertools.combinations(architecture.OPTIONAL_INPUTS, count)
-               if len(shape) == 2 and sum(inputs.values()) - sum(inputs[name] for name in names) == shape[0]]
-    return list(subsets[0]) if len(subsets) == 1 else []
+    of_paper, others = [], []
+    for bands in range(1, settings.MOST_VIEW_BANDS + 1):
+        inputs = architecture.renderer_inputs(settings.Network(feature=feature, view_bands=bands))
+        for without in itertools.chain.from_iterable(
+                itertools.combinations(architecture.OPTIONAL_INPUTS, count) for count in range(4)):
+            columns = sum(inputs.values()) - sum(inputs[name] for name in without)
+            if len(shape) != 2 or columns != shape[0]:
+                continue
+            if bands == architecture.VIEW_BANDS:
+                of_paper.append({"without": list(without)})
+            elif "view" not in without:     # without it, all numbers of bands are the same
+                others.append({"view_bands": bands, "without": list(without)})
+    fits = of_paper or others
+    return {key: value for key, value in fits[0].items() if value} if len(fits) == 1 else {}
 
 
 def their_name(name):

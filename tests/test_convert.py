@@ -158,6 +158,20 @@ def test_there_and_back_and_there_again(tmp_path, old_form):
                                                           "theirs.pth", "theirs_cameras.pth"]
 
 
+@pytest.mark.parametrize("net, keys", [
+    (Network(64, 2, 3, view_bands=2), {"view_bands": 2}), (Network(64, 2, 3, without=["view"]), {"without": ["view"]}),
+    (Network(64, 2, 3, view_bands=6, without=["normal"]), {"view_bands": 6, "without": ["normal"]}),
+    (Network(64, 12, 3, without=["feature"]), {"without": ["feature"]})])       # so it would be with 2 bands and it
+def test_models_with_other_inputs_there_and_back(tmp_path, net, keys):
+    rng, shapes = np.random.default_rng(0), architecture.parameter_shapes(net)
+    ours = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    assert convert.sizes({name: array.shape for name, array in ours.items()}) == {
+        "width": 64, "feature": net.feature, "layers": 3, **keys}
+    theirs, _ = convert.their_parameters("model.h5", ours)
+    back = converted(write_model(tmp_path / "theirs.pth", theirs))
+    assert back.keys() == ours.keys() and all(np.array_equal(back[name], ours[name]) for name in ours)
+
+
 def test_numbers_of_another_width_and_order_in_memory(tmp_path):
     program = (b"\x80\x02}(X\x06\0\0\0weightctorch._utils\n_rebuild_tensor_v2\n((X\x07\0\0\0storagectorch\n"
                b"DoubleStorage\nX\x01\0\0\0aX\x03\0\0\0cpuK\x0ftQK\x01K\x02K\x07\x86K\x01K\x02\x86\x89}tRu.")
