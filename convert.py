@@ -117,12 +117,16 @@ def in_words(ours):
 def sizes(shapes):
     """Return the network's sizes {"width", "feature", "layers"} from its parameters' shapes, {our name: shape}.
 
-    Includes "view_bands" and "without" if its renderer's inputs are not the paper's. The shapes are not checked for
+    Includes "position_bands", "view_bands" and "without" where they are not the paper's. The shapes are not checked for
     consistency. Raises ValueError, KeyError or IndexError if parameters are missing.
     """
     layers = min(max(int(name.split("/")[1]) for name in shapes if name.startswith("implicit/")) + 1, len(shapes))
     found = {"width": int(shapes["implicit/0/b"][0]), "feature": int(shapes[f"implicit/{layers - 1}/b"][0]) - 1,
              "layers": layers}
+    bands = {architecture.encoded_columns(bands): bands for bands in range(1, settings.MOST_BANDS + 1)}.get(
+        shapes.get("implicit/0/v", (0,))[0], architecture.POSITION_BANDS)
+    if bands != architecture.POSITION_BANDS:
+        found["position_bands"] = bands
     return {**found, **other_inputs(found["feature"], shapes.get("rendering/0/v", ()))}
 
 
@@ -133,7 +137,7 @@ def other_inputs(feature, shape):
     Returns {} unless exactly one choice explains the shape; one with the paper's view_bands comes first.
     """
     of_paper, others = [], []
-    for bands in range(1, settings.MOST_VIEW_BANDS + 1):
+    for bands in range(1, settings.MOST_BANDS + 1):
         inputs = architecture.renderer_inputs(settings.Network(feature=feature, view_bands=bands))
         for without in itertools.chain.from_iterable(
                 itertools.combinations(architecture.OPTIONAL_INPUTS, count) for count in range(4)):

@@ -15,7 +15,7 @@ import numpy as np
 
 import helper
 from backends import architecture, context, cpu, gpu
-from backends.architecture import OPTIONAL_INPUTS, POSITION_BANDS, array_sizes, encoded_bands, has_skip, used_columns
+from backends.architecture import OPTIONAL_INPUTS, array_sizes, encoded_bands, has_skip, used_columns
 from backends.gpu import positional_encoding, row_sums
 from config import settings
 from config.settings import Network
@@ -39,7 +39,7 @@ def initialize(net: Network, rng: np.random.Generator) -> None:
     are dropped.
     """
     nn.clear_parameters()
-    encoded = architecture.encoded_columns(POSITION_BANDS)
+    encoded = architecture.encoded_columns(net.position_bands)
     for scope, (inputs, outputs) in architecture.layer_sizes(net).items():
         network, layer = scope.split("/")
         if network == "rendering":

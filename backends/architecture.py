@@ -3,8 +3,8 @@ from typing import Callable, Protocol, Sequence, Tuple, TypeVar
 
 import numpy as np
 
-POSITION_BANDS = 6      # frequencies of a point's encoding, which has 39 columns
-VIEW_BANDS = 4          # frequencies of the view direction's encoding in the paper, which has 27 columns
+# In the paper, the frequencies of a point's encoding, which has 39 columns, and of the view direction's, which has 27.
+POSITION_BANDS, VIEW_BANDS = 6, 4
 SKIP_LAYER = 4          # its input is [h, gamma(x)] / sqrt(2)
 SOFTPLUS_BETA = 100.0
 RENDERING_LAYERS = 5
@@ -17,6 +17,7 @@ class Network(Protocol):
     width: int
     feature: int
     layers: int
+    position_bands: int
     view_bands: int
     without: Sequence[str]
 
@@ -57,7 +58,7 @@ def used_columns(without: Sequence[str], implicit: Sequence, rendering: Sequence
 
 def layer_sizes(net: Network) -> dict:
     """Return {parameter scope: (in, out)} of every affine layer: implicit/0, ..., rendering/4."""
-    encoded, sizes = encoded_columns(POSITION_BANDS), {}
+    encoded, sizes = encoded_columns(net.position_bands), {}
     for layer in range(net.layers):
         inputs = encoded if layer == 0 else net.width
         outputs = 1 + net.feature if layer == net.layers - 1 else net.width

@@ -12,7 +12,7 @@ import nnabla.functions as F
 import numpy as np
 from nnabla.ext_utils import get_extension_context
 
-from backends.architecture import POSITION_BANDS, SKIP_LAYER, SOFTPLUS_BETA, encoded_columns, has_skip, inverse_slope
+from backends.architecture import SKIP_LAYER, SOFTPLUS_BETA, encoded_bands, encoded_columns, has_skip, inverse_slope
 
 Layers = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]     # v (in, out), g (out,) and b (out,) of each layer
 FoldedWeights = List[Tuple[nn.Variable, nn.Variable, nn.Variable]]      # W (in, out), b (out,) and the transposed W
@@ -64,7 +64,7 @@ def folded_weights(layers: Layers) -> FoldedWeights:
     return with_transposed(normalized(layers), layers)
 
 
-# What implicit_graph keeps for implicit_backward_graph: gamma(x), its derivative and d sdf / d gamma, (N, 39) each;
+# What implicit_graph keeps for implicit_backward_graph: gamma(x), its derivative, d sdf / d gamma, (N, columns) each;
 # and as lists over the layers their inputs (N, in), the slopes of their softplus and d sdf / d z, the deltas (N, out).
 Kept = namedtuple("Kept", "encoded derivative normal_encoded inputs slopes deltas")
 
@@ -72,8 +72,8 @@ Kept = namedtuple("Kept", "encoded derivative normal_encoded inputs slopes delta
 def implicit_graph(x: nn.Variable, weights: FoldedWeights) -> Tuple[nn.Variable, nn.Variable, "Kept"]:
     """Return the implicit network's sdf and feature (N, 1 + F), its normal (N, 3), and a Kept, in nnabla's
     functions."""
-    encoded, derivative = positional_encoding(x, POSITION_BANDS)
-    columns, count = encoded.shape[1], len(weights)
+    columns, count = weights[0][0].shape[0], len(weights)
+    encoded, derivative = positional_encoding(x, encoded_bands(columns))
     h, inputs, slopes = encoded, [], []
     for layer, (w, b, _) in enumerate(weights):
         inputs.append(layer_input(layer, count, h, encoded))
@@ -311,7 +311,8 @@ class Sdf:
     def graph(self, size: int, precision: str) -> Tuple[nn.Variable, nn.Variable]:
         if (size, precision) not in self.graphs:
             x = constant(np.zeros((size, 3)))
-            h = encoded = positional_encoding(x, POSITION_BANDS)[0]     # in float32: half has too few digits
+            bands = encoded_bands(self.weights[0][0].shape[0])
+            h = encoded = positional_encoding(x, bands)[0]      # in float32: half has too few digits
             context = nn.get_current_context()
             with nn.context_scope(get_extension_context("cudnn", device_id=context.device_id, type_config=precision)):
                 for layer, (w, b) in enumerate(self.weights):

@@ -17,7 +17,7 @@ from helper import SHORT, UserError, check_is_file
 MOST_TEXT = 1 << 16     # bytes per configuration file; default.yaml has 3,000
 MOST_STEPS = 10 ** 8
 MOST_VIEWS = 100000
-MOST_VIEW_BANDS = 10
+MOST_BANDS = 10         # of an encoding: with more, a hidden layer of 64 units has no room for an encoded point
 OLD_NAMES = {"train.outline_rays": "train.outline_fraction"}    # {old: new}; old names still work, with a notice
 
 
@@ -75,8 +75,8 @@ class Network:
     feature: int = key(256, between(1, 1024), "length of the feature vector from the implicit network to the renderer")
     layers: int = key(9, between(2, 64), "affine layers of the implicit network")
     radius: float = key(0.6, INSIDE, "radius of the initial surface, a sphere; cameras must be outside it")
-    view_bands: int = key(4, between(1, MOST_VIEW_BANDS),
-                          "frequencies of the encoded viewing direction; fewer are calmer", True)
+    position_bands: int = key(6, between(1, MOST_BANDS), "frequencies of the encoded point; fewer: smoother", True)
+    view_bands: int = key(4, between(1, MOST_BANDS), "frequencies of the encoded view direction; fewer: calmer", True)
     without: List[str] = key([], any_of("normal", "view", "feature"), "inputs to withhold from the renderer", True)
 
 

@@ -90,7 +90,8 @@ def assert_equal(found, wanted, tolerance=1e-5):
 SHAPES = [(Network(512, 256, 9), 512, False), (Network(512, 256, 9), 200, True), (Network(64, 32, 9), 51, True),
           (Network(67, 5, 6), 21, True), (Network(70, 90, 5, without=["view"]), 33, True),
           (Network(64, 5, 4, without=["normal"]), 40, True), (Network(64, 1, 2), 30, False),
-          (Network(66, 7, 6, view_bands=2), 26, True), (Network(65, 1, 3, without=["feature", "view"]), 5, True)]
+          (Network(66, 7, 6, view_bands=2), 26, True), (Network(66, 7, 6, position_bands=4), 31, True),
+          (Network(65, 1, 3, without=["feature", "view"]), 5, True)]
 
 
 @pytest.mark.parametrize("net, num_rays, want_grad_rays", SHAPES)

@@ -210,6 +210,7 @@ def test_refuses_wrong_types(tmp_path, tree, section, key):
     ("network.feature", [0]),
     ("network.layers", [0, 1]),
     ("network.radius", [0, 1.0, -0.5]),
+    ("network.position_bands", [0, 11]),
     ("network.view_bands", [0, 11]),
     ("tracer.sphere_tracing_steps", [-1]),
     ("tracer.tolerance", [0, -1e-5]),
