@@ -123,33 +123,31 @@ def sizes(shapes):
     layers = min(max(int(name.split("/")[1]) for name in shapes if name.startswith("implicit/")) + 1, len(shapes))
     found = {"width": int(shapes["implicit/0/b"][0]), "feature": int(shapes[f"implicit/{layers - 1}/b"][0]) - 1,
              "layers": layers}
-    bands = {architecture.encoded_columns(bands): bands for bands in range(1, settings.MOST_BANDS + 1)}.get(
-        shapes.get("implicit/0/v", (0,))[0], architecture.POSITION_BANDS)
-    if bands != architecture.POSITION_BANDS:
+    bands = architecture.encoded_bands(int(shapes["implicit/0/v"][0]))
+    if bands in range(1, settings.MOST_BANDS + 1) and bands != architecture.POSITION_BANDS:
         found["position_bands"] = bands
-    return {**found, **other_inputs(found["feature"], shapes.get("rendering/0/v", ()))}
+    return {**found, **other_inputs(found["feature"], int(shapes["rendering/0/v"][0]))}
 
 
-def other_inputs(feature, shape):
-    """Return {"view_bands", "without"}, those that are not the paper's, from the shape (in, out) of a renderer's first
-    layer.
+def other_inputs(feature, columns):
+    """Return {"view_bands", "without"}, those that are not the paper's, of a renderer with so many columns of input.
 
-    Returns {} unless exactly one choice explains the shape; one with the paper's view_bands comes first.
+    Returns {} unless exactly one choice explains them; one with the paper's view_bands comes first.
     """
-    of_paper, others = [], []
+    fits = []
     for bands in range(1, settings.MOST_BANDS + 1):
-        inputs = architecture.renderer_inputs(settings.Network(feature=feature, view_bands=bands))
-        for without in itertools.chain.from_iterable(
-                itertools.combinations(architecture.OPTIONAL_INPUTS, count) for count in range(4)):
-            columns = sum(inputs.values()) - sum(inputs[name] for name in without)
-            if len(shape) != 2 or columns != shape[0]:
-                continue
-            if bands == architecture.VIEW_BANDS:
-                of_paper.append({"without": list(without)})
-            elif "view" not in without:     # without it, all numbers of bands are the same
-                others.append({"view_bands": bands, "without": list(without)})
-    fits = of_paper or others
-    return {key: value for key, value in fits[0].items() if value} if len(fits) == 1 else {}
+        for count in range(len(architecture.OPTIONAL_INPUTS) + 1):
+            for without in map(list, itertools.combinations(architecture.OPTIONAL_INPUTS, count)):
+                net = settings.Network(feature=feature, view_bands=bands, without=without)
+                # Without the view, all numbers of bands are the same.
+                if columns == sum(architecture.renderer_inputs(net).values()) and not (
+                        "view" in without and bands != architecture.VIEW_BANDS):
+                    fits.append(net)
+    fits = [net for net in fits if net.view_bands == architecture.VIEW_BANDS] or fits
+    if len(fits) != 1:
+        return {}
+    bands = {} if fits[0].view_bands == architecture.VIEW_BANDS else {"view_bands": fits[0].view_bands}
+    return {**bands, **({"without": fits[0].without} if fits[0].without else {})}
 
 
 def their_name(name):
