@@ -132,7 +132,8 @@ def sizes(shapes):
 def other_inputs(feature, columns):
     """Return {"view_bands", "without"}, those that are not the paper's, of a renderer with so many columns of input.
 
-    Returns {} unless exactly one choice explains them; one with the paper's view_bands comes first.
+    Returns {} unless exactly one choice explains them. One with the paper's view_bands comes first, then one with all
+    inputs.
     """
     fits = []
     for bands in range(1, settings.MOST_BANDS + 1):
@@ -143,7 +144,8 @@ def other_inputs(feature, columns):
                 if columns == sum(architecture.renderer_inputs(net).values()) and not (
                         "view" in without and bands != architecture.VIEW_BANDS):
                     fits.append(net)
-    fits = [net for net in fits if net.view_bands == architecture.VIEW_BANDS] or fits
+    of_paper = [net for net in fits if net.view_bands == architecture.VIEW_BANDS]
+    fits = of_paper or [net for net in fits if not net.without] or fits
     if len(fits) != 1:
         return {}
     bands = {} if fits[0].view_bands == architecture.VIEW_BANDS else {"view_bands": fits[0].view_bands}

@@ -163,7 +163,8 @@ def test_there_and_back_and_there_again(tmp_path, old_form):
     (Network(64, 2, 3, position_bands=4), {"position_bands": 4}),
     (Network(64, 2, 6, position_bands=10, view_bands=1), {"position_bands": 10, "view_bands": 1}),
     (Network(64, 2, 3, view_bands=6, without=["normal"]), {"view_bands": 6, "without": ["normal"]}),
-    (Network(64, 12, 3, without=["feature"]), {"without": ["feature"]})])       # so it would be with 2 bands and it
+    (Network(64, 12, 3, without=["feature"]), {"without": ["feature"]}),        # so it would be with 2 bands and it
+    (Network(64, 33, 3, view_bands=2), {"view_bands": 2})])      # or with 8, without normal and feature
 def test_models_with_other_inputs_there_and_back(tmp_path, net, keys):
     rng, shapes = np.random.default_rng(0), architecture.parameter_shapes(net)
     ours = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
