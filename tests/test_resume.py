@@ -475,13 +475,13 @@ def test_what_is_no_state_of_this_run(home, capfd):
     assert "damaged (its checksum" in refused(home, capfd, *resume)
     state.write_bytes(whole)
     said = refused(home, capfd, *resume, network__width=128)
-    assert "state.h5" in said and "(39, 64)" in said and "(39, 128)" in said
+    assert "state.h5" in said and "(33, 64)" in said and "(33, 128)" in said
     assert "implicit/3/v is (64, 9)" in refused(home, capfd, *resume, network__layers=5)
     assert "was trained on 4 views, and now there are 3" in refused(home, capfd, *resume, data__held_out_views=[3, 4])
 
 
 def test_a_state_without_its_solver(home):
-    shapes = {"implicit/0/v": (39, 64)}
+    shapes = {"implicit/0/v": (33, 64)}
     state = checkpoints.load_state(home / "straight_tiny", shapes)
     for spoil in (lambda arrays: arrays.pop("solver/implicit/0/v/var"),
                   lambda arrays: arrays.update({"solver/implicit/0/v/mean": np.zeros((2, 2), np.float32)})):
@@ -492,7 +492,7 @@ def test_a_state_without_its_solver(home):
 
 
 def test_what_a_state_remembers_of_the_sdf(home):
-    state = checkpoints.load_state(home / "straight_tiny", {"implicit/0/v": (39, 64)})
+    state = checkpoints.load_state(home / "straight_tiny", {"implicit/0/v": (33, 64)})
     values, margins = (state.arrays[name] for name in (checkpoints.GRID, checkpoints.MARGINS))
     grid = checkpoints.grid_of(state)
     assert (grid.values == values).all() and (grid.margins == margins).all() and values.dtype == np.float32
