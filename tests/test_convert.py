@@ -163,9 +163,11 @@ def test_there_and_back_and_there_again(tmp_path, old_form):
     (Network(64, 2, 3, position_bands=4), {"position_bands": 4}),
     (Network(64, 2, 6, position_bands=10, view_bands=1), {"position_bands": 10, "view_bands": 1}),
     (Network(64, 2, 3, view_bands=6, without=["normal"]), {"view_bands": 6, "without": ["normal"]}),
-    (Network(64, 12, 3, without=["feature"]), {"without": ["feature"]}),        # so it would be with 2 bands and it
-    (Network(64, 33, 3, view_bands=2), {"view_bands": 2})])      # or with 8, without normal and feature
+    (Network(64, 12, 3, without=["feature"]), {"without": ["feature"]}),
+    (Network(64, 33, 3, view_bands=2), {"view_bands": 2})])
 def test_models_with_other_inputs_there_and_back(tmp_path, net, keys):
+    """The last two have as many inputs as one with 2 bands and the feature, and one with 8 and neither normal nor
+    feature."""
     rng, shapes = np.random.default_rng(0), architecture.parameter_shapes(net)
     ours = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
     assert convert.sizes({name: array.shape for name, array in ours.items()}) == {
