@@ -135,21 +135,16 @@ def other_inputs(feature, columns):
     Returns {} unless exactly one choice explains them. One with the paper's view_bands comes first, then one with all
     inputs.
     """
-    fits = []
-    for bands in range(1, settings.MOST_BANDS + 1):
-        for count in range(len(architecture.OPTIONAL_INPUTS) + 1):
-            for without in map(list, itertools.combinations(architecture.OPTIONAL_INPUTS, count)):
-                net = settings.Network(feature=feature, view_bands=bands, without=without)
-                # Without the view, all numbers of bands are the same.
-                if columns == sum(architecture.renderer_inputs(net).values()) and not (
-                        "view" in without and bands != architecture.VIEW_BANDS):
-                    fits.append(net)
-    of_paper = [net for net in fits if net.view_bands == architecture.VIEW_BANDS]
-    fits = of_paper or [net for net in fits if not net.without] or fits
-    if len(fits) != 1:
-        return {}
-    bands = {} if fits[0].view_bands == architecture.VIEW_BANDS else {"view_bands": fits[0].view_bands}
-    return {**bands, **({"without": fits[0].without} if fits[0].without else {})}
+    subsets = [{"without": list(names)} for count in range(len(architecture.OPTIONAL_INPUTS) + 1)
+               for names in itertools.combinations(architecture.OPTIONAL_INPUTS, count)]
+    others = [{"view_bands": bands} for bands in range(1, settings.MOST_BANDS + 1) if bands != architecture.VIEW_BANDS]
+    both = [{**bands, **subset} for bands in others for subset in subsets if "view" not in subset["without"]]
+    for choices in (subsets, others, both):
+        fits = [keys for keys in choices if columns == sum(
+            architecture.renderer_inputs(settings.Network(feature=feature, **keys)).values())]
+        if fits:
+            return {key: value for key, value in fits[0].items() if value} if len(fits) == 1 else {}
+    return {}
 
 
 def their_name(name):

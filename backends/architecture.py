@@ -3,7 +3,7 @@ from typing import Callable, Protocol, Sequence, Tuple, TypeVar
 
 import numpy as np
 
-# In the paper, the frequencies of a point's encoding, which has 39 columns, and of the view direction's, which has 27.
+# The paper's frequencies: of a point's encoding (39 columns), and of the view direction's (27 columns).
 POSITION_BANDS, VIEW_BANDS = 6, 4
 SKIP_LAYER = 4          # its input is [h, gamma(x)] / sqrt(2)
 SOFTPLUS_BETA = 100.0

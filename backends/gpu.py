@@ -32,8 +32,8 @@ def row_sums(x: nn.Variable) -> nn.Variable:
 
 def frequencies(columns: int) -> np.ndarray:
     """Return each encoded column's frequency: 0 for the 3 raw ones, then 2^k for 3 sines and 3 cosines each."""
-    bands = (columns - 3) // 6
-    return np.concatenate([np.zeros(3), np.repeat(2.0 ** np.arange(bands), 6)]).astype(np.float32)
+    powers = 2.0 ** np.arange(encoded_bands(columns))
+    return np.concatenate([np.zeros(3), np.repeat(powers, 6)]).astype(np.float32)
 
 
 def positional_encoding(x: nn.Variable, bands: int) -> Tuple[nn.Variable, nn.Variable]:

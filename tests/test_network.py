@@ -164,17 +164,17 @@ class ByNnabla:
 
 
 @pytest.mark.parametrize("num_hits, without, want_grad_rays, bands", [
-    (0, (), False, (6, 4)), (53, (), False, (6, 4)), (200, (), False, (6, 4)),
-    (0, (), True, (6, 4)), (53, (), True, (6, 4)), (200, (), True, (6, 4)),
-    (53, ("view",), True, (6, 4)), (53, ("normal",), False, (6, 4)), (53, ("feature",), False, (6, 4)),
-    (53, ("view", "normal", "feature"), True, (6, 4)),
-    (53, (), False, (6, 2)), (200, (), True, (6, 1)), (53, ("normal",), True, (6, 2)), (53, (), True, (4, 4))])
+    (0, (), False, {}), (53, (), False, {}), (200, (), False, {}), (0, (), True, {}), (53, (), True, {}),
+    (200, (), True, {}), (53, ("view",), True, {}), (53, ("normal",), False, {}), (53, ("feature",), False, {}),
+    (53, ("view", "normal", "feature"), True, {}),
+    (53, (), False, {"view_bands": 2}), (200, (), True, {"view_bands": 1}), (53, ("normal",), True, {"view_bands": 2}),
+    (53, (), True, {"position_bands": 4})])
 def test_derivatives_written_out_equal_those_that_nnabla_finds(monkeypatch, num_hits, without, want_grad_rays, bands):
     """The GPU's graph and the CPU's functions on a network that is no sphere, with rays that count more than others;
     twice, as the second step finds what the first has left."""
     # With 0.3, a third of the rays are held back; with 0.02 few, but no grazing ray makes up all of a gradient.
-    least = 0.3 if without or bands != (6, 4) else 0.02
-    net = Network(64, 32, 9, position_bands=bands[0], view_bands=bands[1], without=list(without))
+    least = 0.3 if without or bands else 0.02
+    net = Network(64, 32, 9, without=list(without), **bands)
 
     def gradients(numpy):
         monkeypatch.setattr(network, "on_cpu", lambda: numpy)
